@@ -1,0 +1,63 @@
+"""The exception tree: every error that this package raises on purpose.
+
+GpuEngineError
+├── ModelError               the model file or the graph in it
+│   ├── InvalidModel         truncated, malformed, cyclic, dangling names, shapes that contradict
+│   ├── UnsupportedModel     well formed, but holds operators or forms that the engine lacks
+│   └── UnsafeModel          external data that points outside the model's folder
+├── InputError               what a caller passed to run() or submit(); also a ValueError
+├── DeviceError              a device that is absent, refused or broken
+│   └── OutOfMemory          also a MemoryError; raised before allocating wherever the size is known
+├── ExecutionError           a step failed on these inputs; names the ONNX node
+├── QueueFull                the bounded queue is full
+├── RequestTimeout           a request expired before it was dispatched; also a TimeoutError
+└── EngineClosed             the engine was closed before the request ran
+"""
+
+
+class GpuEngineError(Exception):
+    """The root of the tree."""
+
+
+class ModelError(GpuEngineError):
+    """The model cannot be used."""
+
+
+class InvalidModel(ModelError):
+    """The model contradicts the ONNX specification or itself."""
+
+
+class UnsupportedModel(ModelError):
+    """The model is well formed but needs what the engine does not have; lists everything missing at once."""
+
+
+class UnsafeModel(ModelError):
+    """The model asks to read outside its own folder."""
+
+
+class InputError(GpuEngineError, ValueError):
+    """An input has the wrong name, dtype, rank, extent or kind."""
+
+
+class DeviceError(GpuEngineError):
+    """The device is absent, refused, or failed."""
+
+
+class OutOfMemory(DeviceError, MemoryError):
+    """The memory asked for is not there."""
+
+
+class ExecutionError(GpuEngineError):
+    """A step failed while it ran; the message names the ONNX node and the types involved."""
+
+
+class QueueFull(GpuEngineError):
+    """The engine's bounded queue holds `max_queue_size` requests already."""
+
+
+class RequestTimeout(GpuEngineError, TimeoutError):
+    """The request expired in the queue."""
+
+
+class EngineClosed(GpuEngineError):
+    """The engine was closed."""

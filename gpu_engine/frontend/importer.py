@@ -1,0 +1,258 @@
+"""Model -> Graph: every node emitted through the registry, function bodies inlined, shapes made symbolic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from gpu_engine.errors import InvalidModel, UnsupportedModel
+from gpu_engine.frontend import operators
+from gpu_engine.frontend.model import (
+    AttributeReference,
+    DimText,
+    Model,
+    ModelFunction,
+    ModelGraph,
+    ModelNode,
+    TensorInfo,
+)
+from gpu_engine.frontend.registry import Operator, bind_attributes, lookup
+from gpu_engine.ir import dims
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.graph import Builder, Graph, TensorType, Value, live_nodes
+
+MAX_INLINE_DEPTH = 64
+
+
+class FunctionBodies(Protocol):
+    """Where operators that the registry lacks get a body from: the specification."""
+
+    def has(self, domain: str, name: str, version: int) -> bool: ...
+
+    def body(self, node: ModelNode, version: int, types: Sequence[TensorType | None]) -> ModelFunction | None: ...
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What names mean while nodes are emitted: `values` by name, the opsets in force, how deep functions nest."""
+
+    values: dict[str, Value]
+    opsets: Mapping[str, int]
+    functions: Mapping[tuple[str, str], ModelFunction]
+    bodies: FunctionBodies
+    attributes: Mapping[str, Any]
+    depth: int = 0
+
+
+def import_model(model: Model, bodies: FunctionBodies, shapes: Mapping[str, Sequence[DimText]] | None = None) -> Graph:
+    """The graph of `model`; `shapes` overrides declared input shapes by name.
+
+    UnsupportedModel lists every operator that is missing, with domain, opset and count; InvalidModel says which node
+    contradicts the specification.
+    """
+    refuse_unsupported(model, bodies)
+    builder, values = Builder(), {}  # type: tuple[Builder, dict[str, Value]]
+    for name, array in model.graph.initializers.items():
+        values[name] = builder.constant(array, name)
+    inputs = [
+        input_value(info, (shapes or {}).get(info.name, info.shape))
+        for info in model.graph.inputs
+        if info.name not in model.graph.initializers
+    ]
+    for value in inputs:
+        values[value.name] = value
+    scope = Scope(values, model.opsets, model.functions, bodies, {})
+    emit_nodes(builder, model.graph.nodes, scope)
+    builder.source = "the graph's outputs"
+    missing = [info.name for info in model.graph.outputs if info.name not in values]
+    if missing:
+        raise InvalidModel(f"no node makes the outputs {', '.join(missing)}")
+    outputs = tuple(builder.materialize(values[info.name]) for info in model.graph.outputs)
+    return Graph(
+        inputs=tuple(inputs),
+        outputs=outputs,
+        nodes=live_nodes(builder.nodes, outputs),
+        input_names=tuple(value.name for value in inputs),
+        output_names=tuple(info.name for info in model.graph.outputs),
+    )
+
+
+def input_value(info: TensorInfo, shape: Sequence[DimText] | None) -> Value:
+    """A graph input; an extent without a usable name gets one of its own."""
+    if info.dtype is None or shape is None:
+        raise UnsupportedModel(f"input {info.name!r} declares no {'shape' if info.dtype else 'element type'}")
+    extents = tuple(_declared_extent(extent, f"{info.name}.{axis}") for axis, extent in enumerate(shape))
+    return Value(TensorType(info.dtype, extents), name=info.name)
+
+
+def _declared_extent(extent: DimText, fallback: str) -> Dim:
+    if isinstance(extent, int):
+        return extent if extent >= 0 else dims.symbol(fallback)
+    parsed = dims.parse(extent) if extent else None
+    if parsed is None:
+        return dims.symbol(extent if extent and extent != "?" else fallback)
+    return parsed
+
+
+def refuse_unsupported(model: Model, bodies: FunctionBodies) -> None:
+    """UnsupportedModel naming every operator of the model that nothing here can run."""
+    missing: Counter[tuple[str, str, int]] = Counter()
+
+    def visit(nodes: Sequence[ModelNode], opsets: Mapping[str, int]) -> None:
+        for node in nodes:
+            version = opsets.get(node.domain)
+            known = (node.domain, node.op_type) in model.functions or (
+                version is not None
+                and (lookup(node.domain, node.op_type, version) or bodies.has(node.domain, node.op_type, version))
+            )
+            if not known:
+                missing[node.domain, node.op_type, version or 0] += 1
+            for attribute in node.attributes.values():
+                for graph in attribute if isinstance(attribute, tuple) else (attribute,):
+                    if isinstance(graph, ModelGraph):
+                        visit(graph.nodes, opsets)
+
+    visit(model.graph.nodes, model.opsets)
+    for function in model.functions.values():
+        visit(function.nodes, function.opsets or model.opsets)
+    if missing:
+        listed = ", ".join(
+            f"{domain or 'ai.onnx'}::{name} (opset {version or 'not imported'}) x {count}"
+            for (domain, name, version), count in sorted(missing.items())
+        )
+        raise UnsupportedModel(f"operators that the engine does not have: {listed}")
+
+
+def emit_nodes(builder: Builder, nodes: Sequence[ModelNode], scope: Scope) -> None:
+    """Emit `nodes` in an order that respects their names, adding what they make to `scope.values`."""
+    for node in sort_nodes(nodes, scope.values):
+        outer, label = builder.source, f"{node.op_type} {node.name!r}" if node.name else node.op_type
+        if scope.depth == 0:
+            builder.source = f"{label} (opset {scope.opsets.get(node.domain, '?')})"
+        try:
+            emit_node(builder, node, scope)
+        except InvalidModel as error:
+            if builder.source in str(error):
+                raise
+            raise InvalidModel(f"{builder.source}: {error}") from error
+        builder.source = outer if scope.depth else builder.source
+
+
+def emit_node(builder: Builder, node: ModelNode, scope: Scope) -> None:
+    """Emit one node: a model-local function, a registered operator, or the specification's body of it."""
+    inputs = [scope.values[name] if name else None for name in node.inputs]
+    attributes = {
+        name: scope.attributes.get(value.name) if isinstance(value, AttributeReference) else value
+        for name, value in node.attributes.items()
+    }
+    attributes = {name: value for name, value in attributes.items() if value is not None}
+    version = scope.opsets.get(node.domain, 0)
+    function = scope.functions.get((node.domain, node.op_type))
+    entry = None if function else lookup(node.domain, node.op_type, version)
+    if entry is not None:
+        results = call_operator(builder, entry, inputs, attributes, len(node.outputs), version)
+    else:
+        if function is None:
+            types = [value.type if value is not None else None for value in inputs]
+            function = scope.bodies.body(replace(node, attributes=attributes), version, types)
+        if function is None:
+            raise UnsupportedModel(f"{builder.source}: operator {node.op_type} has no form for these inputs")
+        results = inline(builder, function, inputs, attributes, scope)
+    for name, result in zip(node.outputs, results, strict=False):
+        if name and result is not None:
+            scope.values[name] = result
+
+
+def call_operator(
+    builder: Builder,
+    entry: Operator,
+    inputs: Sequence[Value | None],
+    attributes: Mapping[str, Any],
+    output_count: int,
+    opset: int,
+) -> Sequence[Value | None]:
+    """The outputs of a registered operator."""
+    while inputs and inputs[-1] is None:
+        inputs = inputs[:-1]
+    if len(inputs) < entry.required or (not entry.variadic and len(inputs) > len(entry.inputs)):
+        raise InvalidModel(f"{entry.name} takes {len(entry.inputs)} inputs, got {len(inputs)}")
+    special = {"output_count": output_count, "opset": opset}
+    keywords = bind_attributes(entry, attributes) | {name: special[name] for name in entry.special}
+    results = entry.emit(builder, *inputs, **keywords)
+    return (results,) if isinstance(results, Value) else results
+
+
+def inline(
+    builder: Builder,
+    function: ModelFunction,
+    inputs: Sequence[Value | None],
+    attributes: Mapping[str, Any],
+    scope: Scope,
+) -> Sequence[Value | None]:
+    """The outputs of a function body emitted in place, with names of its own."""
+    if scope.depth >= MAX_INLINE_DEPTH:
+        raise InvalidModel(f"function {function.name} calls itself, or nests deeper than {MAX_INLINE_DEPTH}")
+    values = {name: value for name, value in zip(function.inputs, inputs, strict=False) if value is not None}
+    inner = replace(
+        scope,
+        values=values,
+        opsets=function.opsets or scope.opsets,
+        attributes={**function.defaults, **attributes},
+        depth=scope.depth + 1,
+    )
+    nodes = [_without_absent(node, function, values) for node in function.nodes]
+    emit_nodes(builder, nodes, inner)
+    return [values.get(name) for name in function.outputs]
+
+
+def _without_absent(node: ModelNode, function: ModelFunction, values: Mapping[str, Value]) -> ModelNode:
+    """The node with the names of inputs that the caller left out made empty."""
+    absent = set(function.inputs) - set(values)
+    return replace(node, inputs=tuple("" if name in absent else name for name in node.inputs))
+
+
+def sort_nodes(nodes: Sequence[ModelNode], known: Mapping[str, Any]) -> Sequence[ModelNode]:
+    """`nodes` with every name made before it is used; InvalidModel for a cycle, a dangling or a repeated name."""
+    makers = {name: node for node in nodes for name in node.outputs if name}
+    if len(makers) != sum(name != "" for node in nodes for name in node.outputs):
+        raise InvalidModel("two nodes make the same name")
+    needs = {id(node): {name for name in free_names(node) if name} for node in nodes}
+    for node in nodes:
+        dangling = sorted(name for name in needs[id(node)] if name not in makers and name not in known)
+        if dangling:
+            raise InvalidModel(f"{node.op_type} {node.name!r} uses {', '.join(dangling)}, which nothing makes")
+    before = {id(node): {id(makers[name]) for name in needs[id(node)] if name in makers} for node in nodes}
+    order: dict[int, ModelNode] = {}
+    for root in nodes:
+        stack, entered = [root], set[int]()
+        while stack:
+            node = stack[-1]
+            waiting = [
+                makers[name] for name in sorted(needs[id(node)]) if name in makers and id(makers[name]) not in order
+            ]
+            if id(node) in order or not before[id(node)] - order.keys():
+                order[id(node)] = stack.pop()
+            elif id(node) in entered:
+                raise InvalidModel(f"the graph has a cycle through {node.op_type} {node.name!r}")
+            else:
+                entered.add(id(node))
+                stack.extend(waiting)
+    return list(order.values())
+
+
+def free_names(node: ModelNode) -> set[str]:
+    """The names that a node uses: its inputs and what the graphs among its attributes take from outside."""
+    names = set(node.inputs)
+    for attribute in node.attributes.values():
+        for graph in attribute if isinstance(attribute, tuple) else (attribute,):
+            if isinstance(graph, ModelGraph):
+                inside = {info.name for info in graph.inputs} | set(graph.initializers)
+                inside |= {name for inner in graph.nodes for name in inner.outputs}
+                names |= {name for inner in graph.nodes for name in free_names(inner)} - inside
+                names |= {info.name for info in graph.outputs} - inside
+    return names
+
+
+assert operators  # imported for its registrations

@@ -1,0 +1,269 @@
+"""Read ONNX files and protobufs into a Model: the only importer of `onnx`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
+
+from gpu_engine.errors import InvalidModel, ModelError, UnsupportedModel
+from gpu_engine.frontend.external_data import ExternalData
+from gpu_engine.frontend.model import (
+    AttributeReference,
+    DimText,
+    Model,
+    ModelFunction,
+    ModelGraph,
+    ModelNode,
+    TensorInfo,
+)
+from gpu_engine.ir.dtypes import ONNX_NUMBER, STRING, from_onnx
+from gpu_engine.ir.graph import TensorType
+
+ModelSource = str | bytes | os.PathLike[str] | ModelProto
+NEWEST_OPSET = onnx.defs.onnx_opset_version()
+Array = NDArray[Any]
+
+
+def read(source: ModelSource) -> Model:
+    """The model in a file (a path), in bytes, or in a ModelProto.
+
+    External data is read from the model's own folder only, memory-mapped. Raises InvalidModel, UnsupportedModel,
+    UnsafeModel, or FileNotFoundError for a path that does not exist.
+    """
+    proto, folder = _parse(source)
+    try:
+        return _model(proto, ExternalData(folder))
+    except ModelError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, UnicodeDecodeError) as error:
+        raise InvalidModel(f"the model is malformed: {error}") from error
+
+
+def _parse(source: ModelSource) -> tuple[ModelProto, Path | None]:
+    if isinstance(source, ModelProto):
+        return source, None
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.is_dir():
+            raise InvalidModel(f"{path} is a folder, not a model file")
+        data, folder = path.read_bytes(), path.resolve().parent
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        data, folder = bytes(source), None
+    else:
+        raise TypeError(f"a model is a path, bytes or a ModelProto, got {type(source).__name__}")
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise InvalidModel(f"{len(data)} bytes that are not an ONNX model: {error}") from error
+    return proto, folder
+
+
+def _model(proto: ModelProto, external: ExternalData) -> Model:
+    if not proto.HasField("graph") or not (proto.ir_version or proto.opset_import):
+        raise InvalidModel("the file holds no ONNX graph")
+    opsets = _opsets(proto.opset_import) or {"": 1}
+    if opsets.get("", 1) > NEWEST_OPSET:
+        raise UnsupportedModel(
+            f"opset {opsets['']} is newer than {NEWEST_OPSET}, the newest that onnx {onnx.__version__} knows"
+        )
+    return Model(
+        graph=_graph(proto.graph, external),
+        opsets=opsets,
+        functions={(_domain(f.domain), f.name): _function(f, external) for f in proto.functions},
+        metadata={entry.key: entry.value for entry in proto.metadata_props},
+        ir_version=proto.ir_version,
+        producer=f"{proto.producer_name} {proto.producer_version}".strip(),
+    )
+
+
+def _domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+def _opsets(imports: Any) -> dict[str, int]:
+    return {_domain(entry.domain): entry.version for entry in imports}
+
+
+def _graph(proto: GraphProto, external: ExternalData) -> ModelGraph:
+    initializers = {tensor.name: tensor_array(tensor, external) for tensor in proto.initializer}
+    for sparse in proto.sparse_initializer:
+        initializers[sparse.values.name] = _dense(sparse, external)
+    return ModelGraph(
+        nodes=tuple(_node(node, external) for node in proto.node),
+        inputs=tuple(map(_tensor_info, proto.input)),
+        outputs=tuple(map(_tensor_info, proto.output)),
+        initializers=initializers,
+        name=proto.name,
+    )
+
+
+def _node(proto: NodeProto, external: ExternalData) -> ModelNode:
+    attributes = {attribute.name: _attribute(attribute, external) for attribute in proto.attribute}
+    return ModelNode(
+        proto.op_type, _domain(proto.domain), tuple(proto.input), tuple(proto.output), attributes, proto.name
+    )
+
+
+def _function(proto: onnx.FunctionProto, external: ExternalData) -> ModelFunction:
+    return ModelFunction(
+        domain=_domain(proto.domain),
+        name=proto.name,
+        inputs=tuple(proto.input),
+        outputs=tuple(proto.output),
+        nodes=tuple(_node(node, external) for node in proto.node),
+        opsets=_opsets(proto.opset_import),
+        defaults={attribute.name: _attribute(attribute, external) for attribute in proto.attribute_proto},
+    )
+
+
+def _attribute(proto: AttributeProto, external: ExternalData) -> Any:
+    if proto.ref_attr_name:
+        return AttributeReference(proto.ref_attr_name)
+    match proto.type:
+        case AttributeProto.FLOAT:
+            return proto.f
+        case AttributeProto.INT:
+            return proto.i
+        case AttributeProto.STRING:
+            return _text(proto.s)
+        case AttributeProto.TENSOR:
+            return tensor_array(proto.t, external)
+        case AttributeProto.GRAPH:
+            return _graph(proto.g, external)
+        case AttributeProto.SPARSE_TENSOR:
+            return _dense(proto.sparse_tensor, external)
+        case AttributeProto.FLOATS:
+            return tuple(proto.floats)
+        case AttributeProto.INTS:
+            return tuple(proto.ints)
+        case AttributeProto.STRINGS:
+            return tuple(map(_text, proto.strings))
+        case AttributeProto.TENSORS:
+            return tuple(tensor_array(tensor, external) for tensor in proto.tensors)
+        case AttributeProto.GRAPHS:
+            return tuple(_graph(graph, external) for graph in proto.graphs)
+        case AttributeProto.TYPE_PROTO:
+            return proto.tp.tensor_type.elem_type
+    raise InvalidModel(f"attribute {proto.name!r} has the unknown type {proto.type}")
+
+
+def _text(data: bytes) -> str | bytes:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _tensor_info(proto: ValueInfoProto) -> TensorInfo:
+    if proto.type.WhichOneof("value") not in ("tensor_type", "sparse_tensor_type"):
+        return TensorInfo(proto.name, None, None)
+    kind = proto.type.tensor_type
+    shape: tuple[DimText, ...] | None = None
+    if kind.HasField("shape"):
+        shape = tuple(
+            (dim.dim_value if dim.dim_value >= 0 else None) if dim.HasField("dim_value") else dim.dim_param or None
+            for dim in kind.shape.dim
+        )
+    return TensorInfo(proto.name, from_onnx(kind.elem_type) if kind.elem_type else None, shape)
+
+
+def tensor_array(proto: TensorProto, external: ExternalData) -> Array:
+    """The contents of a TensorProto; external data stays memory-mapped, read-only."""
+    dtype, shape = from_onnx(proto.data_type), tuple(proto.dims)
+    if any(extent < 0 for extent in shape):
+        raise InvalidModel(f"tensor {proto.name!r} has the extents {list(shape)}")
+    if proto.data_location == TensorProto.EXTERNAL:
+        fields = {entry.key: entry.value for entry in proto.external_data}
+        return external.array(fields, dtype, shape, proto.name)
+    array = numpy_helper.to_array(proto)
+    if dtype == STRING:
+        flat = [item.decode() if isinstance(item, bytes) else str(item) for item in array.ravel()]
+        array = np.array([*flat, None], object)[:-1].reshape(shape)
+    return np.asarray(array, dtype)
+
+
+def _dense(proto: onnx.SparseTensorProto, external: ExternalData) -> Array:
+    values, indices = tensor_array(proto.values, external), tensor_array(proto.indices, external)
+    dense = np.zeros(tuple(proto.dims), values.dtype)
+    if indices.ndim == 2:
+        dense[tuple(indices.T)] = values
+    else:
+        dense.ravel()[indices] = values
+    return dense
+
+
+class SpecificationFunctions:
+    """The operators' bodies that the ONNX specification itself gives, from the installed `onnx`."""
+
+    def has(self, domain: str, name: str, version: int) -> bool:
+        """Whether the operator exists at this opset and has a body."""
+        schema = _schema(domain, name, version)
+        return schema is not None and (schema.has_function or schema.has_context_dependent_function)
+
+    def body(self, node: ModelNode, version: int, types: Sequence[TensorType | None]) -> ModelFunction | None:
+        """The body for these attributes and input types."""
+        schema = _schema(node.domain, node.op_type, version)
+        if schema is None:
+            return None
+        if schema.has_function:
+            data = schema.get_function_with_opset_version(_closest(schema.function_opset_versions, version))
+        elif schema.has_context_dependent_function:
+            chosen = _closest(schema.context_dependent_function_opset_versions, version)
+            data = schema.get_context_dependent_function_with_opset_version(
+                chosen, _node_proto(node).SerializeToString(), [_type_proto(kind).SerializeToString() for kind in types]
+            )
+        else:
+            return None
+        proto = onnx.FunctionProto.FromString(data)
+        if not proto.node:
+            return None
+        function = _function(proto, ExternalData(None))
+        defaults = {
+            name: _attribute(attribute.default_value, ExternalData(None))
+            for name, attribute in schema.attributes.items()
+            if attribute.default_value.name
+        }
+        opsets = {"": version, node.domain: version} | dict(function.opsets)
+        return ModelFunction(
+            function.domain, function.name, function.inputs, function.outputs, function.nodes, opsets, defaults
+        )
+
+
+def _schema(domain: str, name: str, version: int) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(name, version, domain)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _closest(versions: Sequence[int], version: int) -> int:
+    return max((candidate for candidate in versions if candidate <= version), default=min(versions))
+
+
+def _node_proto(node: ModelNode) -> NodeProto:
+    attributes = {name: _plain(value) for name, value in node.attributes.items()}
+    return onnx.helper.make_node(
+        node.op_type, list(node.inputs), list(node.outputs), node.name, domain=node.domain or None, **attributes
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return numpy_helper.from_array(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _type_proto(kind: TensorType | None) -> onnx.TypeProto:
+    if kind is None:
+        return onnx.TypeProto()
+    shape = [extent if isinstance(extent, int) else str(extent) for extent in kind.shape]
+    return onnx.helper.make_tensor_type_proto(ONNX_NUMBER[kind.dtype], shape)

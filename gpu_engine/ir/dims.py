@@ -1,0 +1,432 @@
+"""Symbolic extents: integer polynomials over named symbols in a normal form, so that equality is `==`.
+
+A `Dim` is an `int` or a `Sym`. Simplification assumes that every named symbol is at least 1, and an extent that
+evaluates below zero counts as 0 (`evaluator`): `x[:, :-1]` of an empty axis stays empty.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_engine.errors import InvalidModel
+
+
+class Undecided(Exception):
+    """A comparison of symbolic extents whose answer depends on the values of the symbols."""
+
+
+@dataclass(frozen=True, order=True)
+class Symbol:
+    """A named extent, at least 1."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function that polynomials cannot express: floordiv, mod, min, max, broadcast or many (1 if the extent is not 1)."""
+
+    function: str
+    args: tuple[Dim, ...]
+
+
+Atom = Symbol | Call
+Monomial = tuple[Atom, ...]
+
+
+@dataclass(frozen=True)
+class Sym:
+    """A sum of integer multiples of products of atoms, sorted; never a plain integer."""
+
+    terms: tuple[tuple[Monomial, int], ...]
+
+    def __add__(self, other: Dim) -> Dim:
+        return _polynomial([*self.terms, *_terms(other)])
+
+    def __neg__(self) -> Dim:
+        return _polynomial([(monomial, -count) for monomial, count in self.terms])
+
+    def __sub__(self, other: Dim) -> Dim:
+        return _polynomial([*self.terms, *((monomial, -count) for monomial, count in _terms(other))])
+
+    def __rsub__(self, other: Dim) -> Dim:
+        return -self + other
+
+    def __mul__(self, other: Dim) -> Dim:
+        return _polynomial(
+            [(_sorted((*a, *b)), count * times) for a, count in self.terms for b, times in _terms(other)]
+        )
+
+    def __floordiv__(self, other: Dim) -> Dim:
+        return floor_div(self, other)
+
+    def __rfloordiv__(self, other: Dim) -> Dim:
+        return floor_div(other, self)
+
+    def __mod__(self, other: Dim) -> Dim:
+        return modulo(self, other)
+
+    def __rmod__(self, other: Dim) -> Dim:
+        return modulo(other, self)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"the truth of the symbolic extent {self} is not known")
+
+    def __str__(self) -> str:
+        return " + ".join(_term_text(monomial, count) for monomial, count in self.terms).replace("+ -", "- ")
+
+    __repr__ = __str__
+
+
+Dim = int | Sym
+
+
+def symbol(name: str) -> Sym:
+    """The extent called `name`."""
+    return Sym((((Symbol(name),), 1),))
+
+
+def product(dims: Iterable[Dim]) -> Dim:
+    result: Dim = 1
+    for dim in dims:
+        result = result * dim
+    return result
+
+
+def floor_div(a: Dim, b: Dim) -> Dim:
+    """floor(a / b) for b > 0; exact wherever every term divides."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b
+    if b == 1:
+        return a
+    if a == b:
+        return 1
+    exact, rest = _divide_terms(a, b)
+    if rest == 0:
+        return exact
+    if isinstance(b, int):
+        divided, kept = _factor(rest, b)
+        if isinstance(divided, int) and isinstance(kept, int):
+            return exact + divided // kept
+        return exact + _call("floordiv", divided, kept)
+    return exact + _call("floordiv", rest, b)
+
+
+def ceil_div(a: Dim, b: Dim) -> Dim:
+    """ceil(a / b) for b > 0."""
+    return floor_div(a + (b - 1), b)
+
+
+def modulo(a: Dim, b: Dim) -> Dim:
+    if isinstance(a, int) and isinstance(b, int):
+        return a % b
+    _, rest = _divide_terms(a, b)
+    if isinstance(rest, int) and isinstance(b, int):
+        return rest % b
+    return 0 if rest == 0 else _call("mod", rest, b)
+
+
+def minimum(a: Dim, b: Dim) -> Dim:
+    try:
+        return a if less_equal(a, b) else b
+    except Undecided:
+        return _call("min", *_ordered(a, b))
+
+
+def maximum(a: Dim, b: Dim) -> Dim:
+    try:
+        return b if less_equal(a, b) else a
+    except Undecided:
+        return _call("max", *_ordered(a, b))
+
+
+def broadcast(a: Dim, b: Dim) -> Dim:
+    """The extent that a and b broadcast to, by ONNX's multidirectional rule; InvalidModel if they never do."""
+    if a == b or b == 1:
+        return a
+    if a == 1:
+        return b
+    if isinstance(a, int) and isinstance(b, int):
+        raise InvalidModel(f"extents {a} and {b} do not broadcast")
+    if isinstance(a, int) or isinstance(b, int):
+        return a if isinstance(a, int) else b
+    return _call("broadcast", *_ordered(a, b))
+
+
+def many(dim: Dim) -> Dim:
+    """0 if the extent is 1, else 1: the factor of a stride that broadcasting sets to zero."""
+    return int(dim != 1) if isinstance(dim, int) else _call("many", dim)
+
+
+def less_equal(a: Dim, b: Dim) -> bool:
+    """Whether a <= b for all values of the symbols; Undecided if that depends on them."""
+    low, high = bounds(b - a)
+    if low is not None and low >= 0:
+        return True
+    if high is not None and high < 0:
+        return False
+    raise Undecided(f"{a} <= {b}")
+
+
+def equal(a: Dim, b: Dim) -> bool:
+    """Whether a == b for all values of the symbols; Undecided if that depends on them."""
+    difference = a - b
+    if difference == 0:
+        return True
+    low, high = bounds(difference)
+    if (low is not None and low > 0) or (high is not None and high < 0):
+        return False
+    raise Undecided(f"{a} == {b}")
+
+
+def bounds(dim: Dim) -> tuple[int | None, int | None]:
+    """The least and greatest value of `dim` while every symbol is at least 1; None where there is none."""
+    if isinstance(dim, int):
+        return dim, dim
+    low: int | None = 0
+    high: int | None = 0
+    for monomial, count in dim.terms:
+        least = math.prod(_atom_least(atom) for atom in monomial)
+        most = least if not monomial else None
+        ends = (least, most) if count > 0 else (most, least)
+        low = None if low is None or ends[0] is None else low + count * ends[0]
+        high = None if high is None or ends[1] is None else high + count * ends[1]
+    return low, high
+
+
+def symbols(dim: Dim) -> set[str]:
+    """The names in `dim`."""
+    found: set[str] = set()
+    for monomial, _ in () if isinstance(dim, int) else dim.terms:
+        for atom in monomial:
+            found |= {atom.name} if isinstance(atom, Symbol) else set().union(*map(symbols, atom.args))
+    return found
+
+
+def substitute(dim: Dim, values: Mapping[str, Dim]) -> Dim:
+    """`dim` with symbols replaced."""
+    if isinstance(dim, int):
+        return dim
+    result: Dim = 0
+    for monomial, count in dim.terms:
+        term: Dim = count
+        for atom in monomial:
+            term = term * _substitute_atom(atom, values)
+        result = result + term
+    return result
+
+
+def parse(text: str) -> Dim | None:
+    """The extent that a dim_param such as "8*h" or "batch" spells, or None if it is not arithmetic over names."""
+    try:
+        return _parse_node(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, ZeroDivisionError):
+        return None
+
+
+def evaluator(dims: Sequence[Dim], names: Sequence[str]) -> Callable[..., tuple[int, ...]]:
+    """f(*values of names) -> the values of all `dims`, as generated Python that computes each subterm once."""
+    writer = _Writer({name: f"s{i}" for i, name in enumerate(names)})
+    results = [writer.write(dim) for dim in dims]
+    arguments = ", ".join(f"s{i}" for i in range(len(names)))
+    body = "".join(f"    {line}\n" for line in writer.lines)
+    source = f"def evaluate({arguments}):\n{body}    return ({', '.join(results)}{',' if results else ''})\n"
+    scope: dict[str, Any] = {"broadcast": _broadcast_values}
+    exec(compile(source, "<dims>", "exec"), scope)
+    return scope["evaluate"]  # type: ignore[no-any-return]
+
+
+class _Writer:
+    """Prints dims as let-lines, one per distinct subterm."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names, self.lines = names, []  # type: tuple[Mapping[str, str], list[str]]
+        self.known: dict[Any, str] = {}
+
+    def let(self, key: object, text: str) -> str:
+        if key not in self.known:
+            self.known[key] = f"t{len(self.known)}"
+            self.lines.append(f"{self.known[key]} = {text}")
+        return self.known[key]
+
+    def write(self, dim: Dim) -> str:
+        """The name of `dim`'s value, clamped at 0."""
+        if isinstance(dim, int):
+            return repr(dim)
+        text = self.sum(dim)
+        low, _ = bounds(dim)
+        if low is not None and low >= 0 and all(count > 0 for _, count in dim.terms):
+            return text
+        return self.let(("clamp", dim), f"{text} if {text} > 0 else 0")
+
+    def sum(self, dim: Dim) -> str:
+        if isinstance(dim, int):
+            return repr(dim)
+        if dim in self.known:
+            return self.known[dim]
+        parts = [self.term(monomial, count) for monomial, count in dim.terms]
+        return parts[0] if len(parts) == 1 else self.let(dim, " + ".join(parts))
+
+    def term(self, monomial: Monomial, count: int) -> str:
+        name = ""
+        for i, atom in enumerate(monomial):
+            text = self.atom(atom)
+            name = self.let(("product", monomial[: i + 1]), f"{name} * {text}") if name else text
+        if not name:
+            return repr(count)
+        return name if count == 1 else self.let((monomial, count), f"{count} * {name}")
+
+    def atom(self, atom: Atom) -> str:
+        if isinstance(atom, Symbol):
+            return self.names[atom.name]
+        args = [self.sum(arg) for arg in atom.args]
+        match atom.function:
+            case "floordiv":
+                text = f"{args[0]} // {args[1]}"
+            case "mod":
+                text = f"{args[0]} % {args[1]}"
+            case "many":
+                text = f"0 if {args[0]} == 1 else 1"
+            case function:
+                text = f"{function}({', '.join(args)})"
+        return self.let(atom, text)
+
+
+def _broadcast_values(a: int, b: int) -> int:
+    if a == b or b == 1:
+        return a
+    if a == 1:
+        return b
+    raise ValueError(f"extents {a} and {b} do not broadcast")
+
+
+def _terms(dim: Dim) -> tuple[tuple[Monomial, int], ...]:
+    return dim.terms if isinstance(dim, Sym) else (((), int(dim)),)
+
+
+def _polynomial(terms: Iterable[tuple[Monomial, int]]) -> Dim:
+    counts: dict[Monomial, int] = {}
+    for monomial, count in terms:
+        counts[monomial] = counts.get(monomial, 0) + count
+    kept = [(monomial, count) for monomial, count in counts.items() if count]
+    if not kept:
+        return 0
+    if len(kept) == 1 and not kept[0][0]:
+        return kept[0][1]
+    return Sym(tuple(sorted(kept, key=lambda term: (-len(term[0]), str(term[0])))))
+
+
+def _sorted(atoms: Monomial) -> Monomial:
+    return tuple(sorted(atoms, key=str))
+
+
+def _ordered(a: Dim, b: Dim) -> tuple[Dim, Dim]:
+    return (a, b) if str(a) <= str(b) else (b, a)
+
+
+def _call(function: str, *args: Dim) -> Sym:
+    return Sym((((Call(function, args),), 1),))
+
+
+def _divide_terms(a: Dim, b: Dim) -> tuple[Dim, Dim]:
+    """(q, r) with a = q * b + r, where q takes every term that b divides exactly."""
+    divisor = _terms(b)
+    if len(divisor) != 1:
+        scale = _whole_multiple(a, b)
+        return (scale, 0) if scale is not None else (0, a)
+    (atoms, number), quotient, rest = divisor[0], [], []
+    for monomial, count in _terms(a):
+        left = _remove(monomial, atoms)
+        if left is None:
+            rest.append((monomial, count))
+        else:
+            whole = count // number
+            quotient.append((left, whole))
+            rest.append((monomial, count - whole * number))
+    return _polynomial(quotient), _polynomial(rest)
+
+
+def _whole_multiple(a: Dim, b: Dim) -> Dim | None:
+    """q with a == q * b for a monomial q, or None."""
+    first_a, first_b = _terms(a)[0], _terms(b)[0]
+    left = _remove(first_a[0], first_b[0])
+    if left is None or first_a[1] % first_b[1]:
+        return None
+    scale = _polynomial([(left, first_a[1] // first_b[1])])
+    return scale if scale * b == a else None
+
+
+def _remove(monomial: Monomial, atoms: Monomial) -> Monomial | None:
+    left = list(monomial)
+    for atom in atoms:
+        if atom not in left:
+            return None
+        left.remove(atom)
+    return tuple(left)
+
+
+def _factor(a: Dim, b: int) -> tuple[Dim, int]:
+    """a and b without the factor that b and all non-constant terms of a share; the constant is floored."""
+    common = math.gcd(b, *(count for monomial, count in _terms(a) if monomial))
+    return _polynomial([(monomial, count // common) for monomial, count in _terms(a)]), b // common
+
+
+def _atom_least(atom: Atom) -> int:
+    if isinstance(atom, Symbol):
+        return 1
+    lows = [bounds(arg)[0] for arg in atom.args]
+    match atom.function, lows:
+        case (("max" | "broadcast"), [a, b]):
+            return max(0, a or 0, b or 0)
+        case "min", [int(a), int(b)]:
+            return max(0, min(a, b))
+        case "floordiv", [int(a), _] if isinstance(atom.args[1], int):
+            return max(0, a // atom.args[1])
+    return 0
+
+
+def _substitute_atom(atom: Atom, values: Mapping[str, Dim]) -> Dim:
+    if isinstance(atom, Symbol):
+        return values.get(atom.name, Sym((((atom,), 1),)))
+    args = [substitute(arg, values) for arg in atom.args]
+    functions: dict[str, Callable[..., Dim]] = {
+        "floordiv": floor_div, "mod": modulo, "min": minimum, "max": maximum, "broadcast": broadcast, "many": many,
+    }  # fmt: skip
+    return functions[atom.function](*args)
+
+
+def _term_text(monomial: Monomial, count: int) -> str:
+    atoms = [
+        atom.name if isinstance(atom, Symbol) else f"{atom.function}({', '.join(map(str, atom.args))})"
+        for atom in monomial
+    ]
+    return "*".join([str(count)] * (count != 1 or not atoms) + atoms)
+
+
+def _parse_node(node: ast.expr) -> Dim:
+    match node:
+        case ast.Constant(value=int(value)) if not isinstance(value, bool):
+            return value
+        case ast.Name(id=name):
+            return symbol(name)
+        case ast.BinOp(left=left, op=operator, right=right):
+            a, b = _parse_node(left), _parse_node(right)
+            match operator:
+                case ast.Add():
+                    return a + b
+                case ast.Sub():
+                    return a - b
+                case ast.Mult():
+                    return a * b
+                case ast.FloorDiv():
+                    return floor_div(a, b)
+                case ast.Mod():
+                    return modulo(a, b)
+    raise ValueError("not arithmetic over names")

@@ -1,0 +1,43 @@
+"""Engine operations: frozen dataclasses that know `infer` and `evaluate`.
+
+`evaluate(xp, *arrays)` is the reference over an array module: constant folding runs it, tests compare with it, and a
+device that has no kernel of its own for an operation uses it. `shape_arithmetic = True` says that it also works on
+object arrays of symbolic extents; `deterministic = False` that it must not be folded.
+"""
+
+from gpu_engine.ir.ops.linear import Conv, ConvTranspose, MatMul
+from gpu_engine.ir.ops.movement import (
+    Concat,
+    Expand,
+    Gather,
+    GatherElements,
+    GatherND,
+    Iota,
+    Pad,
+    Reshape,
+    Slice,
+    Transpose,
+)
+from gpu_engine.ir.ops.pointwise import Map
+from gpu_engine.ir.ops.reduction import ArgReduce, LayerNorm, Reduce, Softmax
+
+__all__ = [
+    "ArgReduce",
+    "Concat",
+    "Conv",
+    "ConvTranspose",
+    "Expand",
+    "Gather",
+    "GatherElements",
+    "GatherND",
+    "Iota",
+    "LayerNorm",
+    "Map",
+    "MatMul",
+    "Pad",
+    "Reduce",
+    "Reshape",
+    "Slice",
+    "Softmax",
+    "Transpose",
+]

@@ -1,0 +1,98 @@
+"""The protocol of a device: lower a graph, then open streams whose slots stage, launch and wait.
+
+A slot is the unit of memory: one arena, one staging area for inputs. A stream is the unit of concurrency: launches
+of one stream run in order, launches of different streams run at the same time. The engine lets one thread at a time
+use a stream, so nothing here locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpu_engine.ir.graph import Graph
+from gpu_engine.plan.plan import Batching, Plan
+
+Array = NDArray[np.generic]
+
+
+class Slot(Protocol):
+    """Room for one batch in flight."""
+
+    def stage(self, extents: tuple[int, ...]) -> Sequence[Array]:
+        """Bind to `extents` (the values of `plan.symbols`) and return one writable array per input, to be filled.
+
+        Cheap where the slot was bound to the same extents before; otherwise arithmetic only: nothing is compiled.
+        """
+        ...
+
+    def launch(self) -> None:
+        """Start the staged execution. An asynchronous device returns before it has finished."""
+        ...
+
+    def wait(self) -> Sequence[Array]:
+        """Wait for the launch and return one array per output, valid until the next `stage`; raises its error."""
+        ...
+
+
+class Stream(Protocol):
+    """One lane of execution over one plan."""
+
+    @property
+    def slots(self) -> Sequence[Slot]: ...
+
+    def enter(self) -> None:
+        """Called once by a thread that will serve this stream for long: pins it to the stream's cores."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Device(Protocol):
+    """A place where plans run."""
+
+    @property
+    def name(self) -> str:
+        """ "cpu", "cuda:0", ..."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why this device was chosen or what it is, for people."""
+        ...
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `launch` returns early, so that a stream keeps two launches in flight."""
+        ...
+
+    @property
+    def batch_limit(self) -> int | None:
+        """The most rows that the batch formula may choose here (8 on the CPU), None for no limit."""
+        ...
+
+    @property
+    def stream_limit(self) -> int | None:
+        """The most streams worth opening (the cores of a CPU), None for no limit."""
+        ...
+
+    def auto_streams(self) -> int:
+        """How many streams "auto" means."""
+        ...
+
+    def lower(self, graph: Graph, batching: Batching) -> Plan: ...
+
+    def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[Stream]:
+        """Streams over one plan that share its weights, each with `slots` slots; `threads` cores per stream."""
+        ...
+
+    def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
+        """(weights, activations of one slot) in bytes while bound to `extents`."""
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes that a new allocation may still take."""
+        ...
