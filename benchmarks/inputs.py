@@ -1,4 +1,4 @@
-"""Inputs as the real models' own clients make them: drawn text through the clients' preprocessing, file bytes, tokens."""
+"""Inputs as the real models' own clients make them: drawn text, preprocessed; file bytes; tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = (
     b'{"a":[1,2,3]}' * 9,
     b"<!DOCTYPE html><html><head><title>t</title></head><body><p>text</p></body></html>\n" * 12,
     b"name,value,unit\nlatency,0.15,ms\nthroughput,95,GFLOP/s\n" * 40,
-    b"#include <stdio.h>\nint main(void) { printf(\"%d\\n\", 42); return 0; }\n" * 3,
+    b'#include <stdio.h>\nint main(void) { printf("%d\\n", 42); return 0; }\n' * 3,
     bytes(range(256)) * 3,
 )
 FILE_LABELS = ("python", "json", "html", "csv", "c", "unknown")

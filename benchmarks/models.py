@@ -132,7 +132,9 @@ LIGHT = (
     _light("zfnet512", "gpu_0/data_0", large=True),
 )
 EXPORTS = (
-    RealModel("resnet50", Export(TIMM_NEEDS), partial(_photo_feed, "pixel_values"), FIVE_BATCHES, Tolerance(5e-6), True),
+    RealModel(
+        "resnet50", Export(TIMM_NEEDS), partial(_photo_feed, "pixel_values"), FIVE_BATCHES, Tolerance(5e-6), True
+    ),
     RealModel(
         "mobilenetv2", Export(TIMM_NEEDS), partial(_photo_feed, "pixel_values"), FIVE_BATCHES, Tolerance(1e-5), True
     ),

@@ -1,6 +1,6 @@
 """External tensor data: memory-mapped, and never from outside the model's folder.
 
-The path of a tensor's data comes from the model, so it is hostile input (CVE-2022-25882, CVE-2024-27318,
+A tensor's path comes from the model, so it is hostile input (CVE-2022-25882, CVE-2024-27318,
 CVE-2025-51480). It must be relative, without "..", and every component is opened below the previous one without
 following a symbolic link; the file must be a regular one with a single name (no hard link).
 """
@@ -62,9 +62,7 @@ def _map_file(folder: Path, location: str) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise InvalidModel(f"external data {location!r} is not in {folder}") from error
     except OSError as error:
-        raise UnsafeModel(
-            f"external data {location!r} passes through a link or is no file: {error.strerror}"
-        ) from error
+        raise UnsafeModel(f"external data {location!r} is a link or no file: {error.strerror}") from error
     finally:
         os.close(parent)
     try:

@@ -69,6 +69,9 @@ def import_model(model: Model, bodies: FunctionBodies, shapes: Mapping[str, Sequ
     missing = [info.name for info in model.graph.outputs if info.name not in values]
     if missing:
         raise InvalidModel(f"no node makes the outputs {', '.join(missing)}")
+    sequences = [info.name for info in model.graph.outputs if not isinstance(values[info.name], Value)]
+    if sequences:
+        raise UnsupportedModel(f"the outputs {', '.join(sequences)} are sequences or optionals, not tensors")
     outputs = tuple(builder.materialize(values[info.name]) for info in model.graph.outputs)
     return Graph(
         inputs=tuple(inputs),

@@ -26,7 +26,7 @@ class TensorInfo:
 @dataclass(frozen=True)
 class ModelNode:
     """One NodeProto. An empty name among `inputs` is an absent optional input. Attributes are Python values: int,
-    float, str, bytes that are no text, NumPy arrays, ModelGraph, AttributeReference (in function bodies), and tuples."""
+    float, str, bytes that are no text, NumPy arrays, ModelGraph, AttributeReference (in bodies), and tuples."""
 
     op_type: str
     domain: str

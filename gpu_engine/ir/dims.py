@@ -1,16 +1,15 @@
 """Symbolic extents: integer polynomials over named symbols in a normal form, so that equality is `==`.
 
 A `Dim` is an `int` or a `Sym`. Simplification assumes that every named symbol is at least 1, and an extent that
-evaluates below zero counts as 0 (`evaluator`): `x[:, :-1]` of an empty axis stays empty.
+evaluates below zero counts as 0 (evaluation.py): `x[:, :-1]` of an empty axis stays empty.
 """
 
 from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gpu_engine.errors import InvalidModel
 
@@ -28,7 +27,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Call:
-    """A function that polynomials cannot express: floordiv, mod, min, max, broadcast or many (1 if the extent is not 1)."""
+    """A function that polynomials cannot express: floordiv, mod, min, max, broadcast or many (0 for 1, else 1)."""
 
     function: str
     args: tuple[Dim, ...]
@@ -157,7 +156,18 @@ def broadcast(a: Dim, b: Dim) -> Dim:
         raise InvalidModel(f"extents {a} and {b} do not broadcast")
     if isinstance(a, int) or isinstance(b, int):
         return a if isinstance(a, int) else b
+    for joined, part in ((a, b), (b, a)):
+        if isinstance(joined, Sym) and part in _broadcast_parts(joined):
+            return joined
     return _call("broadcast", *_ordered(a, b))
+
+
+def _broadcast_parts(dim: Sym) -> tuple[Dim, ...]:
+    """The extents that `dim` is a broadcast of, if it is nothing else."""
+    match dim.terms:
+        case (((Call("broadcast", args),), 1),):
+            return args
+    return ()
 
 
 def many(dim: Dim) -> Dim:
@@ -229,82 +239,6 @@ def parse(text: str) -> Dim | None:
         return _parse_node(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, ZeroDivisionError):
         return None
-
-
-def evaluator(dims: Sequence[Dim], names: Sequence[str]) -> Callable[..., tuple[int, ...]]:
-    """f(*values of names) -> the values of all `dims`, as generated Python that computes each subterm once."""
-    writer = _Writer({name: f"s{i}" for i, name in enumerate(names)})
-    results = [writer.write(dim) for dim in dims]
-    arguments = ", ".join(f"s{i}" for i in range(len(names)))
-    body = "".join(f"    {line}\n" for line in writer.lines)
-    source = f"def evaluate({arguments}):\n{body}    return ({', '.join(results)}{',' if results else ''})\n"
-    scope: dict[str, Any] = {"broadcast": _broadcast_values}
-    exec(compile(source, "<dims>", "exec"), scope)
-    return scope["evaluate"]  # type: ignore[no-any-return]
-
-
-class _Writer:
-    """Prints dims as let-lines, one per distinct subterm."""
-
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self.names, self.lines = names, []  # type: tuple[Mapping[str, str], list[str]]
-        self.known: dict[Any, str] = {}
-
-    def let(self, key: object, text: str) -> str:
-        if key not in self.known:
-            self.known[key] = f"t{len(self.known)}"
-            self.lines.append(f"{self.known[key]} = {text}")
-        return self.known[key]
-
-    def write(self, dim: Dim) -> str:
-        """The name of `dim`'s value, clamped at 0."""
-        if isinstance(dim, int):
-            return repr(dim)
-        text = self.sum(dim)
-        low, _ = bounds(dim)
-        if low is not None and low >= 0 and all(count > 0 for _, count in dim.terms):
-            return text
-        return self.let(("clamp", dim), f"{text} if {text} > 0 else 0")
-
-    def sum(self, dim: Dim) -> str:
-        if isinstance(dim, int):
-            return repr(dim)
-        if dim in self.known:
-            return self.known[dim]
-        parts = [self.term(monomial, count) for monomial, count in dim.terms]
-        return parts[0] if len(parts) == 1 else self.let(dim, " + ".join(parts))
-
-    def term(self, monomial: Monomial, count: int) -> str:
-        name = ""
-        for i, atom in enumerate(monomial):
-            text = self.atom(atom)
-            name = self.let(("product", monomial[: i + 1]), f"{name} * {text}") if name else text
-        if not name:
-            return repr(count)
-        return name if count == 1 else self.let((monomial, count), f"{count} * {name}")
-
-    def atom(self, atom: Atom) -> str:
-        if isinstance(atom, Symbol):
-            return self.names[atom.name]
-        args = [self.sum(arg) for arg in atom.args]
-        match atom.function:
-            case "floordiv":
-                text = f"{args[0]} // {args[1]}"
-            case "mod":
-                text = f"{args[0]} % {args[1]}"
-            case "many":
-                text = f"0 if {args[0]} == 1 else 1"
-            case function:
-                text = f"{function}({', '.join(args)})"
-        return self.let(atom, text)
-
-
-def _broadcast_values(a: int, b: int) -> int:
-    if a == b or b == 1:
-        return a
-    if a == 1:
-        return b
-    raise ValueError(f"extents {a} and {b} do not broadcast")
 
 
 def _terms(dim: Dim) -> tuple[tuple[Monomial, int], ...]:

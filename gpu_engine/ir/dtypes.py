@@ -29,9 +29,10 @@ BY_ONNX_NUMBER: dict[int, DType] = {
     19: np.dtype(ml_dtypes.float8_e5m2), 20: np.dtype(ml_dtypes.float8_e5m2fnuz),
     21: np.dtype(ml_dtypes.uint4), 22: np.dtype(ml_dtypes.int4), 23: np.dtype(ml_dtypes.float4_e2m1fn),
     24: np.dtype(ml_dtypes.float8_e8m0fnu), 25: np.dtype(ml_dtypes.uint2), 26: np.dtype(ml_dtypes.int2),
+    27: np.dtype(ml_dtypes.float6_e2m3fn), 28: np.dtype(ml_dtypes.float6_e3m2fn),
 }  # fmt: skip
 ONNX_NUMBER: dict[DType, int] = {dtype: number for number, dtype in BY_ONNX_NUMBER.items()}
-_FLOATS = {FLOAT32, FLOAT64, FLOAT16, BFLOAT16} | {BY_ONNX_NUMBER[n] for n in (17, 18, 19, 20, 23, 24)}
+_FLOATS = {FLOAT32, FLOAT64, FLOAT16, BFLOAT16} | {BY_ONNX_NUMBER[n] for n in (17, 18, 19, 20, 23, 24, 27, 28)}
 _INTEGERS = {INT8, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64} | {BY_ONNX_NUMBER[n] for n in (21, 22, 25, 26)}
 
 
@@ -51,7 +52,7 @@ def is_integer(dtype: DType) -> bool:
 
 
 def compute_dtype(dtype: DType) -> DType:
-    """The dtype that arithmetic on `dtype` happens in: float32 for every narrower float, int32 for sub-byte integers."""
+    """The dtype that arithmetic on `dtype` happens in: float32 for narrower floats, int32 for sub-byte integers."""
     if dtype in _FLOATS and dtype.itemsize < 4:
         return FLOAT32
     if dtype in _INTEGERS and dtype.kind == "V":

@@ -238,16 +238,35 @@ class Builder:
     def _fold(self, op: Op, inputs: tuple[Value, ...], types: tuple[TensorType, ...]) -> tuple[Value, ...] | None:
         if not all(value.known is not None for value in inputs) or not getattr(op, "deterministic", True):
             return None
+        if getattr(op, "binds", ()):
+            return self._fold_open(op, inputs, types)
         if not all(isinstance(extent, int) for kind in types for extent in kind.shape) or op_dims(op):
             return None
-        if sum(dims.product(kind.shape) * kind.dtype.itemsize for kind in types) > FOLD_LIMIT_NBYTES and inputs:
-            if not getattr(op, "fold_as_view", False):
-                return None
+        nbytes = sum(dims.product(kind.shape) * kind.dtype.itemsize for kind in types)
+        if dims.less_equal(FOLD_LIMIT_NBYTES, nbytes) and not getattr(op, "fold_as_view", False):
+            return None
         if any(value.symbolic for value in inputs):
             return self._fold_symbolic(op, inputs, types)
-        with np.errstate(all="ignore"):
-            arrays = op.evaluate(np, *(value.known for value in inputs))
+        arrays = self._evaluate(op, inputs)
+        if arrays is None:
+            return None
         return tuple(Value(kind, np.asarray(array)) for kind, array in zip(types, arrays, strict=True))
+
+    def _fold_open(self, op: Op, inputs: tuple[Value, ...], types: tuple[TensorType, ...]) -> tuple[Value, ...] | None:
+        """What an operation whose extents depend on its operands' contents makes of constants."""
+        arrays = None if any(value.symbolic for value in inputs) else self._evaluate(op, inputs)
+        if arrays is None or not all(isinstance(kind, TensorType) for kind in types):
+            return None
+        found = zip(types, map(np.asarray, arrays), strict=True)
+        return tuple(Value(TensorType(kind.dtype, array.shape), array) for kind, array in found)
+
+    def _evaluate(self, op: Op, inputs: tuple[Value, ...]) -> tuple[Array, ...] | None:
+        """The outputs for constants; None where they make the operation fail, which is for the run to report."""
+        try:
+            with np.errstate(all="ignore"):
+                return op.evaluate(np, *(value.known for value in inputs))
+        except (ArithmeticError, IndexError, ValueError):
+            return None
 
     def _fold_symbolic(
         self, op: Op, inputs: tuple[Value, ...], types: tuple[TensorType, ...]

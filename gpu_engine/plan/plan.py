@@ -38,13 +38,19 @@ class Batching:
 
 @dataclass(frozen=True)
 class Step:
-    """One launch: a device's own kernel over numbered buffers; `binds` names extents that are known only after it."""
+    """One launch: a device's own kernel over numbered buffers.
+
+    `scratch` are buffers that live during this step alone. `binds` names extents that are known only after it.
+    `in_place` lists positions of inputs whose memory the first output may take over, element for element.
+    """
 
     kernel: Any
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     source: str
     binds: tuple[str, ...] = ()
+    scratch: tuple[int, ...] = ()
+    in_place: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,22 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Requirement:
+    """A relation of extents that only binding can check: equal, or with `broadcast`, `left` equal to 1 or `right`."""
+
+    left: Dim
+    right: Dim
+    broadcast: bool
+    source: str
+    what: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Steps over numbered buffers; `symbols` are the extents that the inputs' shapes bind, in binding order."""
+    """Steps over numbered buffers; `symbols` are the extents that the inputs' shapes bind, in binding order.
+
+    `program` is what the device that lowered the plan prepared for binding it, of no meaning to anyone else.
+    """
 
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
@@ -69,3 +89,13 @@ class Plan:
     output_ports: tuple[Port, ...]
     symbols: tuple[str, ...]
     batching: Batching
+    requirements: tuple[Requirement, ...] = ()
+    program: Any = None
+
+
+def root(buffers: tuple[Buffer, ...], index: int) -> int:
+    """The buffer that owns the memory of buffer `index`."""
+    alias = buffers[index].alias
+    while alias is not None:
+        index, alias = alias, buffers[alias].alias
+    return index

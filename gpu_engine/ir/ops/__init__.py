@@ -5,6 +5,7 @@ device that has no kernel of its own for an operation uses it. `shape_arithmetic
 object arrays of symbolic extents; `deterministic = False` that it must not be folded.
 """
 
+from gpu_engine.ir.ops.image import Resize
 from gpu_engine.ir.ops.linear import Conv, ConvTranspose, MatMul
 from gpu_engine.ir.ops.movement import (
     Concat,
@@ -19,6 +20,8 @@ from gpu_engine.ir.ops.movement import (
     Transpose,
 )
 from gpu_engine.ir.ops.pointwise import Map
+from gpu_engine.ir.ops.pooling import Pool
+from gpu_engine.ir.ops.recurrent import Recurrent
 from gpu_engine.ir.ops.reduction import ArgReduce, LayerNorm, Reduce, Softmax
 
 __all__ = [
@@ -35,8 +38,11 @@ __all__ = [
     "Map",
     "MatMul",
     "Pad",
+    "Pool",
+    "Recurrent",
     "Reduce",
     "Reshape",
+    "Resize",
     "Slice",
     "Softmax",
     "Transpose",

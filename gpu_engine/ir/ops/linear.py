@@ -16,7 +16,15 @@ from gpu_engine.ir.graph import TensorType
 from gpu_engine.ir.ops.pointwise import Map, broadcast_shapes
 
 
+def _product_dtype(a: Any, b: Any, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """What to multiply in: sums of products of bytes are exact in float64, which has a fast matrix product."""
+    bytes_only = dtype.kind in "iu" and a.dtype.kind in "iu" and a.dtype.itemsize == b.dtype.itemsize == 1
+    return np.dtype(np.float64) if bytes_only and b.dtype.kind in "iu" else compute_dtype(dtype)
+
+
 def _finished(epilogue: Expr | None, xp: Any, result: Any, extras: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
+    if result.dtype.kind == "f" and dtype.kind in "iu":
+        result = result.astype(np.int64)
     if epilogue is None:
         return (result.astype(dtype, copy=False),)
     return Map(epilogue).evaluate(xp, result.astype(dtype, copy=False), *extras)
@@ -60,7 +68,7 @@ class MatMul:
     def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
         a, b, *extras = arrays
         dtype = self.accumulate or a.dtype
-        a, b = (x.astype(compute_dtype(dtype), copy=False) for x in (a, b))
+        a, b = (x.astype(_product_dtype(a, b, dtype), copy=False) for x in (a, b))
         a = a.swapaxes(-1, -2) if self.transpose_a else a
         b = b.swapaxes(-1, -2) if self.transpose_b else b
         with np.errstate(all="ignore"):
@@ -102,7 +110,7 @@ class Conv:
     def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
         x, w, *extras = arrays
         dtype = self.accumulate or x.dtype
-        x, w = (array.astype(compute_dtype(dtype), copy=False) for array in (x, w))
+        x, w = (array.astype(_product_dtype(x, w, dtype), copy=False) for array in (x, w))
         windows = window_view(xp, x, w.shape[2:], self.strides, self.before, self.after, self.dilations, 0)
         rank, (n, _, *spatial) = len(self.strides), windows.shape[: 2 + len(self.strides)]
         windows = windows.reshape(n, self.group, -1, *windows.shape[2:])
@@ -124,7 +132,7 @@ def window_count(extent: Dim, kernel: Dim, stride: int, before: Dim, after: Dim,
 
 
 def window_view(xp: Any, x: Any, kernel: Any, strides: Any, before: Any, after: Any, dilations: Any, fill: Any) -> Any:
-    """[N, C, windows..., kernel...] of x [N, C, spatial...] padded with `fill`: a strided view where nothing is padded."""
+    """[N, C, windows..., kernel...] of x [N, C, spatial...] padded with `fill`: a strided view."""
     pads = [(0, 0), (0, 0), *((max(0, int(a)), max(0, int(b))) for a, b in zip(before, after, strict=True))]
     crop = (slice(None), slice(None), *(
         slice(max(0, -int(a)), extent - max(0, -int(b)))
@@ -156,7 +164,7 @@ class ConvTranspose:
     before: tuple[Dim, ...]
     after: tuple[Dim, ...]
     dilations: tuple[int, ...]
-    output_padding: tuple[int, ...]
+    output_padding: tuple[Dim, ...]
     group: int = 1
     epilogue: Expr | None = None
 

@@ -1,0 +1,63 @@
+"""The two kinds of step that the CPU runs: a native kernel with argument words, or a function over arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_fallback.native import Kernel
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.graph import Op
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Address:
+    """The memory of a buffer, from `offset` bytes on."""
+
+    buffer: int
+    offset: Dim = 0
+
+
+Word = Address | Dim
+
+
+@dataclass(frozen=True)
+class Native:
+    """A kernel and its argument block of 8-byte words."""
+
+    kernel: Kernel
+    words: tuple[Word, ...]
+
+
+ArrayFunction = Callable[[Any, Sequence[Array], Sequence[Array], Sequence[Array]], None]
+"""function(op, inputs, outputs, scratch): writes every element of `outputs`; `op` has ints for all its extents."""
+
+
+@dataclass(frozen=True)
+class ArrayCall:
+    """A function over NumPy views of the step's buffers."""
+
+    function: ArrayFunction
+    op: Op
+
+
+def evaluate_into(op: Op, inputs: Sequence[Array], outputs: Sequence[Array], scratch: Sequence[Array]) -> None:
+    """The reference of an operation, copied into place; raises ValueError if a shape is not the declared one."""
+    for out, result in zip(outputs, op.evaluate(np, *inputs), strict=True):
+        copy_exactly(out, result)
+
+
+def copy_exactly(out: Array, result: Array) -> None:
+    """`result` into `out` of the same shape."""
+    if result.shape != out.shape:
+        raise ValueError(f"a result of shape {list(result.shape)} where {list(out.shape)} was declared")
+    if out.dtype == object and out.ndim == 0:
+        out[()] = result[()]
+    else:
+        np.copyto(out, result, casting="unsafe")

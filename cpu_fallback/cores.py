@@ -1,0 +1,154 @@
+"""Cores and memory that this process may really use: affinity, control groups, and what other limits leave.
+
+A container's quota is no property of the machine: `os.cpu_count()` and even the affinity mask say nothing about it.
+Quotas count on the process's own group and every ancestor, in version 1 and 2 hierarchies.
+https://docs.kernel.org/admin-guide/cgroup-v2.html https://docs.kernel.org/scheduler/sched-bwc.html
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+UNLIMITED = 1 << 62
+MOUNTS, GROUPS, MEMORY = Path("/proc/self/mountinfo"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Core numbers to use, and how that came about."""
+
+    numbers: tuple[int, ...]
+    affinity: int
+    quota: float | None
+
+    def __str__(self) -> str:
+        quota = "no quota" if self.quota is None else f"a quota of {self.quota:g}"
+        return f"{len(self.numbers)} of {self.affinity} cores in the affinity mask, {quota}"
+
+
+def usable_cores() -> Cores:
+    """max(1, min(affinity, floor(quota))) cores; of the mask the first ones."""
+    mask = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    quota = cpu_quota(group_folders("cpu"))
+    count = len(mask) if quota is None else max(1, min(len(mask), int(quota)))
+    return Cores(tuple(mask[:count]), len(mask), quota)
+
+
+def partition(cores: Sequence[int], streams: int) -> list[tuple[int, ...]]:
+    """Contiguous shares, the remainder to the first ones; with more streams than cores they take turns."""
+    if streams > len(cores):
+        return [(cores[i * len(cores) // streams],) for i in range(streams)]
+    size, more = divmod(len(cores), streams)
+    shares, start = [], 0
+    for i in range(streams):
+        stop = start + size + (i < more)
+        shares.append(tuple(cores[start:stop]))
+        start = stop
+    return shares
+
+
+def cpu_quota(folders: Sequence[Path]) -> float | None:
+    """The least quota in cores that any of the groups sets; None if none does."""
+    quotas = [quota for folder in folders for quota in (_quota_v2(folder), _quota_v1(folder)) if quota is not None]
+    return min(quotas, default=None)
+
+
+def _quota_v2(folder: Path) -> float | None:
+    words = _read(folder / "cpu.max").split()
+    if len(words) != 2 or words[0] == "max":
+        return None
+    return int(words[0]) / int(words[1])
+
+
+def _quota_v1(folder: Path) -> float | None:
+    quota, period = (_number(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return quota / period if quota is not None and period and quota > 0 else None
+
+
+def group_folders(controller: str, mounts: str | None = None, groups: str | None = None) -> list[Path]:
+    """The folders of the process's own group for `controller` and of its ancestors, in every mounted hierarchy."""
+    mounts = _read(MOUNTS) if mounts is None else mounts
+    own = dict(_own_groups(_read(GROUPS) if groups is None else groups))
+    folders = []
+    for mount, top, controllers in _hierarchies(mounts):
+        if controllers is not None and controller not in controllers:
+            continue
+        path = own.get("" if controllers is None else controller)
+        if path is not None:
+            folders += _with_ancestors(mount, top, path)
+    return folders
+
+
+def _own_groups(text: str) -> Iterator[tuple[str, str]]:
+    """(controller, path) for version 1, ("", path) for version 2."""
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        yield from ((controller, path) for controller in controllers.split(","))
+
+
+def _hierarchies(text: str) -> Iterator[tuple[Path, str, list[str] | None]]:
+    """(mount point, its root inside the hierarchy, controllers or None for version 2)."""
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        if len(fields) < 5 or len(kind) < 3:
+            continue
+        if kind[0] == "cgroup2":
+            yield Path(fields[4]), fields[3], None
+        elif kind[0] == "cgroup":
+            yield Path(fields[4]), fields[3], kind[2].split(",")
+
+
+def _with_ancestors(mount: Path, top: str, path: str) -> list[Path]:
+    inside = path[len(top) :] if top != "/" and path.startswith(top) else path if top == "/" else ""
+    folder = mount / inside.lstrip("/")
+    found = [folder]
+    while folder != mount and mount in folder.parents:
+        folder = folder.parent
+        found.append(folder)
+    return found
+
+
+def free_memory() -> int:
+    """Bytes that can still be allocated: what the system says is available, or less where a control group says so."""
+    return min([_available(), *(_group_memory(folder) for folder in group_folders("memory"))])
+
+
+def _available() -> int:
+    for line in _read(MEMORY).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    pages = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
+    return os.sysconf(pages[0]) * os.sysconf(pages[1]) if all(name in os.sysconf_names for name in pages) else UNLIMITED
+
+
+def _group_memory(folder: Path) -> int:
+    """What the group's limit leaves; files in the page cache count as free."""
+    for limit_file, usage_file, inactive in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit, usage = _number(folder / limit_file), _number(folder / usage_file)
+        if limit is not None and usage is not None and limit < UNLIMITED:
+            return max(0, limit - usage + _statistic(folder / "memory.stat", inactive))
+    return UNLIMITED
+
+
+def _statistic(path: Path, name: str) -> int:
+    rows = (line.split() for line in _read(path).splitlines())
+    return next((int(row[1]) for row in rows if len(row) == 2 and row[0] == name), 0)
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.lstrip("-").isdigit() else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

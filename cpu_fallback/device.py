@@ -1,0 +1,68 @@
+"""The CPU as a device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from cpu_fallback import cores
+from cpu_fallback.blas import cap_threads
+from cpu_fallback.lowering import lower_node
+from cpu_fallback.native import host
+from cpu_fallback.program import Program, build_program, zone_sizes
+from cpu_fallback.stream import CpuStream
+from gpu_engine.errors import DeviceError
+from gpu_engine.ir.graph import Graph
+from gpu_engine.plan.lower import lower_graph
+from gpu_engine.plan.plan import Batching, Plan
+
+
+class CpuDevice:
+    """The host's cores, with kernels generated for its vector features. See `runtime.device.Device`."""
+
+    asynchronous = False
+    batch_limit = 8
+
+    def __init__(self, ordinal: int | None = None) -> None:
+        if ordinal not in (None, 0):
+            raise DeviceError(f"there is one CPU device, cpu:0; cpu:{ordinal} does not exist")
+        self._cores = cores.usable_cores()
+
+    @property
+    def name(self) -> str:
+        return "cpu"
+
+    @property
+    def reason(self) -> str:
+        target = host()
+        return f"{target.cpu}, {target.vector_nbytes * 8}-bit vectors, {self._cores}"
+
+    @property
+    def stream_limit(self) -> int:
+        return len(self._cores.numbers)
+
+    def auto_streams(self) -> int:
+        return len(self._cores.numbers)
+
+    def lower(self, graph: Graph, batching: Batching) -> Plan:
+        """The plan, its kernels compiled."""
+        plan = lower_graph(graph, batching, lower_node)
+        return dataclasses.replace(plan, program=build_program(plan))
+
+    def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream]:
+        """Streams on disjoint cores; `threads` cores each where given, else the cores are shared out."""
+        shares = cores.partition(self._cores.numbers, streams)
+        if threads is not None:
+            shares = [share[:threads] or share for share in shares]
+        cap = max(map(len, shares))
+        return [CpuStream(plan, slots, share, cap_threads(cap)) for share in shares]
+
+    def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
+        """(weights, activations of one slot) in bytes; the arenas count, although slots of one stream share them.
+        Segments whose extents only running tells are left out."""
+        program: Program = plan.program
+        first = program.segments[0]
+        return program.weights_nbytes, sum(zone_sizes(first, first.numbers.evaluate(extents)))
+
+    def free_memory(self) -> int:
+        return cores.free_memory()

@@ -1,0 +1,47 @@
+"""Which lowering each engine operation has on the CPU; what has none runs its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cpu_fallback.calls import Array, ArrayCall, evaluate_into
+from cpu_fallback.maps import map_call
+from gpu_engine.ir.graph import Node
+from gpu_engine.ir.ops import Map
+from gpu_engine.plan.lower import Lowering
+
+Buffers = tuple[int, ...]
+LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]
+"""lower(lowering, op, node, input buffers, output buffers) appends steps; False declines, and the reference runs."""
+
+
+def lower_map(lowering: Lowering, op: Map, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
+    operands = [(buffer, value.shape) for buffer, value in zip(inputs, node.inputs, strict=True)]
+    found = map_call(op.expr, operands, outputs[0], node.outputs[0].shape)
+    if found is None:
+        return False
+    native, in_place = found
+    lowering.emit(native, inputs, outputs, in_place=in_place)
+    return True
+
+
+LOWERINGS: dict[type, LowerOp] = {Map: lower_map}
+
+
+def lower_node(lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers) -> None:
+    """The steps of one node."""
+    binds = tuple(getattr(node.op, "binds", ()))
+    if binds:
+        lowering.emit(ArrayCall(evaluate_all, node.op), inputs, outputs, binds=binds)
+        return
+    lower = LOWERINGS.get(type(node.op))
+    if lower is None or not lower(lowering, node.op, node, inputs, outputs):
+        lowering.emit(ArrayCall(evaluate_into, node.op), inputs, outputs)
+
+
+def evaluate_all(op: Any, inputs: list[Array], outputs: list[Array], scratch: list[Array]) -> tuple[Array, ...]:
+    """The reference of a step whose extents only running tells: it gives its results instead of writing them."""
+    return tuple(op.evaluate(np, *inputs))

@@ -1,0 +1,146 @@
+"""Native code: the host's vector features, the one function that compiles, and the process-wide cache of kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import llvmlite.binding as llvm
+
+from cpu_fallback.code import Code
+
+SIGNATURE = "ptr %block, i64 %thread, i64 %threads"
+Walk = Callable[[int, int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine that code is made for.
+
+    A vector has `vector_nbytes`. With `masked`, loads and stores under a mask cost nothing (AVX-512); else the tail of
+    an axis goes through the stack. `halves` says that float16 converts in hardware.
+    """
+
+    cpu: str
+    features: str
+    vector_nbytes: int
+    masked: bool
+    halves: bool
+
+
+class Kernel(Protocol):
+    """A native function by content: equal kernels are one piece of machine code.
+
+    Signature of the function: (block of 8-byte argument words, thread, threads); every thread does its share.
+    """
+
+    def write(self, code: Code, target: Target) -> None: ...
+
+
+@lru_cache(maxsize=1)
+def host() -> Target:
+    """The machine that this process runs on."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features()
+    wide = all(features.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
+    arm = llvm.get_default_triple().startswith(("aarch64", "arm64"))
+    nbytes = 64 if wide else 32 if features.get("avx2") and features.get("fma") else 16
+    return Target(
+        llvm.get_host_cpu_name(), features.flatten(), nbytes, wide, arm or bool(features.get("f16c"))
+    )  # fmt: skip
+
+
+class Library:
+    """Machine code made so far, by target and kernel; nothing is ever compiled twice or thrown away."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._addresses: dict[tuple[Target, Any], int] = {}
+        self._engines: list[Any] = []
+
+    def addresses(self, kernels: Iterable[Kernel], target: Target) -> dict[Any, int]:
+        """The address of every kernel, compiling those that are new, together in one module."""
+        wanted = dict.fromkeys(kernels)
+        with self._lock:
+            missing = [kernel for kernel in wanted if (target, kernel) not in self._addresses]
+            if missing:
+                names = {kernel: f"kernel{i}" for i, kernel in enumerate(missing)}
+                engine = compile_module(_module_text(names, target), target)
+                self._engines.append(engine)
+                for kernel, name in names.items():
+                    self._addresses[target, kernel] = engine.get_function_address(name)
+            return {kernel: self._addresses[target, kernel] for kernel in wanted}
+
+
+LIBRARY = Library()
+
+
+def compile_module(text: str, target: Target) -> Any:
+    """Machine code of a module of LLVM IR: the only place that compiles anything on the CPU. Needs `host()` first."""
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=target.cpu, features=target.features, opt=2)
+    module = llvm.parse_assembly(text)
+    module.triple, module.data_layout = llvm.get_default_triple(), str(machine.target_data)
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes = llvm.create_new_function_pass_manager()
+    passes.add_instruction_combine_pass()
+    passes.add_new_gvn_pass()
+    passes.add_simplify_cfg_pass()
+    for function in module.functions:
+        if not function.is_declaration:
+            passes.run(function, builder)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return engine
+
+
+def _module_text(names: dict[Kernel, str], target: Target) -> str:
+    bits = target.vector_nbytes * 8
+    attributes = f'nounwind "prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
+    declarations: dict[str, str] = {}
+    functions = []
+    for kernel, name in names.items():
+        code = Code()
+        kernel.write(code, target)
+        declarations |= code.declarations
+        functions.append(code.text(name, SIGNATURE, attributes))
+    return "\n".join([*declarations.values(), *functions])
+
+
+WALK = """
+define void @walk(ptr %table, i64 %steps, i64 %thread, i64 %threads) nounwind {
+entry:
+  %end = getelementptr { ptr, ptr }, ptr %table, i64 %steps
+  br label %head
+head:
+  %row = phi ptr [ %table, %entry ], [ %next, %body ]
+  %more = icmp ult ptr %row, %end
+  br i1 %more, label %body, label %done
+body:
+  %function = load ptr, ptr %row
+  %place = getelementptr i8, ptr %row, i64 8
+  %block = load ptr, ptr %place
+  call void %function(ptr %block, i64 %thread, i64 %threads)
+  %next = getelementptr { ptr, ptr }, ptr %row, i64 1
+  br label %head
+done:
+  ret void
+}
+"""
+
+
+@lru_cache(maxsize=1)
+def walker() -> Walk:
+    """walk(address of a table, steps, thread, threads): one call for many steps, without the GIL.
+
+    The table holds {function pointer, argument block pointer} for each step.
+    """
+    engine = compile_module(WALK, host())
+    kinds = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
+    walk: Any = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("walk"))
+    walk.engine = engine
+    return walk  # type: ignore[no-any-return]

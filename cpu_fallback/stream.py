@@ -1,0 +1,191 @@
+"""Streams and slots: memory, cached bindings, and running them.
+
+The slots of a stream share its arenas, because one of them runs at a time; inputs and outputs belong to the slot, so
+that one slot can be filled, and another one's results read, while a third runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+
+from cpu_fallback.calls import Array
+from cpu_fallback.cores import free_memory
+from cpu_fallback.program import Bound, Part, Program, bind
+from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
+from gpu_engine.plan.binding import solve_binds
+from gpu_engine.plan.memory import ALIGNMENT
+from gpu_engine.plan.plan import Plan, Step
+
+CACHED_BINDINGS = 32
+CHECKED_NBYTES = 1 << 20
+
+
+class Area:
+    """A piece of memory that grows on demand; `generation` counts how often it has moved."""
+
+    def __init__(self) -> None:
+        self.array: Array = np.empty(0, np.uint8)
+        self.generation = 0
+
+    def reserve(self, nbytes: int) -> Array:
+        """At least `nbytes`, aligned; OutOfMemory before allocating what cannot fit."""
+        if nbytes > self.array.nbytes or not self.generation:
+            self.array = allocate(max(nbytes, min(nbytes * 5 // 4, nbytes + CHECKED_NBYTES)))
+            self.generation += 1
+        return self.array
+
+
+def allocate(nbytes: int) -> Array:
+    """Uninitialised aligned bytes."""
+    if nbytes > CHECKED_NBYTES and nbytes > (free := free_memory()):
+        raise OutOfMemory(f"an arena of {nbytes:,} bytes is needed, {free:,} are free")
+    try:
+        raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    except MemoryError as error:
+        raise OutOfMemory(f"an arena of {nbytes:,} bytes could not be allocated") from error
+    start = -int(raw.__array_interface__["data"][0]) % ALIGNMENT
+    return raw[start : start + nbytes]
+
+
+class CpuSlot:
+    """Room for one batch in flight: staged inputs, results, and bindings of the shapes seen last."""
+
+    def __init__(self, plan: Plan, arenas: Sequence[Area]) -> None:
+        self._plan, self._arenas = plan, arenas
+        self._program: Program = plan.program
+        self._ports = [Area() for _ in arenas]
+        self._cache: dict[tuple[int, tuple[int, ...]], Bound] = {}
+        self._generation: tuple[int, ...] = ()
+        self._bound: Bound | None = None
+        self._inputs: list[Array] = []
+        self._outputs: list[Array] = []
+        self._error: BaseException | None = None
+        self._arrays_only_native = [all(part.call is None for part in s.parts) for s in self._program.segments]
+
+    def stage(self, extents: tuple[int, ...]) -> Sequence[Array]:
+        """See `runtime.device.Slot`. InputError if the extents contradict each other inside the model."""
+        bound = self._bound
+        if bound is None or bound.extents != extents or self._moved():
+            self._bound = None
+            self._bound = bound = self._bind(0, extents, [])
+            self._inputs = [bound.arrays[i] for i in self._plan.inputs]
+            if len(self._program.segments) == 1:
+                self._outputs = self._results([bound])
+        return self._inputs
+
+    def launch(self) -> None:
+        """Run to completion; `wait` gives the results or raises the error."""
+        assert self._bound is not None, "launch without stage"
+        self._error = None
+        try:
+            self._run(self._bound)
+        except BaseException as error:
+            self._error = error
+            if not isinstance(error, Exception):
+                raise
+
+    def wait(self) -> Sequence[Array]:
+        if self._error is not None:
+            raise self._error
+        return self._outputs
+
+    def _run(self, bound: Bound) -> None:
+        chain = [bound]
+        for index, segment in enumerate(self._program.segments):
+            results = self._call(index, chain[index])
+            if segment.binds is None:
+                continue
+            step = self._plan.steps[segment.binds]
+            assert isinstance(results, tuple)
+            following = self._bind(index + 1, self._extents_after(index, step, results, chain), chain)
+            for buffer, result in zip(step.outputs, results, strict=True):
+                np.copyto(following.arrays[buffer], result, casting="unsafe")
+            chain.append(following)
+        if len(chain) > 1:
+            self._outputs = self._results(chain)
+
+    def _call(self, index: int, bound: Bound) -> object:
+        """Make the calls of one segment; what the last one gives."""
+        quiet: AbstractContextManager[object] = np.errstate(all="ignore")
+        if self._arrays_only_native[index]:
+            quiet = nullcontext()
+        position, result = -1, None
+        try:
+            with quiet:
+                for position, run in enumerate(bound.runs):
+                    result = run()
+        except GpuEngineError:
+            raise
+        except Exception as error:
+            raise self._failure(self._program.segments[index].parts[position], bound, error) from error
+        return result
+
+    def _failure(self, part: Part, bound: Bound, error: Exception) -> GpuEngineError:
+        assert part.call is not None, "native code does not raise"
+        step = self._plan.steps[part.first]
+        kinds = ", ".join(f"{bound.arrays[i].dtype}{list(bound.arrays[i].shape)}" for i in part.inputs)
+        text = f"{step.source}: {type(part.call.op).__name__} of {kinds}: {error or type(error).__name__}"
+        return OutOfMemory(text) if isinstance(error, MemoryError) else ExecutionError(text)
+
+    def _extents_after(self, index: int, step: Step, results: tuple[Array, ...], chain: list[Bound]) -> tuple[int, ...]:
+        names = self._program.segments[index].names
+        known = dict(zip(names, chain[index].extents, strict=True))
+        declared = [self._plan.buffers[i].shape for i in step.outputs]
+        try:
+            found = solve_binds(declared, [result.shape for result in results], known)
+        except ValueError as error:
+            raise ExecutionError(f"{step.source}: {error}") from error
+        following = self._program.segments[index + 1].names
+        return tuple(found.get(name, known.get(name, 0)) for name in following)
+
+    def _bind(self, index: int, extents: tuple[int, ...], chain: list[Bound]) -> Bound:
+        if self._moved():
+            self._cache.clear()
+        key = (index, extents)
+        bound = self._cache.pop(key, None)
+        if bound is None:
+            segment = self._program.segments[index]
+            bound = bind(segment, extents, self._program.constants, self._reserving(index), chain)
+            if self._moved():
+                self._cache.clear()
+            self._generation = self._current()
+            while len(self._cache) >= CACHED_BINDINGS * len(self._ports):
+                del self._cache[next(iter(self._cache))]
+        self._cache[key] = bound
+        return bound
+
+    def _reserving(self, index: int) -> Callable[[int, int], tuple[Array, Array]]:
+        return lambda arena, ports: (self._arenas[index].reserve(arena), self._ports[index].reserve(ports))
+
+    def _current(self) -> tuple[int, ...]:
+        return (*[area.generation for area in self._arenas], *[area.generation for area in self._ports])
+
+    def _moved(self) -> bool:
+        return self._generation != self._current()
+
+    def _results(self, chain: list[Bound]) -> list[Array]:
+        return [next(bound.arrays[i] for bound in reversed(chain) if i in bound.arrays) for i in self._plan.outputs]
+
+
+class CpuStream:
+    """One lane: its slots take turns in its arenas, on its cores."""
+
+    def __init__(self, plan: Plan, slots: int, cores: Sequence[int], release: Callable[[], None]) -> None:
+        self.cores = tuple(cores)
+        arenas = [Area() for _ in plan.program.segments]
+        self.slots = [CpuSlot(plan, arenas) for _ in range(slots)]
+        self._release = release
+
+    def enter(self) -> None:
+        """Pin the calling thread to the stream's cores, where the system lets a thread choose."""
+        if self.cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, self.cores)
+
+    def close(self) -> None:
+        self._release()
+        self.slots = []
+

@@ -1,0 +1,92 @@
+"""compile(): from a model to an engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from gpu_engine.errors import DeviceError
+from gpu_engine.frontend.importer import import_model
+from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
+from gpu_engine.options import DeviceChoice, PerformanceMode, Scheduler, one_batch, parse_device, validated
+from gpu_engine.passes.batchability import prove
+from gpu_engine.passes.pipeline import optimize
+from gpu_engine.runtime.device import Device
+from gpu_engine.runtime.engine import Engine
+from gpu_engine.runtime.late import DEVICES, load
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def compile(
+    model: ModelSource,
+    *,
+    device: str = "auto",
+    fallback: str | None = None,
+    streams: int | str | None = None,
+    requests: int | None = None,
+    batch: int | None = None,
+    hint: str | PerformanceMode | None = None,
+    threads: int | None = None,
+    scheduler: str | Scheduler | None = None,
+    batch_timeout_ms: float = 0.0,
+    max_queue_size: int = 0,
+    auto_batching: bool | None = None,
+    memory_fraction: float = 0.9,
+) -> Engine:
+    """An engine for a model: a path, bytes or a ModelProto.
+
+    device            "auto" (cuda if it is usable, else cpu), "cpu", "cuda", "cuda:1"; "GPU(8)" also fixes the batch
+    fallback          "cpu": run there if the device asked for is not usable, instead of raising DeviceError
+
+    The other options are those of `options.Options`. Raises ModelError, DeviceError, TypeError or ValueError for an
+    option.
+    """
+    choice = parse_device(device)
+    options = validated(
+        streams=streams,
+        requests=requests,
+        batch=one_batch(choice, batch),
+        hint=hint,
+        threads=threads,
+        scheduler=scheduler,
+        batch_timeout_ms=batch_timeout_ms,
+        max_queue_size=max_queue_size,
+        auto_batching=True if choice.batched and auto_batching is None else auto_batching,
+        memory_fraction=memory_fraction,
+    )
+    opened, reason = open_device(choice, fallback)
+    graph = optimize(import_model(read(model), SpecificationFunctions()))
+    plan = opened.lower(graph, prove(graph))
+    return Engine(plan, opened, options, reason)
+
+
+def open_device(choice: DeviceChoice, fallback: str | None = None) -> tuple[Device, str]:
+    """The device and why it is this one; DeviceError with the reason if it is not usable and no fallback is allowed."""
+    if fallback not in (None, "cpu"):
+        raise ValueError(f"fallback must be 'cpu' or None, given {fallback!r}")
+    if choice.kind == "cpu" and choice.index:
+        raise DeviceError(f"there is no device cpu:{choice.index}: all cores are one device, cpu")
+    kind = "cuda" if choice.kind == "auto" else choice.kind
+    try:
+        device = _open(kind, choice.index)
+    except DeviceError as error:
+        if kind == "cpu" or (choice.kind == "cuda" and fallback is None):
+            raise
+        device = _open("cpu", 0)
+        reason = f"{device.reason}; {error}"
+        _LOGGER.log(
+            logging.INFO if choice.kind == "auto" else logging.WARNING, "running on %s: %s", device.name, reason
+        )
+        return device, reason
+    _LOGGER.info("running on %s: %s", device.name, device.reason)
+    return device, device.reason
+
+
+def _open(kind: str, index: int) -> Device:
+    try:
+        make: Any = load(DEVICES[kind])
+    except ImportError as error:
+        raise DeviceError(f"{kind} is not usable: {error}") from error
+    device: Device = make(index) if kind == "cuda" else make()
+    return device

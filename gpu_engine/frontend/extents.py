@@ -1,0 +1,22 @@
+"""Extents that a model computes: known when it is compiled, or bound when a step has run."""
+
+from __future__ import annotations
+
+from gpu_engine.errors import InvalidModel
+from gpu_engine.frontend.registry import constant_ints
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.graph import Builder, Value
+
+
+def extents_of(b: Builder, value: Value, count: int | None = None) -> tuple[Dim, ...]:
+    """The extents that a 0-d or 1-d integer value holds; where they are not known, one fresh extent for each.
+
+    `count` says how many there are where not even the value's own shape tells; InvalidModel if neither does.
+    """
+    if value.known is not None:
+        return tuple(constant_ints(value, "extents") or ())
+    held = value.shape[0] if value.rank else 1
+    length = held if isinstance(held, int) else count
+    if length is None:
+        raise InvalidModel("how many extents there are must be known when the model is compiled")
+    return tuple(b.fresh_dim() for _ in range(length))

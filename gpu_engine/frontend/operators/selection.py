@@ -1,0 +1,109 @@
+"""Sorting and selecting: results whose extents may depend on the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_engine.errors import InvalidModel
+from gpu_engine.frontend.operators.operands import fresh_at, known_scalar
+from gpu_engine.frontend.registry import array_operator, emit_array, normal_axis, operator
+from gpu_engine.ir import dims
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import INT64, STRING, compute_dtype
+from gpu_engine.ir.graph import Builder, TensorType, Value
+
+
+@operator("TopK", since=1)
+def top_k_1(b: Builder, x: Value, *, axis: int = -1, k: int) -> tuple[Value, ...]:
+    """https://onnx.ai/onnx/operators/onnx__TopK.html (k as an attribute)"""
+    return top_k(b, x, b.constant(np.array([k])), axis=axis)
+
+
+@operator("TopK", since=10)
+def top_k(
+    b: Builder, x: Value, k: Value, *, axis: int = -1, largest: int = 1, sorted: int = 1
+) -> tuple[Value, ...]:
+    """https://onnx.ai/onnx/operators/onnx__TopK.html
+
+    Of equal elements the one with the lower index comes first; NaN counts as greater than all numbers. The result is
+    sorted whatever `sorted` says.
+    """
+    axis = normal_axis(axis, x.rank)
+    count, extent = known_scalar(k), x.shape[axis]
+    if isinstance(count, int) and isinstance(extent, int) and not 0 <= count <= extent:
+        raise InvalidModel(f"the top {count} along axis {axis} of {x.type}")
+    values = fresh_at(b, x.type, (axis,)) if count is None else _with_extent(x.type, axis, count)
+    types = (values, TensorType(INT64, values.shape))
+    attributes = {"axis": axis, "largest": bool(largest), "count": count}
+    return emit_array(b, top_of, lambda b, x, k, **_: types, (x, k if count is None else None), attributes)
+
+
+def _with_extent(kind: TensorType, axis: int, extent: Dim) -> TensorType:
+    return TensorType(kind.dtype, (*kind.shape[:axis], extent, *kind.shape[axis + 1 :]))
+
+
+def top_of(xp: Any, x: Any, k: Any = None, *, axis: int, largest: bool, count: int | None) -> Any:
+    found = int(k.ravel()[0]) if count is None else count
+    if found > x.shape[axis]:
+        raise ValueError(f"the top {found} of {x.shape[axis]} elements")
+    keys = x.astype(compute_dtype(x.dtype), copy=False)
+    if largest:
+        order = x.shape[axis] - 1 - xp.flip(xp.argsort(xp.flip(keys, axis), axis=axis, kind="stable"), axis)
+    else:
+        order = xp.argsort(keys, axis=axis, kind="stable")
+    chosen = order[(slice(None),) * axis + (slice(0, found),)]
+    return xp.take_along_axis(x, chosen, axis=axis), chosen
+
+
+def _non_zero_type(b: Builder, x: Value) -> TensorType:
+    return TensorType(INT64, (x.rank, b.fresh_dim()))
+
+
+@array_operator("NonZero", since=9, infer=_non_zero_type)
+def non_zero(xp: Any, x: Any) -> Any:
+    """https://onnx.ai/onnx/operators/onnx__NonZero.html"""
+    if x.ndim == 0:
+        return xp.zeros((0, int(bool(x))), np.int64)
+    return xp.stack(xp.nonzero(x))
+
+
+def _compress_type(b: Builder, x: Value, condition: Value, *, axis: int | None = None) -> TensorType:
+    if axis is None:
+        return TensorType(x.dtype, (b.fresh_dim(),))
+    return fresh_at(b, x.type, (normal_axis(axis, x.rank),))
+
+
+@array_operator("Compress", since=9, infer=_compress_type)
+def compress(xp: Any, x: Any, condition: Any, *, axis: int | None = None) -> Any:
+    """https://onnx.ai/onnx/operators/onnx__Compress.html"""
+    x, axis = (x.reshape(-1), 0) if axis is None else (x, axis % x.ndim)
+    (chosen,) = xp.nonzero(condition[: x.shape[axis]])
+    return xp.take(x, chosen, axis=axis)
+
+
+def _unique_types(b: Builder, x: Value, *, axis: int | None = None, sorted: int = 1) -> tuple[TensorType, ...]:
+    count = b.fresh_dim()
+    if axis is None:
+        values, all_ = TensorType(x.dtype, (count,)), dims.product(x.shape)
+    else:
+        axis = normal_axis(axis, x.rank)
+        values, all_ = _with_extent(x.type, axis, count), x.shape[axis]
+    return (values, TensorType(INT64, (count,)), TensorType(INT64, (all_,)), TensorType(INT64, (count,)))
+
+
+@array_operator("Unique", since=11, infer=_unique_types)
+def unique(xp: Any, x: Any, *, axis: int | None = None, sorted: int = 1) -> Any:
+    """https://onnx.ai/onnx/operators/onnx__Unique.html"""
+    x, axis = (x.reshape(-1), 0) if axis is None else (x, axis % x.ndim)
+    rows = x if x.ndim == 1 else xp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+    keys = rows.astype(compute_dtype(x.dtype), copy=False) if x.dtype != STRING else rows
+    _, first, inverse, counts = xp.unique(
+        keys, return_index=True, return_inverse=True, return_counts=True, axis=0 if keys.ndim > 1 else None
+    )
+    inverse = inverse.reshape(-1)
+    if not sorted:
+        order = xp.argsort(first)
+        first, counts, inverse = first[order], counts[order], xp.argsort(order)[inverse]
+    return xp.take(x, first, axis=axis), first, inverse, counts

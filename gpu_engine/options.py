@@ -1,0 +1,222 @@
+"""Every option that a user may give, validated once into a frozen dataclass."""
+
+from __future__ import annotations
+
+import glob
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum, IntEnum
+from typing import Any
+
+AUTO = -1
+NUMA = -2
+
+
+class Scheduler(str, Enum):  # noqa: UP042 - StrEnum would change str() and so the read-back of DeepSparse's clients
+    """How requests meet streams; equal to its own string, as DeepSparse's scheduler guide promises."""
+
+    single_stream = "single_stream"
+    default = "single_stream"
+    multi_stream = "multi_stream"
+    elastic = "elastic"
+
+    @classmethod
+    def of(cls, value: object) -> Scheduler:
+        """The member that a spelling names; "" and None are the default; ValueError for anything else."""
+        if value is None or value == "":
+            return cls.default
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, str):
+            raise ValueError(f"unsupported type for scheduler: {type(value).__name__}")
+        if value.lower() not in _SCHEDULERS:
+            raise ValueError(f"unsupported Scheduler: {value}")
+        return _SCHEDULERS[value.lower()]
+
+
+_SCHEDULERS = {
+    **dict.fromkeys(("sync", "single", "single_stream", "default"), Scheduler.single_stream),
+    **dict.fromkeys(("async", "multi", "multi_stream"), Scheduler.multi_stream),
+    "elastic": Scheduler.elastic,
+}
+
+
+class PerformanceMode(IntEnum):
+    """What an engine is tuned for; numbered as OpenVINO's PERFORMANCE_HINT."""
+
+    LATENCY = 1
+    THROUGHPUT = 2
+    CUMULATIVE_THROUGHPUT = 3
+
+    @classmethod
+    def of(cls, value: object) -> PerformanceMode:
+        """The mode that `value` names in any letter case; ValueError or TypeError for anything else."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, str):
+            raise TypeError(f"hint must be a string or a PerformanceMode, given {type(value).__name__}")
+        if value.upper() not in cls.__members__:
+            raise ValueError(f"unsupported hint {value!r}{suggestion(value.upper(), cls.__members__, str.lower)}")
+        return cls[value.upper()]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller asked for, normalized; `None` means that it was not given.
+
+    streams           lanes that run at the same time: a count, "auto" (-1, or 0), "numa" (-2)
+    requests          how many requests the caller keeps in flight; 0 or None: unknown
+    batch             rows per execution; 0 or None: chosen from requests and streams
+    hint              LATENCY or THROUGHPUT; giving streams, requests or batch implies THROUGHPUT
+    threads           cores per stream; 0 or None: chosen by the device
+    scheduler         single_stream ignores `streams` and uses one; the others run several
+    batch_timeout_ms  how long the oldest request of a batch may wait for the batch to fill; 0: never
+    max_queue_size    requests that may wait before submit() raises QueueFull; 0: no limit
+    auto_batching     whether requests may share an execution; None: unless the hint is LATENCY
+    memory_fraction   the share of free memory that the arenas of all slots may take together
+    """
+
+    streams: int | None = None
+    requests: int | None = None
+    batch: int | None = None
+    hint: PerformanceMode | None = None
+    threads: int | None = None
+    scheduler: Scheduler | None = None
+    batch_timeout_ms: float = 0.0
+    max_queue_size: int = 0
+    auto_batching: bool | None = None
+    memory_fraction: float = 0.9
+
+
+def validated(
+    *,
+    streams: int | str | None = None,
+    requests: int | None = None,
+    batch: int | None = None,
+    hint: str | PerformanceMode | None = None,
+    threads: int | None = None,
+    scheduler: str | Scheduler | None = None,
+    batch_timeout_ms: float = 0.0,
+    max_queue_size: int = 0,
+    auto_batching: bool | None = None,
+    memory_fraction: float = 0.9,
+) -> Options:
+    """The options checked and normalized; TypeError for a wrong type (a bool is no number), ValueError for a value."""
+    return Options(
+        streams=_streams(streams),
+        requests=_count("requests", requests) or None,
+        batch=_count("batch", batch) or None,
+        hint=None if hint is None else PerformanceMode.of(hint),
+        threads=_count("threads", threads) or None,
+        scheduler=None if scheduler is None else Scheduler.of(scheduler),
+        batch_timeout_ms=_milliseconds("batch_timeout_ms", batch_timeout_ms),
+        max_queue_size=_count("max_queue_size", max_queue_size) or 0,
+        auto_batching=_flag("auto_batching", auto_batching),
+        memory_fraction=_fraction("memory_fraction", memory_fraction),
+    )
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """A device string taken apart: "auto", "cpu" or "cuda", its index, the batch it fixed, whether it said BATCH."""
+
+    kind: str
+    index: int = 0
+    batch: int | None = None
+    batched: bool = False
+
+
+_DEVICE = re.compile(r"(?P<batched>batch:)?(?P<kind>[a-z]+)(?:[:.](?P<index>\d+))?(?P<count>\(.*)?", re.DOTALL)
+_KINDS = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
+
+
+def parse_device(text: str) -> DeviceChoice:
+    """The device that "cuda", "cuda:0", "GPU.1", "cpu", "auto", "BATCH:GPU", "GPU(8)" name, in any letter case.
+
+    ValueError if it names none, or if a batch in parentheses is not a number above 0; TypeError if it is no string.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"device must be a string, given {type(text).__name__}")
+    match = _DEVICE.fullmatch(text.strip().lower())
+    if match is None or match["kind"] not in _KINDS:
+        near = suggestion(re.sub(r"[^a-z].*", "", text.lower().removeprefix("batch:")), _KINDS)
+        raise ValueError(f"unknown device {text!r}{near}; devices are auto, cpu, cuda and cuda:N")
+    batch = None if match["count"] is None else _device_batch(match["kind"].upper(), match["count"])
+    return DeviceChoice(_KINDS[match["kind"]], int(match["index"] or 0), batch, match["batched"] is not None)
+
+
+def one_batch(device: DeviceChoice, batch: int | None) -> int | None:
+    """The batch that the device string or `batch=` fixes; ValueError if they disagree."""
+    if device.batch is not None and batch not in (None, 0, device.batch):
+        raise ValueError(f"the device string asks for batch {device.batch} and batch= for {batch}: give one of them")
+    return device.batch if device.batch is not None else batch
+
+
+def numa_nodes() -> int:
+    """How many NUMA nodes this machine has: what "numa" streams count; 1 where the system does not say."""
+    return max(1, len(glob.glob("/sys/devices/system/node/node[0-9]*")))
+
+
+def suggestion(word: str, known: Iterable[str], shown: Any = str) -> str:
+    """ "; did you mean ...?" for the closest of the known words, or nothing."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {shown(near[0])!r}?" if near else ""
+
+
+def _device_batch(name: str, text: str) -> int:
+    number = re.fullmatch(r"\(\s*(-?\d+)\s*\)", text)
+    if number is None:
+        raise ValueError(f"Batch value for {name!r} must be a number in parentheses, given {text!r}")
+    if int(number[1]) <= 0:
+        raise ValueError(f"Batch value for {name!r} must be > 0")
+    return int(number[1])
+
+
+def _count(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, given {type(value).__name__}")
+    count = int(value.__index__())
+    if count < 0:
+        raise ValueError(f"{name} must not be negative, given {count}")
+    return count
+
+
+def _flag(name: str, value: object) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or None, given {type(value).__name__}")
+    return value
+
+
+def _streams(value: object) -> int | None:
+    if isinstance(value, str):
+        if value.lower() not in ("auto", "numa"):
+            raise ValueError(f"streams must be a count, 'auto' or 'numa', given {value!r}")
+        return AUTO if value.lower() == "auto" else NUMA
+    if value is None or (value in (AUTO, NUMA) and not isinstance(value, bool)):
+        return None if value is None else int(value)
+    return _count("streams", value) or AUTO
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise TypeError(f"{name} must be a number, given {type(value).__name__}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _milliseconds(name: str, value: object) -> float:
+    number = _number(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be a finite number of milliseconds, at least 0, given {number}")
+    return number
+
+
+def _fraction(name: str, value: object) -> float:
+    number = _number(name, value)
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, given {number}")
+    return number

@@ -1,0 +1,32 @@
+"""Rewriting by rules that ask how many users a value has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite, use_counts
+
+Uses = dict[Value, int]
+CountingRule = Callable[[Node, Builder, Uses], Sequence[Value] | None]
+
+
+def rewrite_counting(graph: Graph, rule: CountingRule) -> Graph:
+    """`rewrite` with a rule that also gets the use counts of the values it sees.
+
+    A replacement inherits the uses of what it replaces; a value unknown to the counts has many users for all one knows.
+    """
+    uses = use_counts(graph)
+
+    def counted(node: Node, builder: Builder) -> Sequence[Value] | None:
+        replaced = rule(node, builder, uses)
+        for old, new in zip(node.outputs, replaced or (), strict=bool(replaced)):
+            if new is not old:
+                uses[new] = uses.get(new, 0) + uses.get(old, 0)
+        return replaced
+
+    return rewrite(graph, counted)
+
+
+def only_user(value: Value, node: Node, uses: Uses) -> bool:
+    """Whether `node` is the only user of `value`, however often."""
+    return uses.get(value) == node.inputs.count(value)

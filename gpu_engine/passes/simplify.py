@@ -1,0 +1,144 @@
+"""Operations that do nothing, or nothing new: each rule looks at one node and what makes its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gpu_engine.ir.dims import Dim, Sym
+from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
+from gpu_engine.ir.ops import Concat, Expand, Gather, Map, Pad, Reduce, Reshape, Slice, Transpose
+from gpu_engine.passes.casts import without_needless_casts
+from gpu_engine.passes.operands import operand_shape, tidy
+
+
+def simplify(graph: Graph) -> Graph:
+    """The graph without identities, with constants of one element as literals and casts merged."""
+    return rewrite(graph, simplified)
+
+
+def simplified(node: Node, builder: Builder) -> tuple[Value] | None:
+    rule = RULES.get(type(node.op))
+    result = rule(node, builder) if rule is not None else None
+    return None if result is None else (result,)
+
+
+def _reshape(node: Node, builder: Builder) -> Value | None:
+    (x,) = node.inputs
+    assert isinstance(node.op, Reshape)
+    if x.shape == node.op.shape:
+        return x
+    inner = builder.producer(x)
+    if inner is None or not isinstance(inner.op, Reshape):
+        return None
+    (source,) = inner.inputs
+    return source if source.shape == node.op.shape else builder.emit(node.op, source)
+
+
+def _transpose(node: Node, builder: Builder) -> Value | None:
+    assert isinstance(node.op, Transpose)
+    perm, (x,) = node.op.perm, node.inputs
+    inner = builder.producer(x)
+    if inner is not None and isinstance(inner.op, Transpose):
+        perm, (x,) = tuple(inner.op.perm[axis] for axis in perm), inner.inputs
+    if perm == tuple(range(len(perm))):
+        return x
+    moved = [axis for axis in perm if x.shape[axis] != 1]
+    if moved == sorted(moved):
+        return builder.emit(Reshape(tuple(x.shape[axis] for axis in perm)), x)
+    return None if perm == node.op.perm else builder.emit(Transpose(perm), x)
+
+
+def _expand(node: Node, builder: Builder) -> Value | None:
+    (x,) = node.inputs
+    assert isinstance(node.op, Expand)
+    if x.shape == node.op.shape:
+        return x
+    inner = builder.producer(x)
+    return builder.emit(node.op, *inner.inputs) if inner is not None and isinstance(inner.op, Expand) else None
+
+
+def _concat(node: Node, builder: Builder) -> Value | None:
+    assert isinstance(node.op, Concat)
+    axis = node.op.axis
+    kept = [value for value in node.inputs if value.shape[axis] != 0]
+    if len(kept) == 1 and kept[0].shape == node.outputs[0].shape:
+        return kept[0]
+    return builder.emit(node.op, *kept) if 0 < len(kept) < len(node.inputs) else None
+
+
+def _slice(node: Node, builder: Builder) -> Value | None:
+    (x,) = node.inputs
+    assert isinstance(node.op, Slice)
+    whole = x.shape == node.op.extents and not any(map(nonzero, node.op.starts))
+    return x if whole and all(step == 1 for step in node.op.steps) else None
+
+
+def _pad(node: Node, builder: Builder) -> Value | None:
+    assert isinstance(node.op, Pad)
+    x: Value = node.inputs[0]
+    return None if any(map(nonzero, (*node.op.before, *node.op.after))) else x
+
+
+def _gather(node: Node, builder: Builder) -> Value | None:
+    """One slice at a place known to lie inside a known extent: a Slice, which costs less and checks nothing."""
+    assert isinstance(node.op, Gather)
+    (x, indices), axis = node.inputs, node.op.axis
+    extent = x.shape[axis]
+    if indices.constant is None or indices.constant.size != 1 or x.known is not None or not isinstance(extent, int):
+        return None
+    index = int(indices.constant.reshape(()))
+    if not -extent <= index < extent:
+        return None
+    starts: list[Dim] = [0] * x.rank
+    starts[axis] = index % extent
+    extents = tuple(1 if i == axis else dim for i, dim in enumerate(x.shape))
+    one = builder.emit(Slice(tuple(starts), (1,) * x.rank, extents), x)
+    return builder.emit(Reshape(node.outputs[0].shape), one)
+
+
+def _reduce(node: Node, builder: Builder) -> Value | None:
+    op = node.op
+    assert isinstance(op, Reduce)
+    if op.before is not None:
+        before, inputs = tidy(without_needless_casts(op.before), node.inputs)
+        if before is op.before and inputs == node.inputs:
+            return None
+        plain = before.op == "arg" and inputs[0].shape == operand_shape(inputs)
+        return builder.emit(Reduce(op.kind, op.axes, op.keepdims, None if plain else before, op.after), *inputs)
+    (x,) = node.inputs
+    if op.after is None and all(x.shape[axis] == 1 for axis in op.axes):
+        return builder.emit(Reshape(node.outputs[0].shape), x)
+    return None
+
+
+def _map(node: Node, builder: Builder) -> Value | None:
+    assert isinstance(node.op, Map)
+    wanted = operand_shape(node.inputs)
+    root, inputs = tidy(without_needless_casts(node.op.expr), _unexpanded(node.inputs, builder, wanted))
+    x: Value | None = inputs[root.value] if root.op == "arg" else None
+    if x is not None and x.shape == wanted:
+        return x
+    return None if root is node.op.expr and inputs == node.inputs else builder.emit(Map(root), *inputs)
+
+
+def _unexpanded(inputs: tuple[Value, ...], builder: Builder, wanted: tuple[Dim, ...]) -> tuple[Value, ...]:
+    """The operands before their Expands, wherever the others alone give the shape."""
+    result = list(inputs)
+    for i, value in enumerate(inputs):
+        inner = builder.producer(value)
+        if inner is None or not isinstance(inner.op, Expand):
+            continue
+        result[i] = inner.inputs[0]
+        if operand_shape(tuple(result)) != wanted:
+            result[i] = value
+    return tuple(result)
+
+
+def nonzero(dim: Dim) -> bool:
+    return isinstance(dim, Sym) or dim != 0
+
+
+RULES: dict[type, Callable[[Node, Builder], Value | None]] = {
+    Reshape: _reshape, Transpose: _transpose, Expand: _expand, Concat: _concat, Slice: _slice, Pad: _pad,
+    Gather: _gather, Reduce: _reduce, Map: _map,
+}  # fmt: skip

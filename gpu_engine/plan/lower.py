@@ -1,0 +1,140 @@
+"""Lowering, the part that every device shares: values become numbered buffers, nodes become a device's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpu_engine.errors import GpuEngineError
+from gpu_engine.ir import dims
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import STRING, DType
+from gpu_engine.ir.graph import Graph, Node, Value
+from gpu_engine.ir.ops import Reshape
+from gpu_engine.plan.plan import Batching, Buffer, Plan, Port, Requirement, Step
+from gpu_engine.plan.requirements import node_requirements
+
+
+class Lowering:
+    """Numbers buffers and appends steps; handed to a device's lowering of each node."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+        self.steps: list[Step] = []
+        self.requirements: list[Requirement] = []
+        self.source = ""
+        self._numbers: dict[Value, int] = {}
+
+    def buffer(self, dtype: DType, shape: tuple[Dim, ...]) -> int:
+        """A new tensor that steps write: an output or scratch."""
+        return self._add(Buffer(dtype, shape))
+
+    def constant(self, array: Any) -> int:
+        """A tensor known now, such as a packed weight; kept C-contiguous, aligned and read-only."""
+        return self._add(Buffer(array.dtype, array.shape, frozen_array(array)))
+
+    def alias(self, buffer: int, shape: tuple[Dim, ...]) -> int:
+        """The same elements under another shape."""
+        return self._add(Buffer(self.buffers[buffer].dtype, shape, alias=buffer))
+
+    def emit(
+        self,
+        kernel: Any,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        scratch: tuple[int, ...] = (),
+        binds: tuple[str, ...] = (),
+        in_place: tuple[int, ...] = (),
+    ) -> None:
+        """Append a step for the node being lowered."""
+        self.steps.append(Step(kernel, inputs, outputs, self.source, binds, scratch, in_place))
+
+    def number(self, value: Value) -> int:
+        """The buffer of `value`, made when first asked for."""
+        found = self._numbers.get(value)
+        if found is None:
+            known = value.constant
+            found = self.buffer(value.dtype, value.shape) if known is None else self.constant(known)
+            self._numbers[value] = found
+        return found
+
+    def lower(self, node: Node, lower_node: LowerNode) -> None:
+        """Append the node's steps; a Reshape is an alias and has none."""
+        self.source = node.source
+        self.requirements += node_requirements(node)
+        inputs = tuple(map(self.number, node.inputs))
+        if isinstance(node.op, Reshape):
+            self._numbers[node.outputs[0]] = self.alias(inputs[0], node.outputs[0].shape)
+            return
+        lower_node(self, node, inputs, tuple(map(self.number, node.outputs)))
+
+    def _add(self, buffer: Buffer) -> int:
+        self.buffers.append(buffer)
+        return len(self.buffers) - 1
+
+
+LowerNode = Callable[[Lowering, Node, tuple[int, ...], tuple[int, ...]], None]
+"""lower_node(lowering, node, input buffers, output buffers): appends the steps of one node."""
+
+
+def lower_graph(graph: Graph, batching: Batching, lower_node: LowerNode) -> Plan:
+    """The plan of `graph` for the device whose lowering of one node is `lower_node`."""
+    lowering = Lowering()
+    inputs = tuple(map(lowering.number, graph.inputs))
+    for node in graph.nodes:
+        lowering.lower(node, lower_node)
+    outputs = tuple(map(lowering.number, graph.outputs))
+    return Plan(
+        steps=tuple(lowering.steps),
+        buffers=tuple(lowering.buffers),
+        inputs=inputs,
+        outputs=outputs,
+        input_ports=_ports(graph.input_names, graph.inputs),
+        output_ports=_ports(graph.output_names, graph.outputs),
+        symbols=_input_symbols(graph),
+        batching=batching,
+        requirements=tuple(dict.fromkeys(lowering.requirements)),
+    )
+
+
+def frozen_array(array: Any) -> Any:
+    """`array` C-contiguous, aligned and read-only, without a copy where it is so already."""
+    result = np.require(array, requirements=() if array.dtype == STRING else ("C", "A")).view()
+    result.flags.writeable = False
+    return result
+
+
+def _ports(names: tuple[str, ...], values: tuple[Value, ...]) -> tuple[Port, ...]:
+    return tuple(Port(name, value.dtype, value.shape) for name, value in zip(names, values, strict=True))
+
+
+def _input_symbols(graph: Graph) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for value in graph.inputs:
+        for extent in value.shape:
+            found |= dict.fromkeys(sorted(dims.symbols(extent)))
+    return tuple(found)
+
+
+def segments(plan: Plan) -> list[tuple[int, int, tuple[str, ...]]]:
+    """(first step, last step + 1, names of the extents known by then): a plan cut behind every step that binds."""
+    cuts, start, known = [], 0, plan.symbols
+    for i, step in enumerate(plan.steps):
+        if step.binds:
+            cuts.append((start, i + 1, known))
+            start, known = i + 1, (*known, *(name for name in step.binds if name not in known))
+    cuts.append((start, len(plan.steps), known))
+    _check_names(plan, known)
+    return cuts
+
+
+def _check_names(plan: Plan, known: tuple[str, ...]) -> None:
+    for step in plan.steps:
+        for buffer in (*step.inputs, *step.outputs):
+            for extent in plan.buffers[buffer].shape:
+                missing = dims.symbols(extent) - set(known)
+                if missing:
+                    raise GpuEngineError(f"{step.source}: no input and no step binds the extent {sorted(missing)[0]}")

@@ -1,0 +1,130 @@
+"""What happens to inputs before they may wait in the queue: names, dtypes, shapes and memory are checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_engine.errors import OutOfMemory
+from gpu_engine.ir.dtypes import STRING
+from gpu_engine.plan.plan import Plan
+from gpu_engine.plan.signature import Family, Fit, Signature
+from gpu_engine.runtime.arrays import Array, Ports, Wrap
+from gpu_engine.runtime.device import Device
+from gpu_engine.runtime.sizing import Sizes, memory_cap
+
+_REMEMBERED = 4096
+_SMALL_NBYTES = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Admitted:
+    """Inputs of known shapes: `rows` for the scheduler, at most `limit` of them per execution."""
+
+    fit: Fit
+    rows: int
+    limit: int
+    alone: bool
+
+
+class Admission:
+    """Checks inputs against a plan; what it found out about a set of shapes and dtypes is remembered."""
+
+    def __init__(self, plan: Plan, device: Device, sizes: Sizes, memory_fraction: float) -> None:
+        self.ports = Ports(plan.input_ports, plan.output_ports)
+        self._plan, self._device, self._sizes, self._fraction = plan, device, sizes, memory_fraction
+        self._signature = Signature(plan)
+        self._known: dict[Hashable, Admitted] = {}
+        self._limits: dict[tuple[int, ...], int] = {}
+        self._empty_outputs = sizes.shared and all(plan.batching.outputs)
+        self._shares_inputs = sizes.shared and not all(plan.batching.inputs)
+        self._proven_nbytes = 0
+        self.largest: tuple[int, ...] | None = None
+
+    def admit(self, inputs: Any) -> tuple[Sequence[Array], Wrap, Admitted]:
+        """The inputs in order, what gives outputs the caller's form, and what their shapes mean.
+
+        InputError for whatever does not fit the model; OutOfMemory if the device has not the memory to run it.
+        """
+        arrays, wrap = self.ports.arrange(inputs)
+        if len(arrays) == 1:
+            array = arrays[0]
+            shapes: Hashable = (array.shape, array.dtype)
+        else:
+            shapes = tuple([(array.shape, array.dtype) for array in arrays])
+        admitted = self._known.get(shapes)
+        if admitted is None:
+            admitted = self._admit_shapes(arrays)
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+                self._limits.clear()
+            self._known[shapes] = admitted
+        return arrays, wrap, admitted
+
+    def key(self, arrays: Sequence[Array], admitted: Admitted) -> Hashable:
+        """Requests with equal keys may share an execution: all extents but the rows agree, and so do all inputs
+        without rows: the same array, or equal small ones."""
+        if not self._sizes.shared:
+            return None
+        if not admitted.fit.rows:
+            return object()
+        family = admitted.fit.family
+        if not self._shares_inputs:
+            return family.key
+        return (family.key, *(_identity(a) for a, block in zip(arrays, family.blocks, strict=True) if not block))
+
+    def empty_outputs(self, fit: Fit) -> list[Array] | None:
+        """Outputs of no rows, which need no launch; None where an output does not carry the batch."""
+        if not self._empty_outputs or fit.family.output_shapes is None:
+            return None
+        ports = zip(fit.family.output_shapes, self._plan.output_ports, strict=True)
+        return [np.empty((0, *shape[1:]), port.dtype) for shape, port in ports]
+
+    def _admit_shapes(self, arrays: Sequence[Array]) -> Admitted:
+        self.ports.check_dtypes(arrays)
+        fit = self._signature.fit([array.shape for array in arrays])
+        if not self._sizes.shared:
+            self._check_memory(fit.extents)
+            return Admitted(fit, rows=1, limit=1, alone=True)
+        limit = self._limits.get(fit.family.key)
+        if limit is None:
+            limit = self._limits[fit.family.key] = self._row_limit(fit.family)
+        if not fit.rows:
+            return Admitted(fit, rows=1, limit=1, alone=True)
+        return Admitted(fit, fit.rows, limit, alone=fit.rows <= limit)
+
+    def _check_memory(self, extents: tuple[int, ...]) -> None:
+        """OutOfMemory if one execution does not fit the free memory."""
+        nbytes = self._device.memory(self._plan, extents)[1]
+        if nbytes <= self._proven_nbytes:
+            return
+        free = self._device.free_memory()
+        if nbytes > free:
+            extents_text = ", ".join(f"{name} = {n}" for name, n in zip(self._plan.symbols, extents, strict=True))
+            raise OutOfMemory(
+                f"an execution at {extents_text or 'its fixed shape'} needs {nbytes:,} bytes, "
+                f"but {self._device.name} has {free:,} free"
+            )
+        self._proven_nbytes, self.largest = nbytes, extents
+
+    def _row_limit(self, family: Family) -> int:
+        """The batch, or fewer rows where all slots together would not fit the free memory."""
+        batch, slots = self._sizes.batch.batch, self._sizes.streams * self._sizes.slots
+        full = family.extents(batch)
+        if self._device.memory(self._plan, full)[1] > self._proven_nbytes:
+            one_row = family.extents(1)
+            row_nbytes = self._device.memory(self._plan, one_row)[1]
+            self._check_memory(one_row)
+            cap = memory_cap(self._device.free_memory() * self._fraction, 0, row_nbytes, slots)
+            batch = batch if cap is None else min(batch, cap)
+            self._check_memory(family.extents(batch))
+        return batch
+
+
+def _identity(array: Array) -> Hashable:
+    if array.nbytes <= _SMALL_NBYTES and array.dtype != STRING:
+        return array.tobytes()
+    return id(array)

@@ -1,0 +1,119 @@
+"""A concurrent.futures.Future that is cheap until somebody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import _base
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_LOGGER = logging.getLogger(__name__)
+_DONE = (_base.CANCELLED, _base.CANCELLED_AND_NOTIFIED, _base.FINISHED)
+
+
+class Future(concurrent.futures.Future[T]):
+    """A future with all the semantics of the standard one, and `await`able.
+
+    The standard class makes a condition for every future; this one makes a lock, and the condition around that lock
+    only when a method of the standard class asks for it, that is when somebody waits or adds a callback.
+    """
+
+    _state = _base.PENDING
+    _result: T | None = None
+    _exception: BaseException | None = None
+    _made_condition: threading.Condition | None = None
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Callable[[Any], object]] = []
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]
+        with self._lock:
+            if self._made_condition is None:
+                self._made_condition = threading.Condition(self._lock)
+            return self._made_condition
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return asyncio.wrap_future(self).__await__()
+
+    def result(self, timeout: float | None = None) -> T:
+        if self._state == _base.FINISHED and self._exception is None:
+            return self._result  # type: ignore[return-value]
+        return super().result(timeout)
+
+    def done(self) -> bool:
+        return self._state in _DONE
+
+    def running(self) -> bool:
+        return self._state == _base.RUNNING
+
+    def cancelled(self) -> bool:
+        return self._state in (_base.CANCELLED, _base.CANCELLED_AND_NOTIFIED)
+
+    def forget_lock(self) -> None:
+        """For the child of a fork, where a thread that held the lock does not exist any more."""
+        self._lock, self._made_condition = threading.RLock(), None
+
+    def cancel(self) -> bool:
+        with self._lock:
+            if self._state in (_base.RUNNING, _base.FINISHED):
+                return False
+            if self._state in _DONE:
+                return True
+            self._state = _base.CANCELLED
+            self._notify()
+        self._invoke_callbacks()
+        return True
+
+    def set_running_or_notify_cancel(self) -> bool:
+        with self._lock:
+            if self._state == _base.PENDING:
+                self._state = _base.RUNNING
+                return True
+            if self._state == _base.CANCELLED:
+                self._state = _base.CANCELLED_AND_NOTIFIED
+                for waiter in self._waiters:
+                    waiter.add_cancelled(self)
+                return False
+            raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
+
+    def set_result(self, result: T) -> None:
+        with self._lock:
+            self._finish(result, None)
+            for waiter in self._waiters:
+                waiter.add_result(self)
+        if self._done_callbacks:
+            self._invoke_callbacks()
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        with self._lock:
+            self._finish(None, exception)
+            for waiter in self._waiters:
+                waiter.add_exception(self)
+        if self._done_callbacks:
+            self._invoke_callbacks()
+
+    def _finish(self, result: T | None, exception: BaseException | None) -> None:
+        if self._state in _DONE:
+            raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
+        self._result, self._exception = result, exception
+        self._state = _base.FINISHED
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._made_condition is not None:
+            self._made_condition.notify_all()
+
+    def _invoke_callbacks(self) -> None:
+        """Run the callbacks; whatever they raise is logged, so that it ends neither a worker nor other requests."""
+        for callback in self._done_callbacks:
+            try:
+                callback(self)
+            except BaseException:
+                _LOGGER.exception("exception calling callback for %r", self)

@@ -1,0 +1,21 @@
+"""The one place that imports a module when it is first used: devices, whose libraries may be missing, and slow names."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+DEVICES = {
+    "cpu": "cpu_fallback.device:CpuDevice",
+    "cuda": "gpu_engine.gpu.cuda:CudaDevice",
+}
+NAMES = {
+    "compile": "gpu_engine.compiler:compile",
+    "Engine": "gpu_engine.runtime.engine:Engine",
+}
+
+
+def load(place: str) -> Any:
+    """What "module:name" names; ImportError if the module, or one that it needs, is not there."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)

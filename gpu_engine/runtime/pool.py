@@ -1,0 +1,356 @@
+"""The slots of an engine, the queue before them and the threads that serve them: the only file with threads.
+
+Every slot that executes or is in flight has one thread, which sleeps until it is called. So a synchronous device has a
+thread for each stream, and an asynchronous one has two: one waits for its batch while the other gathers and launches
+the next. A slot has one owner at a time: the idle list, its thread, or a caller that runs its own request on it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from queue import Empty
+from typing import Any
+
+from gpu_engine.errors import EngineClosed, GpuEngineError, RequestTimeout
+from gpu_engine.runtime.device import Stream
+from gpu_engine.runtime.execution import Lane, Worker, clock, execute
+from gpu_engine.runtime.future import Future
+from gpu_engine.runtime.requests import Request
+from gpu_engine.runtime.scheduler import Batch, Batcher
+from gpu_engine.runtime.statistics import QueueCounts, Statistics, summed
+
+_LOGGER = logging.getLogger(__name__)
+_EXIT_TIMEOUT_S = 5.0
+_CLOSED = "the engine was closed"
+_EXPIRED = "Request timeout expired"
+_FORKED = "the engine was made before this process was forked: compile the model in the child"
+
+
+class Pool:
+    """Queue, slots and threads. What an engine shares with its threads, so that they never keep the engine alive."""
+
+    def __init__(
+        self, streams: Sequence[Stream], batcher: Batcher[Request], batch: int, batched_outputs: Sequence[bool]
+    ) -> None:
+        self.batcher, self._batch, self._batched_outputs = batcher, batch, tuple(batched_outputs)
+        self._lanes = [Lane(stream) for stream in streams]
+        slots = max(len(stream.slots) for stream in streams)
+        self._workers = [Worker(lane, lane.stream.slots[i]) for i in range(slots) for lane in self._lanes]
+        self._idle = self._workers[::-1]
+        self._by_thread: dict[int, Worker] = {}
+        self._made_at = clock()
+        self._coming = 0
+        self._timekeeper: Worker | None = None
+        self._refusal: str | None = None
+        self._open = list(self._lanes)
+        self._started = self._stopped = self._abandoned = self._forked = False
+        self._make_locks()
+        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=functools.partial(_forget_threads, weakref.ref(self)))
+
+    def borrow(self) -> Worker | None:
+        """An idle slot for the calling thread if nothing waits, else None; EngineClosed after close()."""
+        with self._mutex:
+            if self._refusal is not None:
+                raise EngineClosed(self._refusal)
+            if not self._idle or self.batcher.size:
+                return None
+            worker = self._pick()
+            worker.lane.begin(clock())
+            return worker
+
+    def give_back(self, worker: Worker) -> None:
+        """End what `borrow` began."""
+        with self._mutex:
+            worker.lane.end(clock())
+            self._idle.append(worker)
+            if self.batcher.size:
+                self._call_workers()
+            if self._refusal is not None:
+                self._quiet.notify_all()
+        if self._stopped:
+            self._release_streams()
+
+    def admit(self, requests: Iterable[Request], block: bool = False) -> None:
+        """Queue requests as one group; with `block`, wait for room up to each request's deadline.
+
+        EngineClosed after close(), QueueFull without `block`, RequestTimeout with it.
+        """
+        if not self._started:
+            self._start()
+        with self._mutex:
+            try:
+                for request in requests:
+                    if block and self.batcher.full():
+                        self._wait_for_room(request)
+                    if self._refusal is not None:
+                        raise EngineClosed(self._refusal)
+                    self.batcher.add(request)
+            finally:
+                self._call_workers()
+
+    def flush(self) -> None:
+        """Let all that waits run now."""
+        with self._mutex:
+            self.batcher.flush()
+            self._call_workers()
+
+    def serve_until(self, future: Future[Any]) -> None:
+        """For a callback on one of our own threads that is about to wait: run what the thread cannot while it waits."""
+        worker = self._by_thread.get(threading.get_ident())
+        while worker is not None and not future.done():
+            with self._mutex:
+                self.batcher.flush()
+                batch = self.batcher.take(clock())
+                expired = self.batcher.pop_expired()
+            _fail(expired, RequestTimeout(_EXPIRED))
+            if batch is None:
+                return
+            execute(worker, batch.parts, self._batched_outputs)
+
+    def statistics(self) -> Statistics:
+        with self._mutex:
+            queue = QueueCounts(
+                self.batcher.reasons.copy(),
+                self.batcher.rejected,
+                self.batcher.cancelled,
+                self.batcher.expired,
+                self.batcher.size,
+            )
+            now = clock()
+            age_s = max(now - self._made_at, 1e-9)
+            busy = tuple(lane.busy_until(now) / age_s for lane in self._lanes)
+            in_flight = tuple(lane.max_in_flight for lane in self._lanes)
+        return summed((worker.counters for worker in self._workers), queue, busy, in_flight)
+
+    def close(self, drain: bool, timeout_s: float | None) -> None:
+        """Refuse new requests, run or fail those that wait, wait for those in flight, end all threads.
+
+        What has not finished after `timeout_s` fails with EngineClosed.
+        """
+        ends = None if timeout_s is None else clock() + timeout_s
+        atexit.unregister(self._at_exit)
+        with self._mutex:
+            self._refusal = self._refusal or _CLOSED
+            if self._forked:
+                return
+            self._room.notify_all()
+            if drain:
+                self.batcher.flush()
+                self._call_workers()
+                self._quiet.wait_for(lambda: self._is_quiet() and not self.batcher.size, _left(ends))
+            waiting = self.batcher.clear()
+        _fail(waiting, EngineClosed(_CLOSED))
+        with self._mutex:
+            if not self._quiet.wait_for(self._is_quiet, _left(ends)):
+                waiting = self._in_flight()
+            self._stopped = True
+        _fail(waiting, EngineClosed(f"{_CLOSED} and this request did not finish in time"))
+        self._end_threads(ends)
+        self._release_streams()
+
+    def abandon(self) -> None:
+        """Close without taking a lock or waiting, for the garbage collector, which runs anywhere."""
+        self._abandoned = True
+        atexit.unregister(self._at_exit)
+        for worker in self._workers:
+            worker.tokens.put(None)
+        if not self._started and not self._forked:
+            self._release_streams()
+
+    def after_fork(self) -> None:
+        """In the child of a fork no thread serves the slots: fail what waits, refuse what comes."""
+        self._forked, self._refusal = True, _FORKED
+        self._make_locks()
+        self._by_thread.clear()
+        requests = [*self.batcher.clear(), *self._in_flight()]
+        for request in requests:
+            request.future.forget_lock()
+        _fail(requests, EngineClosed(_FORKED))
+
+    def _make_locks(self) -> None:
+        self._mutex = threading.Lock()
+        self._quiet, self._room = threading.Condition(self._mutex), threading.Condition(self._mutex)
+
+    def _start(self) -> None:
+        with self._mutex:
+            if self._started or self._refusal is not None:
+                return
+            for i, worker in enumerate(self._workers):
+                if worker.thread is None:
+                    name = f"gpu-engine slot {i}"
+                    thread = threading.Thread(target=self._serve, args=(worker,), name=name, daemon=True)
+                    thread.start()
+                    worker.thread = thread
+            self._started = True
+
+    def _call_workers(self) -> None:
+        """Wake sleeping workers for the rows that wait; the mutex is held.
+
+        One on its way takes up to a batch, and calls the next when it has taken and more is left. So a burst wakes few
+        threads, and no slot idles while a batch that may run waits.
+        """
+        if self._timekeeper is not None:
+            if not self.batcher.ready(clock()):
+                return
+            self._coming += 1
+            self._timekeeper.called = True
+            self._timekeeper.tokens.put(None)
+            self._timekeeper = None
+        while self._idle and self.batcher.rows > self._coming * self._batch:
+            worker = self._pick()
+            worker.called = True
+            self._coming += 1
+            worker.tokens.put(None)
+
+    def _pick(self) -> Worker:
+        """An idle worker of the stream with the most idle slots, the last used first."""
+        if len(self._workers) == len(self._lanes):
+            return self._idle.pop()
+        lanes = [worker.lane for worker in self._idle]
+        most = max(range(len(lanes)), key=lambda i: (lanes.count(lanes[i]), i))
+        return self._idle.pop(most)
+
+    def _serve(self, worker: Worker) -> None:
+        """The life of a worker's thread."""
+        self._by_thread[threading.get_ident()] = worker
+        try:
+            worker.lane.stream.enter()
+        except Exception:
+            _LOGGER.exception("a thread could not be bound to its stream's cores")
+        while True:
+            worker.tokens.get()
+            with self._mutex:
+                called = self._answer(worker)
+            if called:
+                self._work(worker)
+            if self._abandoned:
+                self._fail_abandoned()
+            if self._stopped or self._abandoned:
+                break
+        del self._by_thread[threading.get_ident()]
+        self._release_streams()
+
+    def _answer(self, worker: Worker) -> bool:
+        """Whether the worker was called since it last asked; the mutex is held."""
+        called, worker.called = worker.called, False
+        self._coming -= called
+        return called
+
+    def _work(self, worker: Worker) -> None:
+        """Run batches until none is left, then put the slot back."""
+        ran = False
+        while True:
+            batch, wait_s = self._next(worker, ran)
+            ran = batch is not None
+            if batch is not None:
+                execute(worker, batch.parts, self._batched_outputs)
+            elif wait_s is None:
+                return
+            else:
+                self._keep_time(worker, wait_s)
+
+    def _next(self, worker: Worker, ran: bool) -> tuple[Batch[Request] | None, float | None]:
+        """The worker's next batch, or how long it is to keep time, or neither: then its slot is idle again."""
+        with self._mutex:
+            now, wait_s = clock(), None
+            if ran:
+                worker.lane.end(now)
+            batch = None if self._abandoned else self.batcher.take(now)
+            worker.batch = batch
+            if batch is not None:
+                worker.lane.begin(now)
+            elif self.batcher.size and self._timekeeper is None and not self._abandoned:
+                self._timekeeper = worker
+                wait_s = max(0.0, (self.batcher.closes_at() or now) - now)
+            else:
+                self._idle.append(worker)
+            if self.batcher.size:
+                self._call_workers()
+            if self.batcher.max_size:
+                self._room.notify_all()
+            if self._refusal is not None:
+                self._quiet.notify_all()
+            expired = self.batcher.pop_expired()
+        if expired:
+            _fail(expired, RequestTimeout(_EXPIRED))
+        return batch, wait_s
+
+    def _keep_time(self, worker: Worker, wait_s: float) -> None:
+        """Sleep until the collecting batch closes for its age, or a token says that it closed before."""
+        with contextlib.suppress(Empty):
+            worker.tokens.get(timeout=min(wait_s, threading.TIMEOUT_MAX))
+        with self._mutex:
+            if self._timekeeper is worker:
+                self._timekeeper = None
+            self._answer(worker)
+
+    def _wait_for_room(self, request: Request) -> None:
+        """Wait until the queue has room; the mutex is held."""
+        self._call_workers()
+
+        def admissible() -> bool:
+            return self._refusal is not None or not self.batcher.full()
+
+        if not self._room.wait_for(admissible, _left(request.deadline)):
+            raise RequestTimeout(f"{_EXPIRED} while the queue was full")
+
+    def _is_quiet(self) -> bool:
+        """Whether no slot is owned, but for the one whose thread asks."""
+        return len(self._idle) + (threading.get_ident() in self._by_thread) >= len(self._workers)
+
+    def _in_flight(self) -> list[Request]:
+        return [part[0] for worker in self._workers if worker.batch for part in worker.batch.parts]
+
+    def _end_threads(self, ends: float | None) -> None:
+        for worker in self._workers:
+            worker.tokens.put(None)
+        for worker in self._workers:
+            if worker.thread is not None and worker.thread is not threading.current_thread():
+                worker.thread.join(_left(ends))
+
+    def _fail_abandoned(self) -> None:
+        with self._mutex:
+            self._refusal = _CLOSED
+            waiting = self.batcher.clear()
+        _fail(waiting, EngineClosed("the engine was dropped before the request ran"))
+
+    def _release_streams(self) -> None:
+        """Close the device's streams, once, after the last thread is gone and the last slot is back."""
+        if self._by_thread or len(self._idle) < len(self._workers):
+            return
+        while self._open:
+            with contextlib.suppress(IndexError):
+                self._open.pop().stream.close()
+
+
+def _left(ends: float | None) -> float | None:
+    return None if ends is None else max(0.0, ends - clock())
+
+
+def _fail(requests: Iterable[Request], error: GpuEngineError) -> None:
+    for request in requests:
+        if request.claimed or request.claim():
+            request.fail(error)
+
+
+def _close_at_exit(pool: weakref.ref[Pool]) -> None:
+    """Threads must be gone before the interpreter is: a kernel that returns later would find its memory unmapped."""
+    alive = pool()
+    if alive is not None:
+        alive.close(drain=False, timeout_s=_EXIT_TIMEOUT_S)
+
+
+def _forget_threads(pool: weakref.ref[Pool]) -> None:
+    alive = pool()
+    if alive is not None:
+        alive.after_fork()

@@ -1,0 +1,119 @@
+"""Requests: their rows go into the inputs of an execution and come back out of its outputs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Sequence
+from concurrent.futures import InvalidStateError
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_engine.plan.signature import Fit
+from gpu_engine.runtime.arrays import Array, Wrap
+from gpu_engine.runtime.future import Future
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What one call asks for; the batcher reads `key`, `rows`, `limit`, `arrival` and `deadline`."""
+
+    arrays: Sequence[Array]
+    wrap: Wrap
+    fit: Fit
+    rows: int
+    limit: int
+    key: Hashable
+    arrival: float
+    deadline: float | None
+    future: Future[Any]
+    join: Join | None = None
+    claimed: bool = False
+
+    def cancelled(self) -> bool:
+        return self.future.cancelled()
+
+    def claim(self) -> bool:
+        """See `scheduler.Waiting.claim`."""
+        if self.claimed:
+            return not self.future.done()
+        self.claimed = True
+        return self.future.set_running_or_notify_cancel()
+
+    def succeed(self, result: Any) -> None:
+        """Give the result to the caller, unless the request was ended meanwhile."""
+        try:
+            self.future.set_result(result)
+        except InvalidStateError:
+            return
+
+    def fail(self, error: BaseException) -> None:
+        """Give an error to the caller, unless the request was ended meanwhile."""
+        try:
+            self.future.set_exception(error)
+        except InvalidStateError:
+            return
+
+
+Part = tuple[Request, int, int]
+
+
+class Join:
+    """The outputs of a request that was cut into parts, filled by whichever threads run them."""
+
+    def __init__(self, rows: int, batched: Sequence[bool]) -> None:
+        self.outputs: list[Array] = []
+        self._rows, self._left, self._batched = rows, rows, batched
+        self._lock = threading.Lock()
+
+    def put(self, outputs: Sequence[Array], start: int, stop: int) -> bool:
+        """Copy in what rows `start` to `stop` gave; True if these were the last that lacked."""
+        with self._lock:
+            if not self.outputs:
+                self.outputs = [self._room(part, stop - start, i) for i, part in enumerate(outputs)]
+        for target, part, batched in zip(self.outputs, outputs, self._batched, strict=True):
+            if batched:
+                block = len(part) // (stop - start)
+                target[start * block : stop * block] = part
+        with self._lock:
+            self._left -= stop - start
+            return self._left == 0
+
+    def _room(self, part: Array, rows: int, i: int) -> Array:
+        if not self._batched[i]:
+            return part.copy()
+        return np.empty((len(part) // rows * self._rows, *part.shape[1:]), part.dtype)
+
+
+def gather(parts: Sequence[Part], blocks: Sequence[int]) -> list[Array | list[Array]]:
+    """For each input what an execution reads: one array, or several to be concatenated along axis 0.
+
+    `blocks` is how much of axis 0 a row takes in each input, 0 for an input that all parts share.
+    """
+    if len(parts) == 1 and parts[0][2] - parts[0][1] == parts[0][0].rows:
+        return list(parts[0][0].arrays)
+    return [
+        [_rows(request.arrays[i], request.rows, start, stop, block) for request, start, stop in parts]
+        if block
+        else parts[0][0].arrays[i]
+        for i, block in enumerate(blocks)
+    ]
+
+
+def scatter(outputs: Sequence[Array], parts: Sequence[Part], rows: int, batched: Sequence[bool]) -> list[list[Array]]:
+    """The outputs of each part: owned copies, except that those of a part of a larger request are still views."""
+    if len(parts) == 1:
+        return [list(outputs) if parts[0][0].join else [output.copy() for output in outputs]]
+    blocks = [len(output) // rows if carries else 0 for output, carries in zip(outputs, batched, strict=True)]
+    result, done = [], 0
+    for request, start, stop in parts:
+        end = done + stop - start
+        views = [o[done * b : end * b] if b else o for o, b in zip(outputs, blocks, strict=True)]
+        result.append(views if request.join else [view.copy() for view in views])
+        done = end
+    return result
+
+
+def _rows(array: Array, rows: int, start: int, stop: int, block: int) -> Array:
+    return array if stop - start == rows else array[start * block : stop * block]

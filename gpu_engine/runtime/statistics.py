@@ -1,0 +1,112 @@
+"""What an engine did so far, under the names of Triton Inference Server's statistics and our own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Counters:
+    """What one slot did; only the thread that owns the slot writes."""
+
+    executions: int = 0
+    rows: int = 0
+    queue_s: float = 0.0
+    copy_in_s: float = 0.0
+    compute_s: float = 0.0
+    copy_out_s: float = 0.0
+    failed: int = 0
+    retried: int = 0
+    served_by_callers: int = 0
+    sizes: Counter[int] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Totals since the engine was made.
+
+    inference_count      rows that were run              execution_count   launches that succeeded
+    batch_sizes          launches by rows                close_reasons     launches by why their batch was closed
+    queue_ns             time from submit to launch, summed over requests
+    copy_in_ns, compute_ns, copy_out_ns                  time of executions, summed over slots
+    padded_rows          rows run only to fill a bucket  served_by_callers executions on the calling thread of run()
+    rejected cancelled expired failed                    requests that got no result
+    retried              executions that failed and were halved to find the request at fault
+    busy                 for each stream the fraction of time with an execution in flight
+    max_in_flight        for each stream the most executions in flight at once
+    waiting              requests in the queue now
+    """
+
+    inference_count: int
+    execution_count: int
+    batch_sizes: Mapping[int, int]
+    close_reasons: Mapping[str, int]
+    queue_ns: int
+    copy_in_ns: int
+    compute_ns: int
+    copy_out_ns: int
+    padded_rows: int
+    served_by_callers: int
+    rejected: int
+    cancelled: int
+    expired: int
+    failed: int
+    retried: int
+    busy: tuple[float, ...]
+    max_in_flight: tuple[int, ...]
+    waiting: int
+
+    @property
+    def mean_batch(self) -> float:
+        """Rows per execution."""
+        return self.inference_count / self.execution_count if self.execution_count else 0.0
+
+
+@dataclass(frozen=True)
+class QueueCounts:
+    """The part of the statistics that the queue keeps."""
+
+    reasons: Mapping[str, int]
+    rejected: int
+    cancelled: int
+    expired: int
+    waiting: int
+
+
+def summed(
+    slots: Iterable[Counters], queue: QueueCounts, busy: tuple[float, ...], max_in_flight: tuple[int, ...]
+) -> Statistics:
+    """The totals over all slots."""
+    slots = list(slots)
+    sizes: Counter[int] = Counter()
+    reasons = Counter(queue.reasons)
+    for slot in slots:
+        sizes.update(slot.sizes.copy())
+        reasons.update(slot.reasons.copy())
+    return Statistics(
+        inference_count=sum(slot.rows for slot in slots),
+        execution_count=sum(slot.executions for slot in slots),
+        batch_sizes=dict(sorted(sizes.items())),
+        close_reasons=dict(reasons),
+        queue_ns=_ns(slot.queue_s for slot in slots),
+        copy_in_ns=_ns(slot.copy_in_s for slot in slots),
+        compute_ns=_ns(slot.compute_s for slot in slots),
+        copy_out_ns=_ns(slot.copy_out_s for slot in slots),
+        padded_rows=0,
+        served_by_callers=sum(slot.served_by_callers for slot in slots),
+        rejected=queue.rejected,
+        cancelled=queue.cancelled,
+        expired=queue.expired,
+        failed=sum(slot.failed for slot in slots) + queue.expired,
+        retried=sum(slot.retried for slot in slots),
+        busy=busy,
+        max_in_flight=max_in_flight,
+        waiting=queue.waiting,
+    )
+
+
+def _ns(seconds: Iterable[float]) -> int:
+    return round(sum(seconds) * 1e9)

@@ -1,0 +1,118 @@
+"""The command line: `gpu-engine demo`, `gpu-engine run`, `gpu-engine inspect`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+import gpu_engine
+from gpu_engine.tools.demo import Advance, Report, run_demo
+from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
+from gpu_engine.tools.inspection import describe
+
+app = typer.Typer(
+    help="Run ONNX models for throughput.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+
+Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')]
+Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
+
+
+def main() -> None:
+    """The script's entry point. Exit codes: 0 done, 1 the engine or a file said no, 2 the command line is wrong."""
+    try:
+        app()
+    except (gpu_engine.GpuEngineError, OSError, ValueError) as error:
+        Console(stderr=True).print(Text(f"{type(error).__name__}: {error}", "red"))
+        sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gpu-engine {version('gpu-engine')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run ONNX models for throughput."""
+
+
+@app.command()
+def demo(
+    device: Device = "auto",
+    streams: Annotated[int, typer.Option(min=1, help="Executions at the same time.")] = 2,
+    requests: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    seconds: Annotated[float, typer.Option(min=0.01, help="About how long each pass runs.")] = 3.0,
+) -> None:
+    """Read handwritten digits with an embedded network, one by one and then batched."""
+    console = Console()
+    with _progress(console) as progress:
+
+        def start(title: str, items: int) -> Advance:
+            task = progress.add_task(title, total=items)
+            return lambda count: progress.advance(task, count)
+
+        report = run_demo(device, streams, requests, seconds, start)
+    _print_report(report)
+
+
+@app.command()
+def run(
+    model: Model,
+    inputs: Annotated[
+        list[str], typer.Option("--input", "-i", metavar="[NAME=]FILE", help="A .npy or .npz file; may be repeated.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz file.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Run a model once on arrays from files."""
+    with gpu_engine.compile(model, device=device) as engine:
+        outputs = named_outputs(engine.run(read_inputs(inputs)))
+    for name, value in outputs.items():
+        print(f"{name}: {describe_value(value)}")
+    if output is not None:
+        write_outputs(outputs, output)
+
+
+@app.command()
+def inspect(model: Model, device: Device = "auto") -> None:
+    """Show a model's inputs, outputs, batching and the steps of its plan."""
+    with gpu_engine.compile(model, device=device) as engine:
+        print(describe(engine))
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Items per second so far."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} items/s")
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def _print_report(report: Report) -> None:
+    images = len(report.labels)
+    single, batched = report.single.items_per_s, report.batched.items_per_s
+    print(f"device      {report.device}")
+    print(f"accuracy    {report.right / images:.2%} ({report.right} of {images} held-out images)")
+    print(f"batch       {report.batch}: {report.batch_reason} (bound by: {report.limiting_factor})")
+    print(f"one by one  {single:,.0f} items/s")
+    print(
+        f"batched     {batched:,.0f} items/s ({batched / single:.2f} x) with {report.streams} streams and "
+        f"{report.requests} requests in flight; a mean batch of {report.mean_batch:.1f}"
+    )
