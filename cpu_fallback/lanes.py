@@ -93,8 +93,9 @@ def _node_supported(node: Expr, target: Target) -> bool:
         return True
     source = node.args[-1].dtype
     if node.op == "cast":
-        too_far = source == FLOAT64 and node.dtype == FLOAT16
-        return source in COMPUTED and not too_far and not (node.value and BOOL in (source, node.dtype))
+        if node.value and (source == BOOL or node.dtype not in INTEGERS):
+            return False
+        return source in COMPUTED and (source, node.dtype) != (FLOAT64, FLOAT16)
     return source in COMPUTED and find_operation(node.op, source) is not None
 
 
@@ -270,7 +271,7 @@ def converted(x: Num, source: DType, target: DType, saturate: Any) -> Num:
     """x as `expr.convert` converts it, in computing form."""
     if is_float(source):
         if is_float(target):
-            return _to_float(_clipped(x, target) if saturate else x, target)
+            return _to_float(x, target)
         return _saturated(x, target) if saturate else _truncated(x, target)
     if is_float(target):
         op = "uitofp" if source == BOOL or source.kind == "u" else "sitofp"
@@ -296,14 +297,6 @@ def _resized(x: Num, scalar: str, *, signed: bool) -> Num:
     if before == after:
         return x
     return x.cast("trunc" if after < before else "sext" if signed and before > 1 else "zext", scalar)
-
-
-def _clipped(x: Num, target: DType) -> Num:
-    low, high = (float(bound) for bound in limits(target))
-    if element(x.kind) == "float" and target in (FLOAT32, FLOAT64):
-        low, high = max(low, -3.4028234663852886e38), min(high, 3.4028234663852886e38)
-    x = x.test("olt", low).select(low, x)
-    return x.test("ogt", high).select(high, x)
 
 
 def _integer_clipped(x: Num, source: DType, target: DType) -> Num:

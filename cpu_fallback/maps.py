@@ -1,10 +1,14 @@
-"""Map: fused pointwise kernels, one loop over rows and one in vectors along the inner axis."""
+"""Map: fused pointwise kernels, one loop over rows and one in vectors along the inner axis.
+
+The same kernels move elements: a copy is a map whose operand, or result, is walked with strides of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cpu_fallback.calls import Address, Native, Word
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.lanes import is_supported, write_expr
 from cpu_fallback.loops import (
@@ -20,7 +24,6 @@ from cpu_fallback.loops import (
     vector_loop,
 )
 from cpu_fallback.native import Target, host
-from cpu_fallback.calls import Address, Native, Word
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType, compute_dtype
@@ -30,40 +33,46 @@ Shape = tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
+class Walked:
+    """A buffer as a kernel walks it: from `offset` bytes on, `strides` in elements for every axis of the result."""
+
+    buffer: int
+    dtype: DType
+    strides: tuple[Dim, ...]
+    offset: Dim = 0
+
+
+@dataclass(frozen=True)
 class MapKernel:
     """A pointwise kernel by content: what is computed, how each operand is read, how many axes are left.
 
-    Words: out, operands; extents of the inner axis, of the outer axes (none but the first of which is missing: rows
-    come instead); for each operand the outer strides and, where strided, the inner one, in bytes.
+    `shares[i]` is the set of outer strides that stream i walks by; stream 0 is the result, operands follow. Words:
+    addresses of the streams; the extent of the inner axis; with outer axes the extents of all of them but the first,
+    and their product; the strides of every set, and the inner ones of strided operands, in bytes.
     """
 
     text: str
     accesses: tuple[str, ...]
+    shares: tuple[int, ...]
     rank: int
     expr: Expr = field(compare=False, repr=False)
 
     def write(self, code: Code, target: Target) -> None:
-        words, lanes = Words(code), lane_count(self.expr, target)
+        words, lanes = Words(code), lane_count([self.expr], target)
         dtypes = operand_dtypes(self.expr)
-        out, *operands = words.pointers(1 + len(dtypes))
+        streams = words.pointers(len(self.shares))
         inner = words.take()
         outer = words.numbers(max(0, self.rank - 2))
         rows = words.take() if self.rank > 1 else i64(1)
-        strides = [words.numbers(self.rank - 1) for _ in dtypes]
-        inner_strides = [words.take() if access == STRIDED else None for access in self.accesses]
+        strides = [words.numbers(self.rank - 1) for _ in range(max(self.shares) + 1)]
+        steps = [words.take() if access == STRIDED else None for access in self.accesses]
         span = (i64(0), inner) if self.rank > 1 else thread_share(code, inner, lanes)
-        row_nbytes = code.binary("mul", inner, i64(self.expr.dtype.itemsize))
 
         def row(index: Reg, _: list[Reg]) -> list[Reg]:
-            offsets = row_offsets(code, index, outer, strides) if self.rank > 1 else [i64(0)] * len(dtypes)
-            reads = [
-                Read(code.at(base, offset), dtype, access, stride)
-                for base, offset, dtype, access, stride in zip(
-                    operands, offsets, dtypes, self.accesses, inner_strides, strict=True
-                )
-            ]
-            write = Write(code.at(out, code.binary("mul", index, row_nbytes)), self.expr.dtype)
-            vector_loop(code, target, lanes, span, reads, [write], body)
+            offsets = row_offsets(code, index, outer, strides) if self.rank > 1 else [i64(0)] * len(strides)
+            bases = [code.at(base, offsets[share]) for base, share in zip(streams, self.shares, strict=True)]
+            reads = [Read(*stream) for stream in zip(bases[1:], dtypes, self.accesses, steps, strict=True)]
+            vector_loop(code, target, lanes, span, reads, [Write(bases[0], self.expr.dtype)], body)
             return []
 
         def body(loaded: list[Reg], _: Mask, __: list[Reg]) -> tuple[list[Reg], list[Reg]]:
@@ -75,10 +84,10 @@ class MapKernel:
             row(i64(0), [])
 
 
-def lane_count(root: Expr, target: Target, limit: int = 64) -> int:
+def lane_count(roots: Sequence[Expr], target: Target) -> int:
     """As many lanes as the widest element computed with leaves room for."""
-    widest = max(compute_dtype(node.dtype).itemsize for node in expr.walk(root))
-    return min(limit, target.vector_nbytes // widest)
+    widest = max(compute_dtype(node.dtype).itemsize for root in roots for node in expr.walk(root))
+    return min(64, target.vector_nbytes // widest)
 
 
 def operand_dtypes(root: Expr) -> list[DType]:
@@ -87,54 +96,85 @@ def operand_dtypes(root: Expr) -> list[DType]:
     return [found[i] for i in range(len(found))]
 
 
+def compacted(root: Expr) -> tuple[Expr, tuple[int, ...]]:
+    """The expression with the operands it uses numbered 0, 1, ..., and what their numbers were."""
+    used = {node.value: node.dtype for node in expr.walk(root) if node.op == "arg"}
+    order = tuple(sorted(used))
+    return expr.substitute(root, {old: expr.arg(new, used[old]) for new, old in enumerate(order)}), order
+
+
 def map_call(
     root: Expr, inputs: Sequence[tuple[int, Shape]], out: int, shape: Shape
 ) -> tuple[Native, tuple[int, ...]] | None:
-    """The native call that maps the buffers `inputs` to `out` of `shape`, and the positions of inputs that are read
-    exactly where the output is written; None if the expression has no native form."""
-    used = sorted({node.value for node in expr.walk(root) if node.op == "arg"})
-    compact = expr.substitute(
-        root, {old: expr.arg(new, node.dtype) for new, old in enumerate(used) for node in expr.walk(root)
-               if node.op == "arg" and node.value == old}
-    )  # fmt: skip
-    if not is_supported(compact, host()):
+    """The native call that maps the broadcast buffers `inputs` to `out` of `shape`, and the positions of inputs that
+    are read exactly where the result is written; None if the expression has no native form."""
+    compact, used = compacted(root)
+    dtypes = operand_dtypes(compact)
+    operands = [
+        Walked(inputs[i][0], dtype, broadcast_strides(inputs[i][1], shape))
+        for i, dtype in zip(used, dtypes, strict=True)
+    ]
+    call = walk_call(compact, operands, Walked(out, compact.dtype, contiguous_strides(shape)), shape)
+    return None if call is None else (call, tuple(i for i in used if inputs[i][1] == shape))
+
+
+def walk_call(root: Expr, operands: Sequence[Walked], out: Walked, extents: Shape) -> Native | None:
+    """The native call that computes `root` for every point of `extents`; None if it has no native form.
+
+    The innermost axis that is left must be contiguous in `out`.
+    """
+    if not is_supported(root, host()):
         return None
-    operands = [inputs[i] for i in used]
-    itemsizes = [dtype.itemsize for dtype in operand_dtypes(compact)]
-    axes = collapsed(shape, [broadcast_strides(own, shape) for _, own in operands])
-    accesses = tuple(inner_access(axes[-1][1][i]) for i in range(len(operands)))
-    words: list[Word] = [Address(out), *(Address(buffer) for buffer, _ in operands), axes[-1][0]]
+    streams = [out, *operands]
+    axes = collapsed(extents, [stream.strides for stream in streams])
+    inner_extent, inner = axes[-1]
+    assert inner_extent == 1 or inner[0] == 1, "results are written in a row"
+    accesses = tuple(inner_access(stride) for stride in inner[1:])
+    sets: dict[tuple[Dim, ...], int] = {}
+    shares = []
+    for i, stream in enumerate(streams):
+        outer = tuple(strides[i] * stream.dtype.itemsize for _, strides in axes[:-1])
+        shares.append(sets.setdefault(outer, len(sets)))
+    words: list[Word] = [*(Address(stream.buffer, stream.offset) for stream in streams), inner_extent]
     if len(axes) > 1:
         words += [extent for extent, _ in axes[1:-1]]
         words.append(dims.product(extent for extent, _ in axes[:-1]))
-    for i, itemsize in enumerate(itemsizes):
-        words += [strides[i] * itemsize for _, strides in axes[:-1]]
-    words += [axes[-1][1][i] * size for i, size in enumerate(itemsizes) if accesses[i] == STRIDED]
-    in_place = tuple(position for position, (_, own) in zip(used, operands, strict=True) if own == shape)
-    return Native(MapKernel(expr.text(compact), accesses, len(axes), compact), tuple(words)), in_place
+    for outer in sets:
+        words += outer
+    for access, stride, stream in zip(accesses, inner[1:], operands, strict=True):
+        words += [stride * stream.dtype.itemsize] * (access == STRIDED)
+    return Native(MapKernel(expr.text(root), accesses, tuple(shares), len(axes), root), tuple(words))
 
 
-def broadcast_strides(own: Shape, shape: Shape) -> list[Dim]:
-    """Element strides of a contiguous operand of shape `own` over the axes of `shape`, 0 where it is broadcast."""
+def contiguous_strides(shape: Shape) -> tuple[Dim, ...]:
+    """Element strides of a C-contiguous array."""
     strides: list[Dim] = []
     step: Dim = 1
-    padded = (1,) * (len(shape) - len(own)) + own
-    for extent, full in zip(reversed(padded), reversed(shape), strict=True):
-        strides.append(step if extent == full else dims.many(extent) * step)
+    for extent in reversed(shape):
+        strides.append(step)
         step = step * extent
-    return strides[::-1]
+    return tuple(reversed(strides))
+
+
+def broadcast_strides(own: Shape, shape: Shape) -> tuple[Dim, ...]:
+    """Element strides of a contiguous operand of shape `own` over the axes of `shape`, 0 where it is broadcast."""
+    padded = (1,) * (len(shape) - len(own)) + own
+    return tuple(
+        step if extent == full else dims.many(extent) * step
+        for extent, full, step in zip(padded, shape, contiguous_strides(padded), strict=True)
+    )
 
 
 Axis = tuple[Dim, list[Dim]]
 
 
-def collapsed(shape: Shape, strides: Sequence[Sequence[Dim]]) -> list[Axis]:
-    """(extent, stride of every operand) of the axes that are left when neighbours that all walk alike are joined."""
+def collapsed(extents: Shape, strides: Sequence[Sequence[Dim]]) -> list[Axis]:
+    """(extent, stride of every stream) of the axes that are left when neighbours that all walk alike are joined."""
     axes: list[Axis] = []
-    for i, extent in enumerate(shape):
+    for i, extent in enumerate(extents):
         if extent == 1:
             continue
-        steps = [operand[i] for operand in strides]
+        steps = [stream[i] for stream in strides]
         if axes and all(before == step * extent for before, step in zip(axes[-1][1], steps, strict=True)):
             axes[-1] = (axes[-1][0] * extent, steps)
         else:

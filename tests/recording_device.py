@@ -155,6 +155,7 @@ class RecordingSlot:
         assert device.gate.wait(timeout=60), "the test never released the device"
         try:
             self.error, self.outputs = None, [np.array(output) for output in device.model(*self.inputs)]
+            assert [output.dtype for output in self.outputs] == [port.dtype for port in self.plan.output_ports]
         except Exception as error:
             self.error = error
         launch.ended_s = time.monotonic()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +17,20 @@ CPU = Limits(auto_streams=2, streams=64, batch=8)
 
 @pytest.mark.parametrize(
     ("requests", "streams", "batch"),
-    [(16, 2, 4), (4, 1, 2), (4, 2, 1), (1, 2, 1), (2, 2, 1), (3, 2, 1), (8, 2, 2), (9, 2, 2), (10, 2, 2)]
-    + [(16, 1, 8), (64, 2, 16), (128, 4, 16)],
+    [
+        (16, 2, 4),
+        (4, 1, 2),
+        (4, 2, 1),
+        (1, 2, 1),
+        (2, 2, 1),
+        (3, 2, 1),
+        (8, 2, 2),
+        (9, 2, 2),
+        (10, 2, 2),
+        (16, 1, 8),
+        (64, 2, 16),
+        (128, 4, 16),
+    ],
 )
 def test_the_formula(requests: int, streams: int, batch: int) -> None:
     assert formula(requests, streams) == batch
@@ -86,8 +100,8 @@ def test_the_memory_cap() -> None:
         ({"auto_batching": True}, CPU, (1, 1, 8, True, 16)),
     ],
 )
-def test_streams_slots_and_hints(given_options: dict[str, object], limits: Limits, expected: tuple[object, ...]) -> None:
-    sizes = choose(validated(**given_options), limits)  # type: ignore[arg-type]
+def test_streams_slots_and_hints(given_options: dict[str, Any], limits: Limits, expected: tuple[Any, ...]) -> None:
+    sizes = choose(validated(**given_options), limits)
     assert (sizes.streams, sizes.slots, sizes.batch.batch, sizes.shared, sizes.optimal_requests) == expected
 
 

@@ -42,7 +42,7 @@ class ExternalData:
         length = int(fields.get("length", packed))
         if offset < 0 or length != packed or offset + length > data.size:
             raise InvalidModel(
-                f"tensor {name!r} ({dtype}{list(shape)}) wants {packed} bytes; {location!r} is said to hold {length} at "
+                f"tensor {name!r} ({dtype}{list(shape)}) wants {packed} bytes; {location!r} should hold {length} at "
                 f"{offset} and has {data.size}"
             )
         return _decode(data[offset : offset + length], dtype, shape)

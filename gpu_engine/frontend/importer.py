@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from gpu_engine.errors import InvalidModel, UnsupportedModel
 from gpu_engine.frontend import operators
+from gpu_engine.frontend.bodies import Body, BodyNames, Feed
+from gpu_engine.frontend.legacy import OLDEST_OPSET, upgrade
 from gpu_engine.frontend.model import (
     AttributeReference,
     DimText,
@@ -18,12 +21,15 @@ from gpu_engine.frontend.model import (
     ModelNode,
     TensorInfo,
 )
+from gpu_engine.frontend.order import sort_nodes
 from gpu_engine.frontend.registry import Operator, bind_attributes, lookup
+from gpu_engine.frontend.sequences import AbsentValue, Emitted, SequenceValue
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value, live_nodes
 
 MAX_INLINE_DEPTH = 64
+MAX_BODY_DEPTH = 32
 
 
 class FunctionBodies(Protocol):
@@ -36,14 +42,16 @@ class FunctionBodies(Protocol):
 
 @dataclass(frozen=True)
 class Scope:
-    """What names mean while nodes are emitted: `values` by name, the opsets in force, how deep functions nest."""
+    """What names mean while nodes are emitted: `values` by name, the opsets in force, how deep functions (`depth`) and
+    bodies (`nesting`) nest."""
 
-    values: dict[str, Value]
+    values: dict[str, Emitted]
     opsets: Mapping[str, int]
     functions: Mapping[tuple[str, str], ModelFunction]
     bodies: FunctionBodies
     attributes: Mapping[str, Any]
     depth: int = 0
+    nesting: int = 0
 
 
 def import_model(model: Model, bodies: FunctionBodies, shapes: Mapping[str, Sequence[DimText]] | None = None) -> Graph:
@@ -53,7 +61,7 @@ def import_model(model: Model, bodies: FunctionBodies, shapes: Mapping[str, Sequ
     contradicts the specification.
     """
     refuse_unsupported(model, bodies)
-    builder, values = Builder(), {}  # type: tuple[Builder, dict[str, Value]]
+    builder, values = Builder(), {}  # type: tuple[Builder, dict[str, Emitted]]
     for name, array in model.graph.initializers.items():
         values[name] = builder.constant(array, name)
     inputs = [
@@ -69,10 +77,7 @@ def import_model(model: Model, bodies: FunctionBodies, shapes: Mapping[str, Sequ
     missing = [info.name for info in model.graph.outputs if info.name not in values]
     if missing:
         raise InvalidModel(f"no node makes the outputs {', '.join(missing)}")
-    sequences = [info.name for info in model.graph.outputs if not isinstance(values[info.name], Value)]
-    if sequences:
-        raise UnsupportedModel(f"the outputs {', '.join(sequences)} are sequences or optionals, not tensors")
-    outputs = tuple(builder.materialize(values[info.name]) for info in model.graph.outputs)
+    outputs = tuple(builder.materialize(_tensor(values[info.name], info.name)) for info in model.graph.outputs)
     return Graph(
         inputs=tuple(inputs),
         outputs=outputs,
@@ -108,7 +113,10 @@ def refuse_unsupported(model: Model, bodies: FunctionBodies) -> None:
             version = opsets.get(node.domain)
             known = (node.domain, node.op_type) in model.functions or (
                 version is not None
-                and (lookup(node.domain, node.op_type, version) or bodies.has(node.domain, node.op_type, version))
+                and (
+                    lookup(node.domain, node.op_type, version if node.domain else max(version, OLDEST_OPSET))
+                    or bodies.has(node.domain, node.op_type, version)
+                )
             )
             if not known:
                 missing[node.domain, node.op_type, version or 0] += 1
@@ -144,6 +152,17 @@ def emit_nodes(builder: Builder, nodes: Sequence[ModelNode], scope: Scope) -> No
 
 
 def emit_node(builder: Builder, node: ModelNode, scope: Scope) -> None:
+    """Emit one node in the form of an opset that the registry knows."""
+    version = scope.opsets.get(node.domain, 0)
+    if node.domain or version >= OLDEST_OPSET or (node.domain, node.op_type) in scope.functions:
+        return _emit(builder, node, scope, version)
+    values = [scope.values.get(name) for name in node.inputs]
+    ranks = [value.rank if isinstance(value, Value) else None for value in values]
+    for part in upgrade(node, version, ranks):
+        _emit(builder, part, scope, OLDEST_OPSET)
+
+
+def _emit(builder: Builder, node: ModelNode, scope: Scope, version: int) -> None:
     """Emit one node: a model-local function, a registered operator, or the specification's body of it."""
     inputs = [scope.values[name] if name else None for name in node.inputs]
     attributes = {
@@ -151,14 +170,14 @@ def emit_node(builder: Builder, node: ModelNode, scope: Scope) -> None:
         for name, value in node.attributes.items()
     }
     attributes = {name: value for name, value in attributes.items() if value is not None}
-    version = scope.opsets.get(node.domain, 0)
     function = scope.functions.get((node.domain, node.op_type))
     entry = None if function else lookup(node.domain, node.op_type, version)
     if entry is not None:
-        results = call_operator(builder, entry, inputs, attributes, len(node.outputs), version)
+        special = {"output_count": len(node.outputs), "opset": version, "bodies": ScopedBodies(builder, scope)}
+        results = call_operator(builder, entry, inputs, attributes, special)
     else:
         if function is None:
-            types = [value.type if value is not None else None for value in inputs]
+            types = [value.type if isinstance(value, Value) else None for value in inputs]
             function = scope.bodies.body(replace(node, attributes=attributes), version, types)
         if function is None:
             raise UnsupportedModel(f"{builder.source}: operator {node.op_type} has no form for these inputs")
@@ -171,29 +190,72 @@ def emit_node(builder: Builder, node: ModelNode, scope: Scope) -> None:
 def call_operator(
     builder: Builder,
     entry: Operator,
-    inputs: Sequence[Value | None],
+    inputs: Sequence[Emitted | None],
     attributes: Mapping[str, Any],
-    output_count: int,
-    opset: int,
-) -> Sequence[Value | None]:
+    special: Mapping[str, Any],
+) -> Sequence[Emitted | None]:
     """The outputs of a registered operator."""
     while inputs and inputs[-1] is None:
         inputs = inputs[:-1]
     if len(inputs) < entry.required or (not entry.variadic and len(inputs) > len(entry.inputs)):
         raise InvalidModel(f"{entry.name} takes {len(entry.inputs)} inputs, got {len(inputs)}")
-    special = {"output_count": output_count, "opset": opset}
     keywords = bind_attributes(entry, attributes) | {name: special[name] for name in entry.special}
     results = entry.emit(builder, *inputs, **keywords)
-    return (results,) if isinstance(results, Value) else results
+    return (results,) if isinstance(results, (Value, SequenceValue, AbsentValue)) else results
+
+
+@dataclass(frozen=True)
+class ScopedBodies:
+    """Bodies of the node that is being emitted; see bodies.Bodies."""
+
+    builder: Builder
+    scope: Scope
+
+    def inline(self, graph: ModelGraph, inputs: Sequence[Emitted]) -> tuple[Emitted, ...]:
+        values = copy(self.scope.values)
+        values.update(self._formal(self.builder, graph, inputs))
+        emit_nodes(self.builder, graph.nodes, replace(self.scope, values=values, nesting=self._nesting()))
+        return tuple(values[info.name] for info in graph.outputs)
+
+    def emit(self, graph: ModelGraph, types: Sequence[TensorType], feed: Feed | None = None) -> Body:
+        inner, names = self.builder.nested(), BodyNames(self.scope.values)
+        inputs = tuple(Value(kind) for kind in types)
+        given = feed(inner, inputs, names.capture) if feed is not None else inputs
+        names.update(self._formal(inner, graph, given))
+        emit_nodes(inner, graph.nodes, replace(self.scope, values=names, nesting=self._nesting()))
+        outputs = tuple(inner.materialize(_tensor(names[info.name], info.name)) for info in graph.outputs)
+        inputs += tuple(names.captured.values())
+        labels = tuple(f"in{i}" for i in range(len(inputs)))
+        results = tuple(info.name for info in graph.outputs)
+        found = Graph(inputs, outputs, live_nodes(inner.nodes, outputs), labels, results)
+        return Body(found, tuple(names.captured))
+
+    def _formal(self, builder: Builder, graph: ModelGraph, inputs: Sequence[Emitted]) -> dict[str, Emitted]:
+        if len(inputs) != len(graph.inputs):
+            raise InvalidModel(f"a body takes {len(graph.inputs)} inputs, {len(inputs)} are given")
+        constants = {name: builder.constant(array, name) for name, array in graph.initializers.items()}
+        return {**constants, **{info.name: value for info, value in zip(graph.inputs, inputs, strict=True)}}
+
+    def _nesting(self) -> int:
+        if self.scope.nesting >= MAX_BODY_DEPTH:
+            raise InvalidModel(f"bodies nest deeper than {MAX_BODY_DEPTH}")
+        return self.scope.nesting + 1
+
+
+def _tensor(value: Emitted, name: str) -> Value:
+    """The value itself; UnsupportedModel for a sequence or an optional that must outlive the import."""
+    if not isinstance(value, Value):
+        raise UnsupportedModel(f"{name} is a sequence or an optional, not a tensor")
+    return value
 
 
 def inline(
     builder: Builder,
     function: ModelFunction,
-    inputs: Sequence[Value | None],
+    inputs: Sequence[Emitted | None],
     attributes: Mapping[str, Any],
     scope: Scope,
-) -> Sequence[Value | None]:
+) -> Sequence[Emitted | None]:
     """The outputs of a function body emitted in place, with names of its own."""
     if scope.depth >= MAX_INLINE_DEPTH:
         raise InvalidModel(f"function {function.name} calls itself, or nests deeper than {MAX_INLINE_DEPTH}")
@@ -210,52 +272,10 @@ def inline(
     return [values.get(name) for name in function.outputs]
 
 
-def _without_absent(node: ModelNode, function: ModelFunction, values: Mapping[str, Value]) -> ModelNode:
+def _without_absent(node: ModelNode, function: ModelFunction, values: Mapping[str, Emitted]) -> ModelNode:
     """The node with the names of inputs that the caller left out made empty."""
     absent = set(function.inputs) - set(values)
     return replace(node, inputs=tuple("" if name in absent else name for name in node.inputs))
-
-
-def sort_nodes(nodes: Sequence[ModelNode], known: Mapping[str, Any]) -> Sequence[ModelNode]:
-    """`nodes` with every name made before it is used; InvalidModel for a cycle, a dangling or a repeated name."""
-    makers = {name: node for node in nodes for name in node.outputs if name}
-    if len(makers) != sum(name != "" for node in nodes for name in node.outputs):
-        raise InvalidModel("two nodes make the same name")
-    needs = {id(node): {name for name in free_names(node) if name} for node in nodes}
-    for node in nodes:
-        dangling = sorted(name for name in needs[id(node)] if name not in makers and name not in known)
-        if dangling:
-            raise InvalidModel(f"{node.op_type} {node.name!r} uses {', '.join(dangling)}, which nothing makes")
-    before = {id(node): {id(makers[name]) for name in needs[id(node)] if name in makers} for node in nodes}
-    order: dict[int, ModelNode] = {}
-    for root in nodes:
-        stack, entered = [root], set[int]()
-        while stack:
-            node = stack[-1]
-            waiting = [
-                makers[name] for name in sorted(needs[id(node)]) if name in makers and id(makers[name]) not in order
-            ]
-            if id(node) in order or not before[id(node)] - order.keys():
-                order[id(node)] = stack.pop()
-            elif id(node) in entered:
-                raise InvalidModel(f"the graph has a cycle through {node.op_type} {node.name!r}")
-            else:
-                entered.add(id(node))
-                stack.extend(waiting)
-    return list(order.values())
-
-
-def free_names(node: ModelNode) -> set[str]:
-    """The names that a node uses: its inputs and what the graphs among its attributes take from outside."""
-    names = set(node.inputs)
-    for attribute in node.attributes.values():
-        for graph in attribute if isinstance(attribute, tuple) else (attribute,):
-            if isinstance(graph, ModelGraph):
-                inside = {info.name for info in graph.inputs} | set(graph.initializers)
-                inside |= {name for inner in graph.nodes for name in inner.outputs}
-                names |= {name for inner in graph.nodes for name in free_names(inner)} - inside
-                names |= {info.name for info in graph.outputs} - inside
-    return names
 
 
 assert operators  # imported for its registrations

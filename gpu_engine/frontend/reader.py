@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -27,7 +27,7 @@ from gpu_engine.frontend.model import (
 from gpu_engine.ir.dtypes import ONNX_NUMBER, STRING, from_onnx
 from gpu_engine.ir.graph import TensorType
 
-ModelSource = str | bytes | os.PathLike[str] | ModelProto
+ModelSource: TypeAlias = str | bytes | os.PathLike[str] | ModelProto
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
 Array = NDArray[Any]
 

@@ -10,9 +10,10 @@
     def non_zero(xp, x): ...
 
 A function's signature is the operator's: positional parameters are the inputs (default None: optional; `*xs`:
-variadic), keyword-only parameters are the attributes with the specification's defaults (no default: required). Two
-names are not attributes: `output_count` receives how many outputs the node asks for, `opset` the version in use. A
-function serves every opset from `since` until the next registration of the same name, or to the newest.
+variadic), keyword-only parameters are the attributes with the specification's defaults (no default: required). Three
+names are not attributes: `output_count` receives how many outputs the node asks for, `opset` the version in use,
+`bodies` what emits graph attributes. A function serves every opset from `since` until the next registration of the
+same name, or to the newest.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gpu_engine.errors import InvalidModel
+from gpu_engine.frontend.sequences import Emitted
 from gpu_engine.ir import expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING, DType
@@ -30,8 +32,9 @@ from gpu_engine.ir.graph import Builder, TensorType, Value
 from gpu_engine.ir.ops.array import Array, unbound_symbols
 from gpu_engine.ir.ops.pointwise import Map
 
-Emit = Callable[..., Value | Sequence[Value | None]]
-SPECIAL = ("output_count", "opset")
+Emit = Callable[..., Emitted | Sequence[Emitted | None]]
+Emitter = TypeVar("Emitter", bound=Emit)
+SPECIAL = ("output_count", "opset", "bodies")
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ def lookup(domain: str, name: str, version: int) -> Operator | None:
     return serving[-1] if serving else None
 
 
-def operator(name: str, *, since: int, domain: str = "") -> Callable[[Emit], Emit]:
+def operator(name: str, *, since: int, domain: str = "") -> Callable[[Emitter], Emitter]:
     """Register `function(b, *inputs, *, attributes)`, which emits engine operations through the builder `b`."""
 
-    def register(function: Emit) -> Emit:
+    def register(function: Emitter) -> Emitter:
         _register(name, since, domain, "composed", function, function, skip=1)
         return function
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from gpu_engine.errors import InvalidModel
 from gpu_engine.ir.graph import Value
 
 
@@ -13,10 +15,16 @@ class SequenceValue:
 
     elements: tuple[Value, ...]
 
+    def __getattr__(self, name: str) -> Any:
+        raise InvalidModel(f"a sequence where a tensor is wanted: it has no {name}")
+
 
 @dataclass(frozen=True, eq=False)
 class AbsentValue:
     """An optional that holds nothing; one that holds something is what it holds."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise InvalidModel(f"an empty optional where a tensor is wanted: it has no {name}")
 
 
 Emitted = Value | SequenceValue | AbsentValue

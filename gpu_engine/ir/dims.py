@@ -92,6 +92,12 @@ def symbol(name: str) -> Sym:
     return Sym((((Symbol(name),), 1),))
 
 
+def number(dim: Dim) -> int:
+    """An extent that is an int by now."""
+    assert isinstance(dim, int), f"{dim} has no value yet"
+    return dim
+
+
 def product(dims: Iterable[Dim]) -> Dim:
     result: Dim = 1
     for dim in dims:
@@ -156,16 +162,16 @@ def broadcast(a: Dim, b: Dim) -> Dim:
         raise InvalidModel(f"extents {a} and {b} do not broadcast")
     if isinstance(a, int) or isinstance(b, int):
         return a if isinstance(a, int) else b
-    for joined, part in ((a, b), (b, a)):
-        if isinstance(joined, Sym) and part in _broadcast_parts(joined):
-            return joined
+    for x, y in ((a, b), (b, a)):
+        if y in _operands_of("broadcast", x) or (x in _operands_of("min", y) and bounds(y)[0]):
+            return x
     return _call("broadcast", *_ordered(a, b))
 
 
-def _broadcast_parts(dim: Sym) -> tuple[Dim, ...]:
-    """The extents that `dim` is a broadcast of, if it is nothing else."""
-    match dim.terms:
-        case (((Call("broadcast", args),), 1),):
+def _operands_of(function: str, dim: Dim) -> tuple[Dim, ...]:
+    """The extents that `dim` is the broadcast or the minimum of, if it is nothing else."""
+    match dim:
+        case Sym(terms=(((Call(name, args),), 1),)) if name == function:
             return args
     return ()
 

@@ -63,9 +63,9 @@ def compute_dtype(dtype: DType) -> DType:
 def limits(dtype: DType) -> tuple[Any, Any]:
     """The least and greatest finite value."""
     if is_float(dtype):
-        info = ml_dtypes.finfo(dtype)
+        info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
         return info.min, info.max
     if dtype == BOOL:
         return False, True
-    whole = ml_dtypes.iinfo(dtype)
+    whole: Any = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
     return whole.min, whole.max

@@ -123,7 +123,8 @@ def apply(op: str, *operands: Expr | Scalar) -> Expr:
         raise TypeError(f"{op} of {', '.join(str(x.dtype) for x in values)}")
     result = BOOL if op in PREDICATES else values[0].dtype
     if all(x.op == "const" for x in args):
-        return const(evaluate(_intern(op, args, result), [])[()], result)
+        value: Any = evaluate(_intern(op, args, result), [])[()]
+        return const(value, result)
     return _simplified(op, args) or _intern(op, args, result)
 
 
@@ -306,22 +307,45 @@ def evaluate(expr: Expr, operands: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def convert(x: NDArray[Any], dtype: DType, saturate: bool = False) -> NDArray[Any]:
-    """x as `dtype` by ONNX's Cast; with `saturate`, clipped to the finite range first (NaN stays NaN)."""
+    """x as `dtype` by ONNX's Cast; with `saturate`, clipped to the finite range first.
+
+    A float becomes an integer by truncation. What ONNX leaves open is the same everywhere: integers of less than 64
+    bits take the low bits, NaN and what no int64 holds give 0; 64-bit ones give -2**63 (its bits, where unsigned).
+    Saturated, NaN gives 0.
+    """
+    x = np.asarray(x)
     if saturate:
         return _saturated(x, dtype)
-    if np.asarray(x).dtype.kind == "f" and dtype.kind in "iu":
+    if x.dtype.kind == "f" and dtype.kind in "iu":
+        if dtype.itemsize == 8:
+            return _wide_integers(x, dtype)
         wide = np.nan_to_num(np.trunc(x), nan=0.0, posinf=2.0**63, neginf=-(2.0**63))
-        if dtype.itemsize < 8:
-            return np.asarray(np.clip(wide, -(2.0**62), 2.0**62).astype(np.int64).astype(dtype))
-    return np.asarray(x).astype(dtype)
+        return np.asarray(np.clip(wide, -(2.0**62), 2.0**62).astype(np.int64).astype(dtype))
+    return np.asarray(x.astype(dtype))
+
+
+def _wide_integers(x: NDArray[Any], dtype: DType) -> NDArray[Any]:
+    inside = np.abs(x) < 2.0**63
+    result = np.where(inside, np.where(inside, x, 0).astype(np.int64), np.iinfo(np.int64).min)
+    if dtype.kind == "u":
+        above = (x >= 2.0**63) & (x < 2.0**64)
+        result = np.where(above, (np.where(above, x, 2.0**63) - 2.0**63).astype(np.int64) ^ np.int64(-(2**63)), result)
+    return np.asarray(result.astype(dtype))
 
 
 def _saturated(x: NDArray[Any], dtype: DType) -> NDArray[Any]:
     low, high = limits(dtype)
     if is_float(dtype):
-        return np.asarray(np.clip(x, np.float32(low), np.float32(high)).astype(dtype))
-    clipped = np.clip(np.asarray(x, np.float64), float(low), float(high))
-    return np.asarray(np.nan_to_num(clipped, nan=0.0).astype(np.int64).astype(dtype))
+        return np.asarray(x.astype(dtype) if dtype.itemsize == 8 else np.clip(x, float(low), float(high)).astype(dtype))
+    if x.dtype.kind in "iu" and dtype.kind in "iu":
+        own = np.iinfo(x.dtype)
+        clipped = np.clip(x, x.dtype.type(max(low, own.min)), x.dtype.type(min(high, own.max)))
+        return np.asarray(clipped.astype(dtype))
+    whole = np.nan_to_num(np.trunc(np.asarray(x, np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    inside = np.where((whole >= float(low)) & (whole < float(high)), whole, 0)
+    result = _wide_integers(inside, dtype) if dtype.itemsize == 8 else inside.astype(np.int64).astype(dtype)
+    result = np.where(whole >= float(high), dtype.type(high), np.where(whole < float(low), dtype.type(low), result))
+    return np.asarray(result.astype(dtype))
 
 
 def _simplified(op: str, args: tuple[Expr, ...]) -> Expr | None:
@@ -331,6 +355,12 @@ def _simplified(op: str, args: tuple[Expr, ...]) -> Expr | None:
             return x
         case "mul", (Expr(op="const", value=1), x):
             return x
+        case "add" | "sub", (x, Expr(op="const", value=0)) if is_integer(x.dtype):
+            return x
+        case "add", (Expr(op="const", value=0), x) if is_integer(x.dtype):
+            return x
+        case (("and" | "or"), ((x, Expr(op="const", value=bound)) | (Expr(op="const", value=bound), x))):
+            return x if x.dtype == BOOL and bound == (op == "and") else None
         case "where", (Expr(op="const", value=condition), yes, no):
             return yes if condition else no
         case "not", (Expr(op="not", args=(x,)),):

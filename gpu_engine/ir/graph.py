@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,10 +128,10 @@ class ShapeTensor:
     shape: tuple[int, ...]
     dtype: DType
 
-    def infer(self) -> tuple[TensorType, ...]:
+    def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
         return (TensorType(self.dtype, self.shape),)
 
-    def evaluate(self, xp: Any) -> tuple[Any, ...]:
+    def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
         return (xp.asarray(np.array(self.values, self.dtype).reshape(self.shape)),)
 
 
@@ -165,12 +166,12 @@ def resolve(op: Op, values: Mapping[Dim, int]) -> Op:
 class Builder:
     """Appends nodes, folding what is known already. Front end and passes emit through it."""
 
-    def __init__(self) -> None:
+    def __init__(self, fresh: Iterator[int] | None = None) -> None:
         self.nodes: list[Node] = []
         self.source = ""
         self._producers: dict[Value, Node] = {}
         self._materialized: dict[Value, Value] = {}
-        self._fresh = 0
+        self._fresh = itertools.count(1) if fresh is None else fresh
 
     def constant(self, array: Any, name: str = "") -> Value:
         """A value whose contents are known."""
@@ -179,16 +180,20 @@ class Builder:
 
     def shape_constant(self, extents: Sequence[Dim] | Array, dtype: DType = INT64) -> Value:
         """A known integer tensor of extents, symbolic or not."""
-        array = np.empty(np.shape(extents), object)
-        array[...] = np.asarray(extents, object) if len(array.shape) else extents
+        array: Array = np.array(extents, object)
         if not any(isinstance(item, Sym) for item in array.flat):
             array = array.astype(dtype)
         return Value(TensorType(dtype, array.shape), array)
 
     def fresh_dim(self) -> Sym:
         """An extent that only running the node it belongs to will tell."""
-        self._fresh += 1
-        return dims.symbol(f"u{self._fresh}")
+        return dims.symbol(f"u{next(self._fresh)}")
+
+    def nested(self) -> Builder:
+        """A builder for a body: its fresh extents have names that no other builder of the model gives."""
+        inner = Builder(self._fresh)
+        inner.source = self.source
+        return inner
 
     def emit(self, op: Op, *inputs: Value) -> Value:
         """The only output of `op`."""

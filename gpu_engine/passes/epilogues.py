@@ -15,7 +15,7 @@ Product = Conv | ConvTranspose | MatMul
 
 
 def into_epilogue(operands: Operands, node: Node, builder: Builder, uses: Uses) -> Value | None:
-    """The map `operands` of `node` as part of the product that only `node` uses; the last made one if there are more."""
+    """The map `operands` of `node` as part of a product that only `node` uses, the last made one if there are more."""
     shape = node.outputs[0].shape
     found = []
     for value in dict.fromkeys(operands[1]):
@@ -57,7 +57,7 @@ def _with_epilogue(made: Node, operands: Operands, value: Value, builder: Builde
 def _before_reshape(
     operands: Operands, reshape: Node, builder: Builder, uses: Uses
 ) -> tuple[Node, Operands, Value] | None:
-    """(product, map, result of the product) for a map of a reshaped product, its other operands fitted to the product."""
+    """(product, map, its result) for a map of a reshaped product, the other operands fitted to the product."""
     (source,) = reshape.inputs
     made = builder.producer(source)
     if made is None or not isinstance(made.op, Product) or not only_user(source, reshape, uses):

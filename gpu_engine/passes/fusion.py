@@ -31,24 +31,35 @@ def fuse_pointwise(graph: Graph) -> Graph:
     """The graph with as few pointwise kernels, and as few stored intermediate results, as the rules above allow."""
     for repeat in (False, True):
         for _ in range(MAX_ROUNDS):
-            fused = rewrite_counting(graph, partial(_fused, repeat=repeat))
-            settled = len(fused.nodes) == len(graph.nodes)
-            graph = fused
-            if settled:
+            count = len(graph.nodes)
+            shared = _pointwise_only(graph) if repeat else frozenset()
+            graph = rewrite_counting(graph, partial(_fused, shared=shared))
+            if len(graph.nodes) == count:
                 break
     return graph
 
 
-def _fused(node: Node, builder: Builder, uses: Uses, repeat: bool) -> tuple[Value] | None:
+def _pointwise_only(graph: Graph) -> frozenset[Value]:
+    """The values that are used by maps and reductions over as many elements and by nothing else."""
+    found: set[Value] = set()
+    others = set(graph.outputs)
+    for node in graph.nodes:
+        shape = operand_shape(node.inputs) if isinstance(node.op, Map | Reduce) else None
+        for value in node.inputs:
+            (found if shape is not None and same_extents(value.shape, shape) else others).add(value)
+    return frozenset(found - others)
+
+
+def _fused(node: Node, builder: Builder, uses: Uses, shared: frozenset[Value]) -> tuple[Value] | None:
     match node.op:
         case Map():
-            grown = _grown((node.op.expr, node.inputs), node, builder, uses, repeat)
+            grown = _grown((node.op.expr, node.inputs), node, builder, uses, shared)
             result = _after_reduction(grown, node, builder, uses) or into_epilogue(grown, node, builder, uses)
             if result is None and grown[1] != node.inputs:
                 result = builder.emit(Map(grown[0]), *grown[1])
         case Reduce():
             before = node.op.before or expr.arg(0, node.inputs[0].dtype)
-            grown = _grown((before, node.inputs), node, builder, uses, repeat)
+            grown = _grown((before, node.inputs), node, builder, uses, shared)
             changed = grown[1] != node.inputs
             result = builder.emit(dataclasses.replace(node.op, before=grown[0]), *grown[1]) if changed else None
         case _:
@@ -56,12 +67,12 @@ def _fused(node: Node, builder: Builder, uses: Uses, repeat: bool) -> tuple[Valu
     return None if result is None else (result,)
 
 
-def _grown(operands: Operands, node: Node, builder: Builder, uses: Uses, repeat: bool) -> Operands:
+def _grown(operands: Operands, node: Node, builder: Builder, uses: Uses, shared: frozenset[Value]) -> Operands:
     """The expression of `node` with the maps that make its operands drawn in, one after the other."""
     shape = operand_shape(operands[1])
     for value in dict.fromkeys(operands[1]):
         inner = builder.producer(value)
-        if inner is None or not isinstance(inner.op, Map) or not _worthwhile(value, inner, node, shape, uses, repeat):
+        if inner is None or not isinstance(inner.op, Map) or not _worthwhile(value, inner, node, shape, uses, shared):
             continue
         candidate = tidy(*inlined(*operands, {value: (inner.op.expr, inner.inputs)}))
         if fits(candidate) and operand_shape(candidate[1]) == shape:
@@ -69,7 +80,9 @@ def _grown(operands: Operands, node: Node, builder: Builder, uses: Uses, repeat:
     return operands
 
 
-def _worthwhile(value: Value, inner: Node, node: Node, shape: tuple[Dim, ...], uses: Uses, repeat: bool) -> bool:
+def _worthwhile(
+    value: Value, inner: Node, node: Node, shape: tuple[Dim, ...], uses: Uses, shared: frozenset[Value]
+) -> bool:
     assert isinstance(inner.op, Map)
     root = inner.op.expr
     if value.dtype == STRING or _wraps(root):
@@ -77,7 +90,7 @@ def _worthwhile(value: Value, inner: Node, node: Node, shape: tuple[Dim, ...], u
     alone, whole = only_user(value, node, uses), same_extents(value.shape, shape)
     if alone and whole:
         return True
-    if alone or (repeat and whole):
+    if alone or value in shared:
         full = sum(same_extents(operand.shape, value.shape) for operand in inner.inputs)
         return is_cheap(root, TRIVIAL_OPERATIONS) if alone else full <= 1 and is_cheap(root, CHEAP_OPERATIONS)
     return False
@@ -100,5 +113,6 @@ def _after_reduction(operands: Operands, node: Node, builder: Builder, uses: Use
     if made is None or not isinstance(made.op, Reduce) or not only_user(inputs[0], node, uses):
         return None
     op = fuse_after(made.op, root)
-    fused = op.after is not None and fits((op.after, inputs)) and not _wraps(made.op.after or root)
+    cut = made.op.after is not None and _wraps(made.op.after)
+    fused = op.after is not None and fits((op.after, inputs)) and not cut
     return builder.emit(op, *made.inputs) if fused else None

@@ -39,7 +39,7 @@ class Admission:
         self._signature = Signature(plan)
         self._known: dict[Hashable, Admitted] = {}
         self._limits: dict[tuple[int, ...], int] = {}
-        self._empty_outputs = sizes.shared and all(plan.batching.outputs)
+        self._empty_outputs = all(plan.batching.outputs)
         self._shares_inputs = sizes.shared and not all(plan.batching.inputs)
         self._proven_nbytes = 0
         self.largest: tuple[int, ...] | None = None
@@ -86,14 +86,14 @@ class Admission:
     def _admit_shapes(self, arrays: Sequence[Array]) -> Admitted:
         self.ports.check_dtypes(arrays)
         fit = self._signature.fit([array.shape for array in arrays])
+        if not fit.rows:
+            return Admitted(fit, rows=1, limit=1, alone=False)
         if not self._sizes.shared:
             self._check_memory(fit.extents)
             return Admitted(fit, rows=1, limit=1, alone=True)
         limit = self._limits.get(fit.family.key)
         if limit is None:
             limit = self._limits[fit.family.key] = self._row_limit(fit.family)
-        if not fit.rows:
-            return Admitted(fit, rows=1, limit=1, alone=True)
         return Admitted(fit, fit.rows, limit, alone=fit.rows <= limit)
 
     def _check_memory(self, extents: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The one place that imports a module when it is first used: devices, whose libraries may be missing, and slow names."""
+"""The one place that imports modules when they are first used: devices, whose libraries may lack, and slow names."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def run_demo(device: str, streams: int, requests: int, seconds: float, start: St
             batch=plan.batch,
             batch_reason=plan.reason,
             limiting_factor=plan.limiting_factor,
-            mean_batch=counts.inference_count / max(1, counts.execution_count),
+            mean_batch=counts.mean_batch,
         )
 
 

@@ -8,7 +8,7 @@ from gpu_engine.ir.expr import Expr, cast, clip, equal, erf, exp, log, maximum, 
 
 
 def log1p(x: Expr) -> Expr:
-    """log(1 + x) for x >= 0, exact to rounding however small x is (https://doi.org/10.1145/103162.103163, theorem 4)."""
+    """log(1 + x) for x >= 0 to rounding, however small x is (https://doi.org/10.1145/103162.103163, theorem 4)."""
     grown = 1 + x
     return where(equal(grown, 1), x, log(grown) * (x / (grown - 1)))
 

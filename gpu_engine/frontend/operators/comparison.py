@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator as python
 from typing import Any
 
 from gpu_engine.frontend.registry import emit_array, emit_map, operator, pointwise
@@ -29,25 +28,25 @@ def _equal_strings(xp: Any, x: Any, y: Any) -> Any:
 @pointwise("Greater", since=7)
 def greater(a: Expr, b: Expr) -> Expr:
     """https://onnx.ai/onnx/operators/onnx__Greater.html"""
-    return python.gt(a, b)
+    return a > b
 
 
 @pointwise("Less", since=7)
 def less(a: Expr, b: Expr) -> Expr:
     """https://onnx.ai/onnx/operators/onnx__Less.html"""
-    return python.lt(a, b)
+    return a < b
 
 
 @pointwise("GreaterOrEqual", since=12)
 def greater_or_equal(a: Expr, b: Expr) -> Expr:
     """https://onnx.ai/onnx/operators/onnx__GreaterOrEqual.html"""
-    return python.ge(a, b)
+    return a >= b
 
 
 @pointwise("LessOrEqual", since=12)
 def less_or_equal(a: Expr, b: Expr) -> Expr:
     """https://onnx.ai/onnx/operators/onnx__LessOrEqual.html"""
-    return python.le(a, b)
+    return a <= b
 
 
 @pointwise("IsNaN", since=9)

@@ -35,8 +35,8 @@ def convert(b: Builder, x: Value, dtype: DType, saturate: bool = True, round_mod
     kind = TensorType(dtype, x.shape)
     if STRING in (x.dtype, dtype):
         function = strings_to_numbers if x.dtype == STRING else numbers_to_strings
-        attributes = {"dtype": dtype} if x.dtype == STRING else {}
-        return emit_array(b, function, lambda b, x, **_: kind, (x,), attributes, host=True)[0]
+        target = {"dtype": dtype} if x.dtype == STRING else {}
+        return emit_array(b, function, lambda b, x, **_: kind, (x,), target, host=True)[0]
     if dtype == E8M0:
         attributes = {"saturate": saturate, "round_mode": round_mode}
         return emit_array(b, to_power_of_two, lambda b, x, **_: kind, (x,), attributes)[0]

@@ -73,7 +73,9 @@ def without_repeats(b: Builder, term: Term) -> Term:
         if other != axis:
             rows, columns = (position(b, term.value, place) for place in (other, axis))
             zero = expr.const(0, term.value.dtype)
-            masked = emit_map(b, lambda x, i, j, zero=zero: expr.where(expr.equal(i, j), x, zero), term.value, rows, columns)
+            masked = emit_map(
+                b, lambda x, i, j, zero=zero: expr.where(expr.equal(i, j), x, zero), term.value, rows, columns
+            )
             value = b.emit(Reduce("sum", (axis,), False), masked)
             return without_repeats(b, Term(value, term.labels[:axis] + term.labels[axis + 1 :]))
     return term

@@ -81,8 +81,9 @@ def range_(b: Builder, start: Value, limit: Value, delta: Value, *, stash_type: 
 
 def _known_count(start: Value, limit: Value, delta: Value) -> Dim | None:
     """How many elements a range has, where the compiler can tell."""
-    if all(value.constant is not None and value.constant.size == 1 for value in (start, limit, delta)):
-        return range_count(*(value.constant.ravel()[0].item() for value in (start, limit, delta) if value.constant is not None))
+    constants = [value.constant for value in (start, limit, delta) if value.constant is not None]
+    if len(constants) == 3:
+        return range_count(*(array.ravel()[0].item() for array in constants))
     if is_float(start.dtype):
         return None
     first, last, step = (known_scalar(value) for value in (start, limit, delta))
@@ -92,11 +93,11 @@ def _known_count(start: Value, limit: Value, delta: Value) -> Dim | None:
     return dims.maximum(0, steps)
 
 
-def range_count(start: Any, limit: Any, delta: Any) -> int:
+def range_count(start: float, limit: float, delta: float) -> int:
     if delta == 0:
         raise InvalidModel("Range by steps of 0")
     if isinstance(start, int):
-        return max(0, -((start - limit) // delta))
+        return max(0, int(-((start - limit) // delta)))
     return max(0, math.ceil((limit - start) / delta))
 
 

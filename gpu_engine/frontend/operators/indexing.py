@@ -46,9 +46,7 @@ def scatter(xp: Any, data: Any, indices: Any, updates: Any, *, axis: int = 0) ->
 
 
 @array_operator("ScatterElements", since=11, infer=_like_data)
-def scatter_elements(
-    xp: Any, data: Any, indices: Any, updates: Any, *, axis: int = 0, reduction: str = "none"
-) -> Any:
+def scatter_elements(xp: Any, data: Any, indices: Any, updates: Any, *, axis: int = 0, reduction: str = "none") -> Any:
     """https://onnx.ai/onnx/operators/onnx__ScatterElements.html"""
     axis = axis % data.ndim
     grids = [

@@ -73,4 +73,3 @@ def gemm(
 ) -> Value:
     """https://onnx.ai/onnx/operators/onnx__Gemm.html (opset 6: broadcast as an attribute)"""
     return linear.gemm(b, a, c, bias, alpha=alpha, beta=beta, transA=transA, transB=transB)
-

@@ -278,4 +278,3 @@ def pad_by(xp: Any, x: Any, pads: Any, value: Any = None, axes: Any = None, *, m
         before[axis], after[axis] = amounts[i], amounts[len(amounts) // 2 + i]
     operands = (x,) if value is None else (x, value)
     return Pad(tuple(before), tuple(after), mode).evaluate(xp, *operands)[0]
-

@@ -89,7 +89,10 @@ def _trained(
         return cast(cast(old, new.dtype) * momentum + new * (1 - momentum), old.dtype)
 
     running = emit_map(b, blend, mean, batch_mean), emit_map(b, blend, var, batch_var)
-    own = (emit_map(b, lambda e, like: cast(e, like.dtype), new, old) for new, old in ((batch_mean, mean), (batch_var, var)))
+    own = (
+        emit_map(b, lambda e, like: cast(e, like.dtype), new, old)
+        for new, old in ((batch_mean, mean), (batch_var, var))
+    )
     return (y, *running, *own)
 
 

@@ -122,4 +122,3 @@ def spread(b: Builder, value: Value, x: Value, axis: int, block_size: int = 0) -
 
 def _wide(x: Value) -> DType:
     return compute_dtype(x.dtype) if is_float(x.dtype) else FLOAT32
-

@@ -68,9 +68,7 @@ def _input_products(b: Builder, x: Value, w: Value, scale: Value, zero: Value) -
     columns = b.emit(ops.Reshape((inner, directions * width)), b.emit(ops.Transpose((1, 0, 2)), w))
     whole, x_scale, x_zero = dynamic_quantize_linear(b, x)
     product = integer_matmul(b, whole, columns, x_zero, _per_column(b, zero, w))
-    return emit_map(
-        b, lambda e, s, t: cast(e, x.dtype) * (s * t), product, x_scale, _per_column(b, scale, w)
-    )
+    return emit_map(b, lambda e, s, t: cast(e, x.dtype) * (s * t), product, x_scale, _per_column(b, scale, w))
 
 
 def _per_column(b: Builder, value: Value, w: Value) -> Value:

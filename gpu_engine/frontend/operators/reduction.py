@@ -56,7 +56,7 @@ def _reducer(reduction: Reduction) -> None:
     document = f"https://onnx.ai/onnx/operators/onnx__{reduction.name}.html"
 
     def with_attribute(b: Builder, x: Value, *, axes: tuple[int, ...] | None = None, keepdims: int = 1) -> Value:
-        chosen = range(x.rank) if not axes else axes
+        chosen = axes or range(x.rank)
         return reduced(b, reduction, x, normal_axes(chosen, x.rank), bool(keepdims))
 
     def with_input(
@@ -171,9 +171,7 @@ def accumulated(b: Builder, x: Value, axis: Value, attributes: dict[str, Any]) -
     return emit_array(b, accumulate, lambda b, x, *_, **__: x.type, operands, {"axis": place, **attributes})[0]
 
 
-def accumulate(
-    xp: Any, x: Any, where: Any = None, *, axis: int | None, kind: str, exclusive: int, reverse: int
-) -> Any:
+def accumulate(xp: Any, x: Any, where: Any = None, *, axis: int | None, kind: str, exclusive: int, reverse: int) -> Any:
     """Inclusive or exclusive running sums or products, from the start or from the end."""
     place = (int(where.ravel()[0]) if axis is None else axis) % x.ndim
     wide = compute_dtype(x.dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -103,26 +104,91 @@ def emit_resize(
         if fixed or policy == "stretch":
             return b.emit(_by_sizes(op, x.shape, wanted, axes, policy, _pairs(roi)), x)
     shape = tuple(b.fresh_dim() if axis in axes else extent for axis, extent in enumerate(x.shape))
-    attributes = {"op": _Unresolved(op), "axes": tuple(axes), "policy": policy}
+    attributes = {"op": op, "axes": tuple(axes), "policy": policy}
     (result,) = emit_array(
         b, _resize_late, lambda *_, **__: TensorType(x.dtype, shape), (x, roi, scales, sizes), attributes
     )
     return result
 
 
-class _Unresolved:
-    """A Resize whose extents are found when it runs."""
-
-    def __init__(self, op: ops.Resize) -> None:
-        self.op = op
-
-
 def _resize_late(
-    xp: Any, x: Any, roi: Any, scales: Any, sizes: Any, *, op: _Unresolved, axes: Sequence[int], policy: str
+    xp: Any, x: Any, roi: Any, scales: Any, sizes: Any, *, op: ops.Resize, axes: Sequence[int], policy: str
 ) -> Any:
-    pairs = [float(value) for value in roi] if roi is not None else None
+    pairs = None if roi is None else [float(value) for value in roi]
     if scales is not None:
-        found = _by_scales(op.op, x.shape, [float(scale) for scale in scales], axes, pairs)
+        found = _by_scales(op, x.shape, [float(scale) for scale in scales], axes, pairs)
     else:
-        found = _by_sizes(op.op, x.shape, [int(extent) for extent in sizes], axes, policy, pairs)
+        found = _by_sizes(op, x.shape, [int(extent) for extent in sizes], axes, policy, pairs)
     return found.evaluate(xp, x)[0]
+
+
+def _by_scales(
+    op: ops.Resize, shape: Sequence[Dim], scales: Sequence[float], axes: Sequence[int], roi: Sequence[float] | None
+) -> ops.Resize:
+    chosen = _by_axis(scales, axes, "scales")
+    if any(scale <= 0 for scale in scales):
+        raise InvalidModel(f"scales {list(scales)} must be positive")
+    extents = tuple(
+        scaled_extent(extent, chosen[axis]) if axis in chosen else extent for axis, extent in enumerate(shape)
+    )
+    factors = tuple(chosen.get(axis, 1.0) for axis in range(len(shape)))
+    return replace(op, extents=extents, scales=factors, roi=_crops(op, roi, axes))
+
+
+def _by_sizes(
+    op: ops.Resize,
+    shape: Sequence[Dim],
+    sizes: Sequence[Dim],
+    axes: Sequence[int],
+    policy: str,
+    roi: Sequence[float] | None,
+) -> ops.Resize:
+    chosen = _by_axis(sizes, axes, "sizes")
+    scales: dict[int, float | None] = dict.fromkeys(chosen)
+    if policy != "stretch":
+        scale, kept = _kept_ratio(shape, chosen, policy)
+        chosen, scales = dict(kept), dict.fromkeys(chosen, scale)
+    extents = tuple(chosen.get(axis, extent) for axis, extent in enumerate(shape))
+    factors = tuple(scales.get(axis, 1.0) for axis in range(len(shape)))
+    return replace(op, extents=extents, scales=factors, roi=_crops(op, roi, axes))
+
+
+def _kept_ratio(shape: Sequence[Dim], sizes: Mapping[int, Dim], policy: str) -> tuple[float, dict[int, int]]:
+    """The one scale that keep_aspect_ratio_policy picks, and the extents that it gives."""
+    if policy not in ("not_larger", "not_smaller"):
+        raise InvalidModel(f"keep_aspect_ratio_policy {policy!r} is not one of stretch, not_larger, not_smaller")
+    inside = {axis: int(shape[axis]) for axis in sizes}  # type: ignore[arg-type]
+    ratios = [int(size) / inside[axis] for axis, size in sizes.items()]  # type: ignore[arg-type]
+    scale = min(ratios) if policy == "not_larger" else max(ratios)
+    return scale, {axis: int(scale * extent + 0.5) for axis, extent in inside.items()}
+
+
+def scaled_extent(extent: Dim, scale: float) -> Dim:
+    """floor(extent * scale) as float32 rounds the product; of a symbolic extent by the fraction that the scale stands
+    for."""
+    if isinstance(extent, int):
+        return int(np.floor(np.float32(extent) * np.float32(scale)))
+    fraction = Fraction(scale).limit_denominator(LARGEST_DENOMINATOR)
+    if np.float32(float(fraction)) != np.float32(scale):
+        fraction = Fraction(scale)
+    return dims.floor_div(extent * fraction.numerator, fraction.denominator)
+
+
+def _by_axis(values: Sequence[Any], axes: Sequence[int], what: str) -> dict[int, Any]:
+    if len(values) != len(axes):
+        raise InvalidModel(f"{len(values)} {what} for {len(axes)} axes")
+    return dict(zip(axes, values, strict=True))
+
+
+def _pairs(roi: Value | None) -> list[float] | None:
+    return None if roi is None else [float(value) for value in np.asarray(roi.constant).ravel()]
+
+
+def _crops(op: ops.Resize, roi: Sequence[float] | None, axes: Sequence[int]) -> tuple[tuple[float, float], ...]:
+    """(start, end) of every axis from ONNX's roi [starts..., ends...] over `axes`."""
+    if roi is None:
+        return op.roi
+    if len(roi) != 2 * len(axes):
+        raise InvalidModel(f"{len(roi)} elements of roi for {len(axes)} axes")
+    found = dict(zip(axes, zip(roi, roi[len(axes) :], strict=False), strict=True))
+    return tuple(found.get(axis, FULL) for axis in range(len(op.roi)))

@@ -22,9 +22,7 @@ def top_k_1(b: Builder, x: Value, *, axis: int = -1, k: int) -> tuple[Value, ...
 
 
 @operator("TopK", since=10)
-def top_k(
-    b: Builder, x: Value, k: Value, *, axis: int = -1, largest: int = 1, sorted: int = 1
-) -> tuple[Value, ...]:
+def top_k(b: Builder, x: Value, k: Value, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Value, ...]:
     """https://onnx.ai/onnx/operators/onnx__TopK.html
 
     Of equal elements the one with the lower index comes first; NaN counts as greater than all numbers. The result is

@@ -103,7 +103,7 @@ def squeezed(b: Builder, x: Value, axes: Sequence[Dim] | None) -> Value:
     """x without `axes`, by default all of extent 1."""
     if axes is None:
         if any(not isinstance(extent, int) for extent in x.shape):
-            raise UnsupportedModel(f"{b.source}: Squeeze without axes of {x.type}: the result's rank depends on the run")
+            raise UnsupportedModel(f"{b.source}: the rank of {x.type} squeezed of all ones depends on the run")
         dropped = tuple(axis for axis, extent in enumerate(x.shape) if extent == 1)
     else:
         dropped = normal_axes(axes, x.rank)
@@ -169,4 +169,3 @@ def expanded(b: Builder, x: Value, target: Sequence[Dim]) -> Value:
 
 def expand_to(xp: Any, x: Any, shape: Any) -> Any:
     return xp.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(extent) for extent in shape.ravel())))
-

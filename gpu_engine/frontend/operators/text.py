@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,10 @@ def string_normalizer(
     """
     if x.ndim == 2 and x.shape[0] != 1:
         raise ValueError(f"StringNormalizer takes [C] or [1, C], not {list(x.shape)}")
-    changes = {"NONE": str, "LOWER": str.lower, "UPPER": str.upper}
+    changes: dict[str, Callable[[str], str]] = {"NONE": str, "LOWER": str.lower, "UPPER": str.upper}
     if case_change_action not in changes:
         raise InvalidModel(f"StringNormalizer knows {', '.join(changes)}, not {case_change_action}")
-    compared = str if is_case_sensitive else str.lower
+    compared = changes["NONE" if is_case_sensitive else "LOWER"]
     stops = {compared(word) for word in stopwords}
     kept = [changes[case_change_action](word) for word in x.ravel() if compared(word) not in stops]
     return np.array(kept or [""], object).reshape(*x.shape[:-1], -1)

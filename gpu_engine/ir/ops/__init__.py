@@ -5,6 +5,7 @@ device that has no kernel of its own for an operation uses it. `shape_arithmetic
 object arrays of symbolic extents; `deterministic = False` that it must not be folded.
 """
 
+from gpu_engine.ir.ops.attention import Attention
 from gpu_engine.ir.ops.image import Resize
 from gpu_engine.ir.ops.linear import Conv, ConvTranspose, MatMul
 from gpu_engine.ir.ops.movement import (
@@ -26,6 +27,7 @@ from gpu_engine.ir.ops.reduction import ArgReduce, LayerNorm, Reduce, Softmax
 
 __all__ = [
     "ArgReduce",
+    "Attention",
     "Concat",
     "Conv",
     "ConvTranspose",

@@ -133,15 +133,19 @@ def window_count(extent: Dim, kernel: Dim, stride: int, before: Dim, after: Dim,
 
 def window_view(xp: Any, x: Any, kernel: Any, strides: Any, before: Any, after: Any, dilations: Any, fill: Any) -> Any:
     """[N, C, windows..., kernel...] of x [N, C, spatial...] padded with `fill`: a strided view."""
-    pads = [(0, 0), (0, 0), *((max(0, int(a)), max(0, int(b))) for a, b in zip(before, after, strict=True))]
+    pads = [
+        (0, 0),
+        (0, 0),
+        *((max(0, dims.number(a)), max(0, dims.number(b))) for a, b in zip(before, after, strict=True)),
+    ]
     crop = (slice(None), slice(None), *(
-        slice(max(0, -int(a)), extent - max(0, -int(b)))
+        slice(max(0, -dims.number(a)), extent - max(0, -dims.number(b)))
         for a, b, extent in zip(before, after, x.shape[2:], strict=True)))  # fmt: skip
     x = x[crop]
     if any(a or b for a, b in pads):
         x = xp.pad(x, pads, constant_values=fill)
     counts = [
-        max(0, int(window_count(extent, k, stride, 0, 0, dilation)))
+        max(0, dims.number(window_count(extent, k, stride, 0, 0, dilation)))
         for extent, k, stride, dilation in zip(x.shape[2:], kernel, strides, dilations, strict=True)
     ]
     steps = x.strides[2:]
@@ -205,5 +209,8 @@ class ConvTranspose:
                 for k, dilation, stride, extent in zip(tap, self.dilations, self.strides, spatial, strict=True)
             )
             result[(slice(None), slice(None), *place)] += taps[(slice(None), slice(None), *tap)]
-        cut = tuple(slice(int(a), extent - int(b)) for a, b, extent in zip(self.before, self.after, full, strict=True))
+        cut = tuple(
+            slice(dims.number(a), extent - dims.number(b))
+            for a, b, extent in zip(self.before, self.after, full, strict=True)
+        )
         return _finished(self.epilogue, xp, result[(slice(None), slice(None), *cut)], tuple(extras), dtype)

@@ -137,10 +137,10 @@ class Pad:
     def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
         x = arrays[0]
         cut = tuple(
-            slice(max(0, -int(a)), extent - max(0, -int(b)))
+            slice(max(0, -dims.number(a)), extent - max(0, -dims.number(b)))
             for a, b, extent in zip(self.before, self.after, x.shape, strict=True)
         )
-        grown = [(max(0, int(a)), max(0, int(b))) for a, b in zip(self.before, self.after, strict=True)]
+        grown = [(max(0, dims.number(a)), max(0, dims.number(b))) for a, b in zip(self.before, self.after, strict=True)]
         x = x[cut]
         if self.mode == "constant":
             shape = tuple(a + extent + b for extent, (a, b) in zip(x.shape, grown, strict=True))

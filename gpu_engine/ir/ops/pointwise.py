@@ -65,9 +65,10 @@ def _whole(x: Any) -> Dim:
     """x as an extent; Undecided if it is a fraction."""
     if isinstance(x, dims.Sym):
         return x
-    if float(x) != int(x):
+    whole = int(x)
+    if float(x) != whole:
         raise dims.Undecided(str(x))
-    return int(x)
+    return whole
 
 
 def _scaled(a: Any, b: Any) -> Dim:
@@ -75,7 +76,7 @@ def _scaled(a: Any, b: Any) -> Dim:
 
 
 def _exact_quotient(a: Any, b: Any) -> Dim:
-    quotient = _quotient(a, b)
+    quotient: Dim = _quotient(a, b)
     if quotient * _whole(b) != _whole(a):
         raise dims.Undecided(f"{a} / {b}")
     return quotient

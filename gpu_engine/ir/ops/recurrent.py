@@ -99,8 +99,7 @@ class Recurrent:
         f, g = functions
         hidden = h.shape[1]
         z, r = (
-            self._apply(xp, f, x[:, part] + product(h, part))
-            for part in (slice(0, hidden), slice(hidden, 2 * hidden))
+            self._apply(xp, f, x[:, part] + product(h, part)) for part in (slice(0, hidden), slice(hidden, 2 * hidden))
         )
         part = slice(2 * hidden, 3 * hidden)
         if self.linear_before_reset:

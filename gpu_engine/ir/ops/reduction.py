@@ -13,7 +13,7 @@ from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import TensorType
 from gpu_engine.ir.ops.pointwise import Map
 
-REDUCTIONS = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
+REDUCTIONS: dict[str, Any] = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
 
 
 @dataclass(frozen=True)
