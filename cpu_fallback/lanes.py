@@ -34,7 +34,16 @@ from gpu_engine.ir.dtypes import (
 )
 from gpu_engine.ir.expr import Expr, walk
 
-INTEGERS = {INT8: "i8", INT16: "i16", INT32: "i32", INT64: "i64", UINT8: "i8", UINT16: "i16", UINT32: "i32", UINT64: "i64"}
+INTEGERS = {
+    INT8: "i8",
+    INT16: "i16",
+    INT32: "i32",
+    INT64: "i64",
+    UINT8: "i8",
+    UINT16: "i16",
+    UINT32: "i32",
+    UINT64: "i64",
+}
 COMPUTED = {FLOAT32: "float", FLOAT64: "double", FLOAT16: "float", BFLOAT16: "float", BOOL: "i1", **INTEGERS}
 STORED = {**COMPUTED, FLOAT16: "half", BFLOAT16: "i16", BOOL: "i8"}
 Operation = Callable[..., Num]
@@ -300,9 +309,12 @@ def _resized(x: Num, scalar: str, *, signed: bool) -> Num:
 
 
 def _integer_clipped(x: Num, source: DType, target: DType) -> Num:
-    low, high = (max(int(limits(source)[0]), int(limits(target)[0])), min(int(limits(source)[1]), int(limits(target)[1])))
+    low, high = (
+        max(int(limits(source)[0]), int(limits(target)[0])),
+        min(int(limits(source)[1]), int(limits(target)[1])),
+    )
     prefix = "s" if source.kind == "i" else "u"
-    return x.intrinsic(f"{prefix}max", low).intrinsic(f"{prefix}min", high)
+    return x.intrinsic(f"{prefix}max", max(low, least)).intrinsic(f"{prefix}min", min(high, greatest))
 
 
 def _saturated(x: Num, target: DType) -> Num:

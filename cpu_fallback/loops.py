@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cpu_fallback.code import Code, Reg, element, i64, literal, vector
+from cpu_fallback.code import Code, Reg, element, i64, lane_count, literal, vector
 from cpu_fallback.lanes import STORED, narrowed, widened
 from cpu_fallback.native import Target
 from cpu_fallback.vector_math import mangled
@@ -99,14 +99,103 @@ def vector_loop(
     body(operands, mask, carries) gives (results for `writes`, carries), all in computing form. Lanes of the last
     vector that lie beyond the end hold anything; `mask()` says which lanes count.
     """
-    splats = {i: _splat(code, read, lanes) for i, read in enumerate(reads) if read.access == BROADCAST}
-    walk = _masked_step if target.masked else _staged_step
+    splats = broadcasts(code, reads, lanes)
 
     def step(index: Reg, carried: list[Reg]) -> Sequence[Reg]:
         left = code.binary("sub", span[1], index)
-        return walk(code, lanes, index, left, reads, splats, writes, body, carried)
+        window = Window(code, target, lanes, index, left)
+        operands = window.read(reads, splats)
+        results, following = body(operands, window.mask, carried)
+        window.write(writes, results)
+        return following
 
     return code.loop(span[0], span[1], i64(lanes), step, carries)
+
+
+def broadcasts(code: Code, reads: Sequence[Read], lanes: int) -> dict[int, Reg]:
+    """The operands that are one element for the whole axis, loaded once."""
+    return {i: _splat(code, read, lanes) for i, read in enumerate(reads) if read.access == BROADCAST}
+
+
+class Window:
+    """`lanes` elements of an axis from `index` on, of which `left` (at least one) lie inside.
+
+    Where masks cost nothing every access is masked. Elsewhere what is left of a last, partial vector is copied to the
+    stack first, and back afterwards.
+    """
+
+    def __init__(self, code: Code, target: Target, lanes: int, index: Reg, left: Reg) -> None:
+        self._code, self._target, self._lanes, self._index, self._left = code, target, lanes, index, left
+        self._whole = None if target.masked else code.compare("icmp sge", left, i64(lanes))
+        self._mask = lane_mask(code, lanes, left) if target.masked else None
+
+    def mask(self) -> Reg:
+        """Which lanes lie inside."""
+        return self._mask or lane_mask(self._code, self._lanes, self._left)
+
+    def read(self, reads: Sequence[Read], splats: dict[int, Reg]) -> list[Reg]:
+        """Every operand in computing form."""
+        places = self._staged([read for read in reads if read.access == CONTIGUOUS])
+        operands = []
+        for i, read in enumerate(reads):
+            if read.access == BROADCAST:
+                operands.append(splats[i])
+                continue
+            gathered = read.access == STRIDED
+            loaded = _gathered(self._code, read, self._index, self._lanes, self.mask()) if gathered else self._loaded(
+                read.dtype, next(places))  # fmt: skip
+            operands.append(widened(self._code, loaded, read.dtype))
+        return operands
+
+    def write(self, writes: Sequence[Write], results: Sequence[Reg]) -> None:
+        """Store results in computing form."""
+        for write, result in zip(writes, results, strict=True):
+            value = narrowed(self._code, result, write.dtype)
+            place = _address(self._code, write.base, self._index, write.dtype)
+            if self._mask is not None:
+                align = Reg(str(write.dtype.itemsize), "i32")
+                name = f"llvm.masked.store.{mangled(value.type)}.p0"
+                self._code.call("void", name, value, place, align, self._mask)
+            else:
+                self._store_staged(value, place, write.dtype)
+
+    def _loaded(self, dtype: DType, place: Reg) -> Reg:
+        kind = vector(self._lanes, STORED[dtype])
+        if self._mask is None:
+            return self._code.load(kind, place, dtype.itemsize)
+        name = f"llvm.masked.load.{mangled(kind)}.p0"
+        return self._code.call(kind, name, place, Reg(str(dtype.itemsize), "i32"), self._mask, literal_zero(kind))
+
+    def _staged(self, reads: Sequence[Read]) -> Iterator[Reg]:
+        """Where to load each contiguous operand from."""
+        code = self._code
+        bases = [_address(code, read.base, self._index, read.dtype) for read in reads]
+        if self._whole is None or not reads:
+            return iter(bases)
+        stages = [code.alloca(vector(self._lanes, STORED[read.dtype])) for read in reads]
+
+        def copy_in() -> list[Reg]:
+            for stage, base, read in zip(stages, bases, reads, strict=True):
+                _copy(code, stage, base, self._left, read.dtype)
+            return stages
+
+        return iter(code.either(self._whole, lambda: bases, copy_in))
+
+    def _store_staged(self, value: Reg, place: Reg, dtype: DType) -> None:
+        code = self._code
+        assert self._whole is not None
+
+        def whole() -> list[Reg]:
+            code.store(value, place, dtype.itemsize)
+            return []
+
+        def partial() -> list[Reg]:
+            stage = code.alloca(value.type)
+            code.store(value, stage, 64)
+            _copy(code, place, stage, self._left, dtype)
+            return []
+
+        code.either(self._whole, whole, partial)
 
 
 def lane_mask(code: Code, lanes: int, left: Reg) -> Reg:
@@ -153,88 +242,6 @@ def literal_zero(kind: str) -> Reg:
     return Reg("zeroinitializer", kind) if kind.startswith("<") else literal(kind, 0)
 
 
-def _masked_step(
-    code: Code,
-    lanes: int,
-    index: Reg,
-    left: Reg,
-    reads: Sequence[Read],
-    splats: dict[int, Reg],
-    writes: Sequence[Write],
-    body: Body,
-    carried: list[Reg],
-) -> Sequence[Reg]:
-    mask = lane_mask(code, lanes, left)
-    operands = []
-    for i, read in enumerate(reads):
-        if read.access == BROADCAST:
-            operands.append(splats[i])
-            continue
-        if read.access == STRIDED:
-            loaded = _gathered(code, read, index, lanes, mask)
-        else:
-            kind = vector(lanes, STORED[read.dtype])
-            place = _address(code, read.base, index, read.dtype)
-            align = Reg(str(read.dtype.itemsize), "i32")
-            loaded = code.call(kind, f"llvm.masked.load.{mangled(kind)}.p0", place, align, mask, literal_zero(kind))
-        operands.append(widened(code, loaded, read.dtype))
-    results, carries = body(operands, lambda: mask, carried)
-    for write, result in zip(writes, results, strict=True):
-        value = narrowed(code, result, write.dtype)
-        place = _address(code, write.base, index, write.dtype)
-        align = Reg(str(write.dtype.itemsize), "i32")
-        code.call("void", f"llvm.masked.store.{mangled(value.type)}.p0", value, place, align, mask)
-    return carries
-
-
-def _staged_step(
-    code: Code,
-    lanes: int,
-    index: Reg,
-    left: Reg,
-    reads: Sequence[Read],
-    splats: dict[int, Reg],
-    writes: Sequence[Write],
-    body: Body,
-    carried: list[Reg],
-) -> Sequence[Reg]:
-    """Without cheap masks: what is left of the last vector is copied to the stack first and back afterwards."""
-    contiguous = [read for read in reads if read.access == CONTIGUOUS]
-    whole = code.compare("icmp sge", left, i64(lanes))
-    bases = [_address(code, stream.base, index, stream.dtype) for stream in (*contiguous, *writes)]
-    stages = [code.alloca(vector(lanes, STORED[stream.dtype])) for stream in (*contiguous, *writes)]
-
-    def copy_in() -> list[Reg]:
-        for stage, base, read in zip(stages, bases, contiguous, strict=False):
-            _copy(code, stage, base, left, read.dtype)
-        return stages
-
-    places = code.either(whole, lambda: bases, copy_in)
-    inputs = iter(places)
-    operands = []
-    for i, read in enumerate(reads):
-        if read.access == BROADCAST:
-            operands.append(splats[i])
-            continue
-        if read.access == STRIDED:
-            loaded = _gathered(code, read, index, lanes, lane_mask(code, lanes, left))
-        else:
-            loaded = code.load(vector(lanes, STORED[read.dtype]), next(inputs), read.dtype.itemsize)
-        operands.append(widened(code, loaded, read.dtype))
-    results, carries = body(operands, lambda: lane_mask(code, lanes, left), carried)
-    for write, result, place in zip(writes, results, places[len(contiguous) :], strict=True):
-        code.store(narrowed(code, result, write.dtype), place, write.dtype.itemsize)
-
-    def copy_out() -> list[Reg]:
-        for stage, base, write in zip(stages[len(contiguous) :], bases[len(contiguous) :], writes, strict=True):
-            _copy(code, base, stage, left, write.dtype)
-        return []
-
-    if writes:
-        code.either(whole, list, copy_out)
-    return carries
-
-
 def _copy(code: Code, to: Reg, source: Reg, count: Reg, dtype: DType) -> None:
     nbytes = code.binary("mul", count, i64(dtype.itemsize))
     code.call("void", "llvm.memcpy.p0.p0.i64", to, source, nbytes, Reg("false", "i1"))
@@ -243,3 +250,14 @@ def _copy(code: Code, to: Reg, source: Reg, count: Reg, dtype: DType) -> None:
 def lane_zero(code: Code, x: Reg) -> Reg:
     """The first lane."""
     return code.let(element(x.type), f"extractelement {x}, i64 0") if x.type.startswith("<") else x
+
+
+def folded(code: Code, x: Reg, combine: Callable[[Reg, Reg], Reg]) -> Reg:
+    """All lanes combined in a tree; the result is in the first lane."""
+    lanes = lane_count(x.type)
+    while lanes > 1:
+        lanes //= 2
+        places = ", ".join(f"i32 {lanes + i if i < lanes else i}" for i in range(lane_count(x.type)))
+        other = code.let(x.type, f"shufflevector {x}, {x.type} poison, <{lane_count(x.type)} x i32> <{places}>")
+        x = combine(x, other)
+    return x

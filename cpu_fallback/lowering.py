@@ -9,8 +9,18 @@ import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
 from cpu_fallback.maps import map_call
+from cpu_fallback.movement import (
+    lower_concat,
+    lower_expand,
+    lower_gather,
+    lower_pad,
+    lower_slice,
+    lower_transpose,
+)
+from cpu_fallback.reductions import lower_reduce
+from cpu_fallback.rows import lower_layer_norm, lower_softmax
 from gpu_engine.ir.graph import Node
-from gpu_engine.ir.ops import Map
+from gpu_engine.ir.ops import Concat, Expand, Gather, LayerNorm, Map, Pad, Reduce, Slice, Softmax, Transpose
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
@@ -28,7 +38,18 @@ def lower_map(lowering: Lowering, op: Map, node: Node, inputs: Buffers, outputs:
     return True
 
 
-LOWERINGS: dict[type, LowerOp] = {Map: lower_map}
+LOWERINGS: dict[type, LowerOp] = {
+    Concat: lower_concat,
+    Expand: lower_expand,
+    Gather: lower_gather,
+    LayerNorm: lower_layer_norm,
+    Map: lower_map,
+    Pad: lower_pad,
+    Reduce: lower_reduce,
+    Slice: lower_slice,
+    Softmax: lower_softmax,
+    Transpose: lower_transpose,
+}
 
 
 def lower_node(lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers) -> None:

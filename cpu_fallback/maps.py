@@ -121,14 +121,15 @@ def map_call(
 def walk_call(root: Expr, operands: Sequence[Walked], out: Walked, extents: Shape) -> Native | None:
     """The native call that computes `root` for every point of `extents`; None if it has no native form.
 
-    The innermost axis that is left must be contiguous in `out`.
+    Where the innermost axis is not contiguous in `out`, every element is a row of its own.
     """
     if not is_supported(root, host()):
         return None
     streams = [out, *operands]
     axes = collapsed(extents, [stream.strides for stream in streams])
+    if not axes or axes[-1][1][0] != 1:
+        axes.append((1, [1] * len(streams)))
     inner_extent, inner = axes[-1]
-    assert inner_extent == 1 or inner[0] == 1, "results are written in a row"
     accesses = tuple(inner_access(stride) for stride in inner[1:])
     sets: dict[tuple[Dim, ...], int] = {}
     shares = []
@@ -179,7 +180,7 @@ def collapsed(extents: Shape, strides: Sequence[Sequence[Dim]]) -> list[Axis]:
             axes[-1] = (axes[-1][0] * extent, steps)
         else:
             axes.append((extent, steps))
-    return axes or [(1, [0] * len(strides))]
+    return axes
 
 
 def inner_access(stride: Dim) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall
 from cpu_fallback.maps import Walked, broadcast_strides, contiguous_strides, walk_call
-from gpu_engine.ir import dims, expr
+from gpu_engine.ir import expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import UINT8, UINT16, UINT32, UINT64, DType
 from gpu_engine.ir.graph import Node
@@ -23,7 +23,7 @@ BITS = {1: UINT8, 2: UINT16, 4: UINT32, 8: UINT64}
 
 def emit_copy(
     lowering: Lowering, source: int, target: int, extents: Shape, strides: tuple[Shape, Shape],
-    offsets: tuple[Dim, Dim] = (0, 0), reads: Buffers = (),
+    offsets: tuple[Dim, Dim] = (0, 0),
 ) -> None:  # fmt: skip
     """Copy `extents` elements between two walks (strides and offsets in elements, of source and target)."""
     dtype = bits_of(lowering.buffers[source].dtype)
@@ -34,7 +34,7 @@ def emit_copy(
     )
     call = walk_call(expr.arg(0, dtype), [next(walks)], next(walks), extents)
     assert call is not None
-    lowering.emit(call, (source, *reads), (target,))
+    lowering.emit(call, (source,), (target,))
 
 
 def bits_of(dtype: DType) -> DType:
@@ -71,9 +71,9 @@ def lower_slice(lowering: Lowering, op: Slice, node: Node, inputs: Buffers, outp
         return False
     own, shape = contiguous_strides(node.inputs[0].shape), node.outputs[0].shape
     offset: Dim = sum((start * stride for start, stride in zip(op.starts, own, strict=True)), 0)
-    if not isinstance(offset, int):
-        return False
     strides = tuple(step * stride for step, stride in zip(op.steps, own, strict=True))
+    if any(step < 0 and not isinstance(stride, int) for step, stride in zip(op.steps, own, strict=True)):
+        return False  # a symbolic word cannot be negative
     emit_copy(lowering, inputs[0], outputs[0], shape, (strides, contiguous_strides(shape)), (offset, 0))
     return True
 
@@ -134,10 +134,10 @@ def fill_borders(out: Array, before: Sequence[int], after: Sequence[int], value:
 def copy_inside(x: Array, out: Array, before: Sequence[int], after: Sequence[int]) -> None:
     """x, cropped where a pad is negative, into the middle of `out`."""
     pads = list(zip(before, after, strict=True))
-    source = tuple(slice(max(0, -low), extent - max(0, -high)) for (low, high), extent in zip(pads, x.shape, strict=True))
-    target = tuple(slice(max(0, low), extent - max(0, high)) for (low, high), extent in zip(pads, out.shape, strict=True))
+    source = tuple(
+        slice(max(0, -low), extent - max(0, -high)) for (low, high), extent in zip(pads, x.shape, strict=True)
+    )
+    target = tuple(
+        slice(max(0, low), extent - max(0, high)) for (low, high), extent in zip(pads, out.shape, strict=True)
+    )
     out[target] = x[source]
-
-
-def element_count(shape: Shape) -> Dim:
-    return dims.product(shape)

@@ -223,9 +223,7 @@ class _Builder:
     def _use_views(self, buffers: Sequence[int]) -> None:
         for index in buffers:
             buffer = self.plan.buffers[index]
-            self.views.setdefault(
-                index, View(index, root(self.plan.buffers, index), buffer.dtype, self._shape(buffer))
-            )
+            self.views.setdefault(index, View(index, root(self.plan.buffers, index), buffer.dtype, self._shape(buffer)))
 
     def _shape(self, buffer: Buffer) -> Callable[[Sequence[int]], tuple[int, ...]]:
         if all(isinstance(extent, int) for extent in buffer.shape):

@@ -113,15 +113,16 @@ class CpuSlot:
         quiet: AbstractContextManager[object] = np.errstate(all="ignore")
         if self._arrays_only_native[index]:
             quiet = nullcontext()
-        position, result = -1, None
+        done, result = 0, None
         try:
             with quiet:
-                for position, run in enumerate(bound.runs):
+                for run in bound.runs:
                     result = run()
+                    done += 1
         except GpuEngineError:
             raise
         except Exception as error:
-            raise self._failure(self._program.segments[index].parts[position], bound, error) from error
+            raise self._failure(self._program.segments[index].parts[done], bound, error) from error
         return result
 
     def _failure(self, part: Part, bound: Bound, error: Exception) -> GpuEngineError:
@@ -188,4 +189,3 @@ class CpuStream:
     def close(self) -> None:
         self._release()
         self.slots = []
-

@@ -229,7 +229,11 @@ def cos(x: Num) -> Num:
 def _circular(x: Num, library: str, quarter: int) -> Num:
     code = x.code
     large = x.abs().test("ult", SINE_END) ^ 1  # infinities and NaN too
-    some = code.call("i1", f"llvm.vector.reduce.or.{mangled(large.kind)}", large.reg) if lane_count(x.kind) > 1 else large.reg
+    some = (
+        code.call("i1", f"llvm.vector.reduce.or.{mangled(large.kind)}", large.reg)
+        if lane_count(x.kind) > 1
+        else large.reg
+    )
     (result,) = code.either(
         some, lambda: [lanewise(code, library, x.reg)], lambda: [_reduced_circular(x, quarter).reg]
     )  # fmt: skip

@@ -162,8 +162,9 @@ def numa_nodes() -> int:
 
 def suggestion(word: str, known: Iterable[str], shown: Any = str) -> str:
     """ "; did you mean ...?" for the closest of the known words, or nothing."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {shown(near[0])!r}?" if near else ""
+    by_lower = {name.lower(): name for name in known}
+    near = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {shown(by_lower[near[0]])!r}?" if near else ""
 
 
 def _device_batch(name: str, text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,24 @@ def plain(**rest: Any) -> Any:
 
 def rows(*values: float) -> Any:
     return np.repeat(np.array(values, F32)[:, None], 4, axis=1)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do."""
+    ends = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < ends, "it never happened"
+        time.sleep(0.0005)
+
+
+def occupy(engine: Engine, device: RecordingDevice, inputs: Any) -> list[Any]:
+    """Hold the device and fill the slots of its only stream, one request each."""
+    device.hold()
+    futures = []
+    for _ in range(2 if device.asynchronous else 1):
+        futures.append(engine.submit(inputs))
+        until(lambda: engine.statistics().waiting == 0)
+    return futures
 
 
 @pytest.fixture(params=["synchronous", "asynchronous"])
@@ -144,8 +163,7 @@ def test_the_second_slot_of_a_stream_is_filled_while_the_first_computes(make: Ma
     first = engine.submit(rows(1))
     device.wait_begun()
     second = engine.submit(rows(2))
-    while device.most_in_flight != {0: 2}:
-        threading.Event().wait(0.001)
+    until(lambda: device.most_in_flight == {0: 2})
     third = [engine.submit(rows(i)) for i in (3, 4)]
     device.release()
     for i, future in enumerate([first, second, *third], 1):
@@ -193,12 +211,7 @@ def test_32_threads_of_200_requests_each_get_their_own_results(make: MakeEngine,
 def test_a_poisoned_request_fails_alone(device: RecordingDevice, make: MakeEngine) -> None:
     device.model = poisoned(double)
     engine = make(device, streams=1, batch=8)
-    device.hold()
-    slots = 2 if device.asynchronous else 1
-    first = [engine.submit(rows(0)) for _ in range(slots)]
-    device.wait_begun()
-    while engine.statistics().waiting:
-        threading.Event().wait(0.001)
+    first = occupy(engine, device, rows(0))
     futures = [engine.submit(rows(np.nan if i == 5 else i)) for i in range(8)]
     device.release()
     for i, future in enumerate(futures):
@@ -288,10 +301,7 @@ def test_inputs_without_rows_are_shared_only_if_identical(device: RecordingDevic
     device.model = lambda x, scale, table: [x * scale + table.sum(), table.sum()]
     engine = make(device, plan, streams=1, batch=8)
     table, other = np.full(100, 1, F32), np.full(100, 2, F32)
-    device.hold()
-    blockers = [engine.submit([rows(0), F32(0), other]) for _ in range(2)]
-    device.wait_begun()
-    device.wait_begun(device.asynchronous)
+    occupy(engine, device, [rows(0), F32(0), other])
     cases = [(2, table), (2, table), (3, table), (2, other), (2, table), (3, table)]
     futures = [engine.submit([rows(i), np.array(scale, F32), t]) for i, (scale, t) in enumerate(cases)]
     device.release()
@@ -299,8 +309,7 @@ def test_inputs_without_rows_are_shared_only_if_identical(device: RecordingDevic
         y, total = future.result(30)
         np.testing.assert_array_equal(y, rows(i) * scale + t.sum())
         assert total == t.sum() and total.flags.owndata
-    concurrent.futures.wait(blockers, 30)
-    assert sorted(launch.rows for launch in device.launches)[-3:] == [1, 2, 3]
+    assert sorted(launch.rows for launch in device.launches) == [1] * (2 + device.asynchronous) + [2, 3]
 
 
 def test_cut_requests_keep_outputs_without_rows(device: RecordingDevice, make: MakeEngine) -> None:
@@ -409,23 +418,19 @@ def test_map_raises_at_the_place_of_the_error(device: RecordingDevice, make: Mak
 
 def test_a_full_queue_refuses_or_blocks(device: RecordingDevice, make: MakeEngine) -> None:
     engine = make(device, streams=1, batch=1, max_queue_size=2)
-    device.hold()
-    slots = 2 if device.asynchronous else 1
-    futures = [engine.submit(rows(i)) for i in range(slots)]
-    while engine.statistics().waiting:
-        threading.Event().wait(0.001)
-    futures += [engine.submit(rows(i)) for i in range(slots, slots + 2)]
+    futures = occupy(engine, device, rows(7))
+    futures += [engine.submit(rows(7)) for _ in range(2)]
     with pytest.raises(QueueFull, match="Exceeds maximum queue size"):
         engine.submit(rows(9))
     with pytest.raises(RequestTimeout, match="while the queue was full"):
         engine.submit(rows(9), block=True, timeout=0.01)
     assert engine.statistics().rejected == 1
-    thread = threading.Thread(target=lambda: futures.append(engine.submit(rows(slots + 2), block=True)))
+    thread = threading.Thread(target=lambda: futures.append(engine.submit(rows(7), block=True)))
     thread.start()
     device.release()
     thread.join(30)
-    for i, future in enumerate(futures):
-        np.testing.assert_array_equal(future.result(30), rows(i) * 2 + 1)
+    assert len(futures) == (5 if device.asynchronous else 4)
+    assert all(future.result(30)[0, 0] == 15 for future in futures)
 
 
 def test_map_and_a_bounded_queue(device: RecordingDevice, make: MakeEngine) -> None:
@@ -435,11 +440,7 @@ def test_map_and_a_bounded_queue(device: RecordingDevice, make: MakeEngine) -> N
 
 def test_requests_expire_in_the_queue(device: RecordingDevice, make: MakeEngine) -> None:
     engine = make(device, streams=1, batch=1)
-    device.hold()
-    slots = 2 if device.asynchronous else 1
-    first = [engine.submit(rows(i)) for i in range(slots)]
-    while engine.statistics().waiting:
-        threading.Event().wait(0.001)
+    first = occupy(engine, device, rows(0))
     late, patient = engine.submit(rows(8), timeout=1e-9), engine.submit(rows(9), timeout=60)
     device.release()
     with pytest.raises(RequestTimeout, match="Request timeout expired"):
@@ -452,13 +453,7 @@ def test_requests_expire_in_the_queue(device: RecordingDevice, make: MakeEngine)
 
 def test_cancel_before_dispatch_and_after(device: RecordingDevice, make: MakeEngine) -> None:
     engine = make(device, streams=1, batch=4)
-    device.hold()
-    slots = 2 if device.asynchronous else 1
-    running = []
-    for i in range(slots):
-        running.append(engine.submit(rows(i)))
-        while engine.statistics().waiting:
-            threading.Event().wait(0.001)
+    running = occupy(engine, device, rows(0))
     waiting = [engine.submit(rows(i)) for i in range(4)]
     assert waiting[1].cancel() and waiting[1].cancelled() and not running[0].cancel()
     device.release()

@@ -120,8 +120,22 @@ def floor_div(a: Dim, b: Dim) -> Dim:
         divided, kept = _factor(rest, b)
         if isinstance(divided, int) and isinstance(kept, int):
             return exact + divided // kept
+        nested = _floored(divided)
+        if nested is not None:
+            inner, divisor, offset = nested
+            return exact + floor_div(inner + offset * divisor, divisor * kept)
         return exact + _call("floordiv", divided, kept)
     return exact + _call("floordiv", rest, b)
+
+
+def _floored(dim: Dim) -> tuple[Dim, int, int] | None:
+    """(a, b, c) if `dim` is floor(a / b) + c with ints b and c, else None."""
+    match dim:
+        case Sym(terms=(((Call("floordiv", (a, int(b))),), 1),)):
+            return a, b, 0
+        case Sym(terms=(((Call("floordiv", (a, int(b))),), 1), ((), c))):
+            return a, b, c
+    return None
 
 
 def ceil_div(a: Dim, b: Dim) -> Dim:
@@ -260,7 +274,9 @@ def _polynomial(terms: Iterable[tuple[Monomial, int]]) -> Dim:
         return 0
     if len(kept) == 1 and not kept[0][0]:
         return kept[0][1]
-    return Sym(tuple(sorted(kept, key=lambda term: (-len(term[0]), str(term[0])))))
+    if len(kept) > 1:
+        kept.sort(key=lambda term: (-len(term[0]), str(term[0])))
+    return Sym(tuple(kept))
 
 
 def _sorted(atoms: Monomial) -> Monomial:

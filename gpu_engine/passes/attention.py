@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from gpu_engine.ir.dtypes import BOOL, is_float
 from gpu_engine.ir.graph import Builder, Graph, Node, Value
-from gpu_engine.ir.ops import Attention, Map, MatMul, Softmax
+from gpu_engine.ir.ops import Attention, Expand, Map, MatMul, Reshape, Softmax, Transpose
 from gpu_engine.passes.counting import Uses, only_user, rewrite_counting
 from gpu_engine.passes.operands import tidy
 from gpu_engine.passes.terms import Term, head, number, operands, same, term_of
@@ -128,20 +128,25 @@ def _chosen(condition: Term, yes: Term, no: Term, builder: Builder, depth: int) 
 
 
 def _mask(term: Term, inverted: bool, builder: Builder) -> Value:
-    """The mask as a value; a boolean one says which pairs attend."""
+    """The mask as a value, before it is broadcast; a boolean one says which pairs attend."""
     value = term.value
-    if value is not None and not inverted:
-        return value
-    root, inputs = tidy(~term.expr if inverted else term.expr, term.inputs)
-    return builder.emit(Map(root), *inputs)
+    if value is None or inverted:
+        root, inputs = tidy(~term.expr if inverted else term.expr, term.inputs)
+        return builder.emit(Map(root), *inputs)
+    node = builder.producer(value)
+    return node.inputs[0] if node is not None and isinstance(node.op, Expand) else value
 
 
 def _unscaled(value: Value, builder: Builder) -> tuple[Value, float]:
-    """(x, c) of a value x * c or x / c."""
+    """(x, c) of a value x * c or x / c, also from behind a Transpose or a Reshape."""
+    node = builder.producer(value)
+    if node is not None and isinstance(node.op, Transpose | Reshape):
+        inner, factor = _unscaled(node.inputs[0], builder)
+        return (value if factor == 1 else builder.emit(node.op, inner)), factor
     for op in ("mul", "div"):
         pair = operands(term_of(value), op, builder)
         for x, other in (pair, pair[::-1]) if op == "mul" and pair else (pair,) if pair else ():
-            factor = number(other, builder)
+            factor = number(other, builder) or 0.0
             if factor and x.value is not None and x.value.shape == value.shape:
                 return x.value, factor if op == "mul" else 1 / factor
     return value, 1.0

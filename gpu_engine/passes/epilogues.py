@@ -1,4 +1,4 @@
-"""Pointwise maps of a product as the product's epilogue, also from behind a Reshape of the product."""
+"""Pointwise maps of a product as the product's epilogue; maps from behind a Reshape into what the Reshape is of."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import dataclasses
 from gpu_engine.ir import expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Node, Value
-from gpu_engine.ir.ops import Conv, ConvTranspose, MatMul, Reshape
+from gpu_engine.ir.ops import Conv, ConvTranspose, Map, MatMul, Reshape
 from gpu_engine.passes.counting import Uses, only_user
-from gpu_engine.passes.operands import Operands, fits, inlined, tidy
+from gpu_engine.passes.operands import Operands, fits, inlined, operand_shape, tidy
 
 Product = Conv | ConvTranspose | MatMul
 
@@ -24,7 +24,7 @@ def into_epilogue(operands: Operands, node: Node, builder: Builder, uses: Uses) 
             continue
         if isinstance(made.op, Product):
             found.append((made, operands, value))
-        elif isinstance(made.op, Reshape) and (moved := _before_reshape(operands, made, builder, uses)) is not None:
+        elif (moved := before_reshape(operands, made, builder, uses)) and isinstance(moved[0].op, Product):
             found.append(moved)
     if len(found) > 1:
         found.sort(key=lambda candidate: builder.nodes.index(candidate[0]))
@@ -54,13 +54,30 @@ def _with_epilogue(made: Node, operands: Operands, value: Value, builder: Builde
     return builder.emit(dataclasses.replace(op, epilogue=epilogue), *factors, *rest)
 
 
-def _before_reshape(
+def past_reshape(operands: Operands, node: Node, builder: Builder, uses: Uses) -> Value | None:
+    """Map(Reshape(Map(x))) as Reshape(Map(x))."""
+    for value in dict.fromkeys(operands[1]):
+        made = builder.producer(value)
+        alone = made is not None and value.shape == node.outputs[0].shape and only_user(value, node, uses)
+        moved = before_reshape(operands, made, builder, uses) if made is not None and alone else None
+        if moved is None or not isinstance(moved[0].op, Map):
+            continue
+        inner, (root, inputs), source = moved
+        merged = tidy(*inlined(root, inputs, {source: (moved[0].op.expr, inner.inputs)}))
+        if fits(merged) and operand_shape(merged[1]) == source.shape:
+            return builder.emit(Reshape(value.shape), builder.emit(Map(merged[0]), *merged[1]))
+    return None
+
+
+def before_reshape(
     operands: Operands, reshape: Node, builder: Builder, uses: Uses
 ) -> tuple[Node, Operands, Value] | None:
-    """(product, map, its result) for a map of a reshaped product, the other operands fitted to the product."""
-    (source,) = reshape.inputs
-    made = builder.producer(source)
-    if made is None or not isinstance(made.op, Product) or not only_user(source, reshape, uses):
+    """(node, map, its result) for a map of the reshaped result of a node, the other operands fitted to that result."""
+    source = reshape.inputs[0] if isinstance(reshape.op, Reshape) else None
+    made = None if source is None else builder.producer(source)
+    if source is None or made is None or not isinstance(made.op, Product | Map):
+        return None
+    if not only_user(source, reshape, uses):
         return None
     outer, inner = reshape.outputs[0].shape, source.shape
     moved = []

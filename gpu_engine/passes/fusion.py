@@ -18,7 +18,7 @@ from gpu_engine.ir.graph import Builder, Graph, Node, Value
 from gpu_engine.ir.ops import Map, Reduce
 from gpu_engine.ir.ops.reduction import fuse_after
 from gpu_engine.passes.counting import Uses, only_user, rewrite_counting
-from gpu_engine.passes.epilogues import into_epilogue
+from gpu_engine.passes.epilogues import into_epilogue, past_reshape
 from gpu_engine.passes.operands import Operands, fits, inlined, operand_shape, same_extents, tidy
 
 CHEAP = frozenset(
@@ -55,6 +55,7 @@ def _fused(node: Node, builder: Builder, uses: Uses, shared: frozenset[Value]) -
         case Map():
             grown = _grown((node.op.expr, node.inputs), node, builder, uses, shared)
             result = _after_reduction(grown, node, builder, uses) or into_epilogue(grown, node, builder, uses)
+            result = result or past_reshape(grown, node, builder, uses)
             if result is None and grown[1] != node.inputs:
                 result = builder.emit(Map(grown[0]), *grown[1])
         case Reduce():

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from gpu_engine.ir.graph import Graph, verify
 from gpu_engine.passes.activations import canonical_activations
 from gpu_engine.passes.attention import recognize_attention
+from gpu_engine.passes.bodies import optimize_bodies
 from gpu_engine.passes.coordinates import resolve_coordinates
 from gpu_engine.passes.cse import eliminate_common
 from gpu_engine.passes.fusion import fuse_pointwise
 from gpu_engine.passes.norms import recognize_norms
+from gpu_engine.passes.one_hot import gather_one_hot
+from gpu_engine.passes.padding import absorb_padding
+from gpu_engine.passes.ranges import decide_comparisons
 from gpu_engine.passes.reductions import keep_folded_axes
 from gpu_engine.passes.scales import fold_scales
 from gpu_engine.passes.simplify import simplify
@@ -21,10 +25,13 @@ Pass = Callable[[Graph], Graph]
 PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("simplify", simplify),
     ("coordinates", resolve_coordinates),
+    ("ranges", decide_comparisons),
     ("reductions", keep_folded_axes),
     ("common subexpressions", eliminate_common),
     ("norms", recognize_norms),
     ("softmax", recognize_softmax),
+    ("one-hot products", gather_one_hot),
+    ("padding", absorb_padding),
     ("scales", fold_scales),
     ("transposes", clean_transposes),
     ("simplify again", simplify),
@@ -42,4 +49,4 @@ def optimize(graph: Graph) -> Graph:
     """
     for name, transform in PIPELINE:
         graph = verify(transform(graph), name)
-    return graph
+    return verify(optimize_bodies(graph, optimize), "bodies")

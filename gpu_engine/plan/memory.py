@@ -121,7 +121,12 @@ def in_place_pairs(plan: Plan, owned: Sequence[int], spans: Sequence[Lifetime]) 
         others = [root(plan.buffers, index) for index in step.inputs]
         for position in step.in_place:
             dying = others[position]
-            if dying in place and spans[place[dying]].last == i and others.count(dying) == 1 and _same(plan, dying, born):
+            if (
+                dying in place
+                and spans[place[dying]].last == i
+                and others.count(dying) == 1
+                and _same(plan, dying, born)
+            ):
                 pairs.append((place[dying], place[born]))
                 break
     return pairs

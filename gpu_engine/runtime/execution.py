@@ -109,13 +109,16 @@ def _run(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[bool])
     """The result of each request, None for a part whose request has others to come."""
     started, counters = clock(), worker.counters
     first, start, stop = parts[0]
-    rows = sum([part[2] - part[1] for part in parts])
+    rows = sum([stop - start for _, start, stop in parts])
     whole = len(parts) == 1 and stop - start == first.rows
     extents = first.fit.extents if whole else first.fit.family.extents(rows)
     outputs = _launch(worker, extents, gather(parts, first.fit.family.blocks), started)
     ended = clock()
     pieces = scatter(outputs, parts, rows, batched_outputs)
-    results = [_joined(part, piece) for part, piece in zip(parts, pieces, strict=True)]
+    results = [
+        part[0].wrap(piece) if part[0].join is None else _joined(part, piece)
+        for part, piece in zip(parts, pieces, strict=True)
+    ]
     rows = first.fit.rows if whole else rows
     counters.copy_out_s += clock() - ended
     counters.executions += 1
@@ -144,11 +147,10 @@ def _launch(
     return outputs
 
 
-def _joined(part: Part, outputs: list[Array]) -> Any:
+def _joined(part: Part, outputs: Sequence[Array]) -> Any:
     request, start, stop = part
-    if request.join is None:
-        return request.wrap(outputs)
-    return request.wrap(request.join.outputs) if request.join.put(outputs, start, stop) else None
+    complete = request.join is not None and request.join.put(outputs, start, stop)
+    return request.wrap(request.join.outputs) if request.join is not None and complete else None
 
 
 def _settle(parts: Sequence[Part], results: Sequence[Any]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import _base
 from typing import Any, TypeVar
 
@@ -18,24 +18,25 @@ _DONE = (_base.CANCELLED, _base.CANCELLED_AND_NOTIFIED, _base.FINISHED)
 class Future(concurrent.futures.Future[T]):
     """A future with all the semantics of the standard one, and `await`able.
 
-    The standard class makes a condition for every future; this one makes a lock, and the condition around that lock
-    only when a method of the standard class asks for it, that is when somebody waits or adds a callback.
+    The standard class makes a condition and two lists for every future. This one makes a lock; the rest is made around
+    that lock when a method of the standard class asks for the condition: when somebody waits or adds a callback.
     """
 
     _state = _base.PENDING
     _result: T | None = None
     _exception: BaseException | None = None
     _made_condition: threading.Condition | None = None
+    _waiters: Sequence[Any] = ()  # type: ignore[assignment]
+    _done_callbacks: Sequence[Callable[[Any], object]] = ()  # type: ignore[assignment]
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Callable[[Any], object]] = []
 
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]
         with self._lock:
             if self._made_condition is None:
+                self._waiters, self._done_callbacks = [], []
                 self._made_condition = threading.Condition(self._lock)
             return self._made_condition
 
@@ -67,7 +68,8 @@ class Future(concurrent.futures.Future[T]):
             if self._state in _DONE:
                 return True
             self._state = _base.CANCELLED
-            self._notify()
+            if self._made_condition is not None:
+                self._made_condition.notify_all()
         self._invoke_callbacks()
         return True
 
@@ -85,30 +87,29 @@ class Future(concurrent.futures.Future[T]):
 
     def set_result(self, result: T) -> None:
         with self._lock:
-            self._finish(result, None)
+            if self._state in _DONE:
+                raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
+            self._result = result
+            self._state = _base.FINISHED
+            if self._made_condition is None:
+                return
             for waiter in self._waiters:
                 waiter.add_result(self)
-        if self._done_callbacks:
-            self._invoke_callbacks()
+            self._made_condition.notify_all()
+        self._invoke_callbacks()
 
     def set_exception(self, exception: BaseException | None) -> None:
         with self._lock:
-            self._finish(None, exception)
+            if self._state in _DONE:
+                raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
+            self._exception = exception
+            self._state = _base.FINISHED
+            if self._made_condition is None:
+                return
             for waiter in self._waiters:
                 waiter.add_exception(self)
-        if self._done_callbacks:
-            self._invoke_callbacks()
-
-    def _finish(self, result: T | None, exception: BaseException | None) -> None:
-        if self._state in _DONE:
-            raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
-        self._result, self._exception = result, exception
-        self._state = _base.FINISHED
-        self._notify()
-
-    def _notify(self) -> None:
-        if self._made_condition is not None:
             self._made_condition.notify_all()
+        self._invoke_callbacks()
 
     def _invoke_callbacks(self) -> None:
         """Run the callbacks; whatever they raise is logged, so that it ends neither a worker nor other requests."""

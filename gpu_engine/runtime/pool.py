@@ -274,7 +274,7 @@ class Pool:
                 wait_s = max(0.0, (self.batcher.closes_at() or now) - now)
             else:
                 self._idle.append(worker)
-            if self.batcher.size:
+            if self.batcher.size and not self._abandoned:
                 self._call_workers()
             if self.batcher.max_size:
                 self._room.notify_all()

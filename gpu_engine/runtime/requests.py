@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,17 +44,13 @@ class Request:
 
     def succeed(self, result: Any) -> None:
         """Give the result to the caller, unless the request was ended meanwhile."""
-        try:
+        with suppress(InvalidStateError):
             self.future.set_result(result)
-        except InvalidStateError:
-            return
 
     def fail(self, error: BaseException) -> None:
         """Give an error to the caller, unless the request was ended meanwhile."""
-        try:
+        with suppress(InvalidStateError):
             self.future.set_exception(error)
-        except InvalidStateError:
-            return
 
 
 Part = tuple[Request, int, int]
@@ -101,18 +98,32 @@ def gather(parts: Sequence[Part], blocks: Sequence[int]) -> list[Array | list[Ar
     ]
 
 
-def scatter(outputs: Sequence[Array], parts: Sequence[Part], rows: int, batched: Sequence[bool]) -> list[list[Array]]:
+def scatter(
+    outputs: Sequence[Array], parts: Sequence[Part], rows: int, batched: Sequence[bool]
+) -> Iterable[Sequence[Array]]:
     """The outputs of each part: owned copies, except that those of a part of a larger request are still views."""
     if len(parts) == 1:
-        return [list(outputs) if parts[0][0].join else [output.copy() for output in outputs]]
-    blocks = [len(output) // rows if carries else 0 for output, carries in zip(outputs, batched, strict=True)]
-    result, done = [], 0
+        return [outputs if parts[0][0].join else [output.copy() for output in outputs]]
+    return zip(
+        *(
+            _pieces(output, parts, rows) if carries else [output.copy() for _ in parts]
+            for output, carries in zip(outputs, batched, strict=True)
+        ),
+        strict=True,
+    )
+
+
+def _pieces(output: Array, parts: Sequence[Part], rows: int) -> list[Array]:
+    if rows == len(parts):
+        # One row each: walking a reshaped array makes views in half the time of slicing.
+        return [piece.copy() for piece in output.reshape(rows, len(output) // rows, *output.shape[1:])]
+    block, done, pieces = len(output) // rows, 0, []
     for request, start, stop in parts:
         end = done + stop - start
-        views = [o[done * b : end * b] if b else o for o, b in zip(outputs, blocks, strict=True)]
-        result.append(views if request.join else [view.copy() for view in views])
+        piece = output[done * block : end * block]
+        pieces.append(piece if request.join else piece.copy())
         done = end
-    return result
+    return pieces
 
 
 def _rows(array: Array, rows: int, start: int, stop: int, block: int) -> Array:

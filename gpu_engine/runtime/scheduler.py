@@ -189,25 +189,25 @@ class Batcher(Generic[R]):
 
     def _cut(self, group: _Group[R], now: float) -> Batch[R]:
         """Take parts from a group up to its limit, in order; what expired or was cancelled leaves on the way."""
-        limit = group.requests[0].limit
-        batch: Batch[R] = Batch([], 0, "")
-        while group.requests and batch.reason != "full":
-            request = group.requests[0]
-            left = request.rows - group.taken
-            count = left if request.rows <= limit else min(left, limit - batch.rows)
-            if _is_expired(request, now) and not group.taken:
+        requests, limit = group.requests, group.requests[0].limit
+        parts, room = [], limit  # type: tuple[list[tuple[R, int, int]], int]
+        while requests and room:
+            request, taken = requests[0], group.taken
+            count = request.rows - taken
+            if count > room:
+                if request.rows <= limit:
+                    room = 0
+                    break
+                count = room
+            if request.deadline is not None and now >= request.deadline and not taken:
                 self._expire(group)
-            elif batch.rows + count > limit:
-                batch.reason = "full"
             elif not request.claim():
                 self._drop(group)
             else:
-                batch.parts.append((request, group.taken, group.taken + count))
-                batch.rows += count
+                parts.append((request, taken, taken + count))
+                room -= count
                 self._advance(group, count)
-                if batch.rows == limit:
-                    batch.reason = "full"
-        return batch
+        return Batch(parts, sum([stop - start for _, start, stop in parts]), "" if room else "full")
 
     def _advance(self, group: _Group[R], count: int) -> None:
         """Take `count` rows of a group's first request; a request whose rows are all taken leaves the queue."""

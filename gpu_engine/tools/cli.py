@@ -87,10 +87,13 @@ def run(
 
 
 @app.command()
-def inspect(model: Model, device: Device = "auto") -> None:
+def inspect(
+    model: Model,
+    device: Device = "auto",
+    graph: Annotated[bool, typer.Option("--graph", help="Also print the optimized graph.")] = False,
+) -> None:
     """Show a model's inputs, outputs, batching and the steps of its plan."""
-    with gpu_engine.compile(model, device=device) as engine:
-        print(describe(engine))
+    print(describe(model, device, graph))
 
 
 class _Rate(ProgressColumn):

@@ -64,4 +64,4 @@ def write_outputs(outputs: Mapping[str, Any], path: Path) -> None:
     if others:
         raise ValueError(f"only arrays can be written to {path}; {', '.join(others)} are none")
     with path.open("wb") as file:
-        np.savez(file, **dict(outputs))  # type: ignore[arg-type]
+        np.savez(file, **dict(outputs))

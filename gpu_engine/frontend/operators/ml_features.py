@@ -12,7 +12,7 @@ from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.operators.conversion import convert
 from gpu_engine.frontend.operators.movement import concat, cut, padded
 from gpu_engine.frontend.registry import emit_array, emit_map, operator, pointwise
-from gpu_engine.ir import expr
+from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, INT64, STRING, DType, is_float
 from gpu_engine.ir.expr import Expr, cast
 from gpu_engine.ir.graph import Builder, TensorType, Value
@@ -31,10 +31,15 @@ def wide_enough(dtype: DType) -> DType:
 def array_feature_extractor(b: Builder, x: Value, y: Value) -> Value:
     """https://onnx.ai/onnx/operators/onnx_aionnxml_ArrayFeatureExtractor.html"""
     rows = x if x.rank > 1 else b.emit(Reshape((1, *x.shape)), x)
-    count = int(np.prod(y.shape)) if all(isinstance(extent, int) for extent in y.shape) else None
-    if count is None:
-        raise InvalidModel(f"{b.source}: indices of {y.type}, whose number is not known")
-    return b.emit(Gather(rows.rank - 1), rows, b.emit(Reshape((count,)), y))
+    picks = b.emit(Reshape((dims.product(y.shape),)), y)
+    if x.dtype != STRING:
+        return b.emit(Gather(rows.rank - 1), rows, picks)
+    kind = TensorType(STRING, (*rows.shape[:-1], *picks.shape))
+    return emit_array(b, pick_columns, lambda b, *_: kind, (rows, picks), {}, host=True)[0]
+
+
+def pick_columns(xp: Any, x: Any, indices: Any) -> Any:
+    return x[..., indices]
 
 
 @pointwise("Binarizer", since=1, domain=ML)

@@ -20,8 +20,6 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Value
 from gpu_engine.ir.ops import Concat, Expand, Pad, Reshape, Slice
 
-INT_MAX, INT_MIN = (1 << 63) - 1, -(1 << 63)
-
 
 @operator("Concat", since=1)
 def concat_1(b: Builder, *inputs: Value, axis: int = 1) -> Value:
@@ -176,15 +174,19 @@ def span(start: Dim, end: Dim, step: int, extent: Dim) -> tuple[Dim, int, Dim]:
         count_ = last - first_ if step == 1 else dims.ceil_div(last - first_, step)
         fits = first_ == 0 or last == extent
         return first_, step, count_ if fits else dims.maximum(0, count_)
-    first_, last = _clamped(start, extent, -1, extent - 1), _clamped(end, extent, -1, extent - 1)
+    first_, last = _clamped(start, extent, 0, extent - 1), _clamped(end, extent, -1, extent - 1)
     fits = last == -1 or first_ == extent - 1
     count_ = first_ - last if step == -1 else dims.ceil_div(first_ - last, -step)
-    return dims.maximum(0, first_), step, count_ if fits else dims.maximum(0, count_)
+    return first_, step, count_ if fits else dims.maximum(0, count_)
 
 
 def _whole_span(start: int, end: int, step: int, extent: int) -> tuple[int, int]:
-    indices = range(*slice(start, None if end == INT_MIN and step < 0 else end, step).indices(extent))
-    return (indices.start if len(indices) else 0), len(indices)
+    """(first index, how many); unlike Python's, a start before the axis counts as 0 when stepping backwards."""
+    low, high = (0, extent) if step > 0 else (-1, extent - 1)
+    first = min(max(start + extent if start < 0 else start, 0), high)
+    last = min(max(end + extent if end < 0 else end, low), high)
+    count = max(0, -((first - last) // step))
+    return (first if count else 0), count
 
 
 def _clamped(bound: Dim, extent: Dim, low: Dim, high: Dim) -> Dim:

@@ -1,0 +1,64 @@
+"""Products with one-hot rows are look-ups: exporters write an embedding as Cast(Equal(ids, 0..n-1)) times the table."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu_engine.ir import expr
+from gpu_engine.ir.dtypes import INT64, is_float, is_integer
+from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
+from gpu_engine.ir.ops import Gather, Map, MatMul, Reshape
+from gpu_engine.passes.operands import strip
+
+TABLE_LIMIT_NBYTES = 64 << 20
+
+
+def gather_one_hot(graph: Graph) -> Graph:
+    """The graph with constant tables gathered instead of multiplied; an id outside the table gives a row of zeros."""
+    return rewrite(graph, _gathered)
+
+
+def _gathered(node: Node, builder: Builder) -> tuple[Value] | None:
+    if node.op != MatMul():
+        return None
+    rows, table = node.inputs
+    weights, ids = table.constant, one_hot_ids(rows, builder)
+    if ids is None or weights is None or weights.ndim != 2 or not is_float(table.dtype):
+        return None
+    if weights.nbytes > TABLE_LIMIT_NBYTES or not np.isfinite(weights).all():
+        return None
+    count = weights.shape[0]
+    padded = builder.constant(np.concatenate([weights, np.zeros_like(weights[:1])]))
+    given = expr.arg(0, ids.dtype)
+    place = expr.cast(expr.where((given >= 0) & (given < count), given, count), INT64)
+    places = builder.emit(Map(place), builder.emit(Reshape(node.outputs[0].shape[:-1]), ids))
+    return (builder.emit(Gather(0), padded, places),)
+
+
+def one_hot_ids(value: Value, builder: Builder) -> Value | None:
+    """ids [..., 1] of a value [..., n] that is 1 where they equal 0..n-1, else 0."""
+    node = builder.producer(value)
+    root = node.op.expr if node is not None and isinstance(node.op, Map) else None
+    if node is None or root is None or root.op != "cast" or root.args[0].op != "eq":
+        return None
+    pair = root.args[0].args
+    if any(side.op != "arg" for side in pair):
+        return None
+    for ids, counted in (pair, pair[::-1]):
+        found = node.inputs[ids.value]
+        if (
+            is_integer(found.dtype)
+            and found.shape == (*value.shape[:-1], 1)
+            and counts(node.inputs[counted.value], value)
+        ):
+            return found
+    return None
+
+
+def counts(value: Value, like: Value) -> bool:
+    """Whether `value` is the constant 0..n-1 along the last axis of `like`."""
+    array, extent = value.constant, like.shape[-1]
+    if array is None or not isinstance(extent, int) or strip(value.shape) != (extent,):
+        return False
+    fits = extent <= np.iinfo(array.dtype).max
+    return fits and bool((array.ravel() == np.arange(extent)).all())

@@ -1,0 +1,51 @@
+"""Comparisons whose outcome is known because an operand counts from 0 up."""
+
+from __future__ import annotations
+
+from gpu_engine.ir import expr
+from gpu_engine.ir.dtypes import BOOL
+from gpu_engine.ir.expr import Expr
+from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
+from gpu_engine.ir.ops import Expand, Map
+from gpu_engine.passes.activations import replaced
+from gpu_engine.passes.coordinates import counted_axis
+from gpu_engine.passes.operands import operand_shape, tidy
+
+
+def decide_comparisons(graph: Graph) -> Graph:
+    """The graph without tests whether a count is negative (masks of exported attention have them)."""
+    return rewrite(graph, _decided)
+
+
+def _decided(node: Node, builder: Builder) -> tuple[Value] | None:
+    if not isinstance(node.op, Map):
+        return None
+    root = node.op.expr
+    for test in expr.walk(root):
+        outcome = _outcome(test, node.inputs, builder)
+        root = root if outcome is None else replaced(root, test, expr.const(outcome, BOOL))
+    if root is node.op.expr:
+        return None
+    used = sorted({part.value for part in expr.walk(root) if part.op == "arg"})
+    if not used:
+        return None
+    kept = tuple(node.inputs[i] for i in used)
+    packed = expr.substitute(root, {old: expr.arg(new, node.inputs[old].dtype) for new, old in enumerate(used)})
+    shape = operand_shape(node.inputs)
+    smaller, inputs = tidy(packed, kept)
+    result = builder.emit(Map(smaller), *inputs)
+    return (result if result.shape == shape else builder.emit(Expand(shape), result),)
+
+
+def _outcome(test: Expr, inputs: tuple[Value, ...], builder: Builder) -> bool | None:
+    """Whether the comparison always holds or never does; None if it depends."""
+    match test:
+        case Expr(op="le", args=(Expr(op="const", value=bound), Expr(op="arg", value=index))) if bound <= 0:
+            outcome = True
+        case Expr(op="lt", args=(Expr(op="const", value=bound), Expr(op="arg", value=index))) if bound < 0:
+            outcome = True
+        case Expr(op="lt", args=(Expr(op="arg", value=index), Expr(op="const", value=bound))) if bound <= 0:
+            outcome = False
+        case _:
+            return None
+    return outcome if counted_axis(inputs[index], builder) is not None else None
