@@ -1,17 +1,58 @@
-"""The reference interpreter: a graph run node by node over NumPy by the operations' own `evaluate`."""
+"""The reference: a graph run node by node over NumPy by the operations' own `evaluate`, every result's type checked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gpu_engine.ir import dims
+from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim, Sym
-from gpu_engine.ir.graph import Graph, Node, TensorType, Type, Value, op_dims, resolve
+from gpu_engine.ir.dtypes import FLOAT32, DType
+from gpu_engine.ir.expr import Expr
+from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, live_nodes, op_dims, resolve, verify
+from gpu_engine.ir.ops import Map
 
 Extents = dict[str, Dim]
+
+
+def graph_of(shapes: Mapping[str, Any], build: Callable[..., Value | tuple[Value, ...]]) -> Graph:
+    """The graph whose outputs `build(builder, *inputs)` emits; a shape is a tuple of extents, or (dtype, extents)."""
+    builder = Builder()
+    inputs = []
+    for name, shape in shapes.items():
+        dtype, extents = shape if shape and isinstance(shape[0], np.dtype) else (FLOAT32, shape)
+        inputs.append(Value(TensorType(dtype, tuple(extents)), name=name))
+    builder.source = "Test 'node'"
+    built = build(builder, *inputs)
+    outputs = built if isinstance(built, tuple) else (built,)
+    outputs = tuple(map(builder.materialize, outputs))
+    names = tuple(f"y{i}" if i else "y" for i in range(len(outputs)))
+    return verify(Graph(tuple(inputs), outputs, live_nodes(builder.nodes, outputs), tuple(shapes), names), "test")
+
+
+def pointwise(builder: Builder, function: Callable[..., Expr], *values: Value) -> Value:
+    """A Map of `function` over the elements of `values`."""
+    return builder.emit(Map(function(*(expr.arg(i, value.dtype) for i, value in enumerate(values)))), *values)
+
+
+def random_inputs(graph: Graph, seed: int = 0, **extents: int) -> dict[str, Any]:
+    """One array per input: normal floats, integers below 8, booleans; symbols take the given extents."""
+    generator = np.random.default_rng(seed)
+    arrays = {}
+    for name, value in zip(graph.input_names, graph.inputs, strict=True):
+        shape = tuple(extent(dim, dict(extents)) for dim in value.shape)
+        arrays[name] = random_array(generator, value.dtype, shape)
+    return arrays
+
+
+def random_array(generator: np.random.Generator, dtype: DType, shape: Sequence[int]) -> Any:
+    if dtype.kind == "b":
+        return generator.random(shape) < 0.5
+    if dtype.kind in "iu":
+        return generator.integers(0, 8, shape).astype(dtype)
+    return generator.standard_normal(shape).astype(dtype)
 
 
 def run_graph(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,9 +69,10 @@ def run_graph(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_node(node: Node, arrays: dict[Value, Any], extents: Extents) -> None:
-    values = {dim: extent(dim, extents) for dim in op_dims(node.op)}
+    values: dict[Dim, int] = {dim: extent(dim, extents) for dim in op_dims(node.op)}
     operands = [read(value, arrays, extents) for value in node.inputs]
-    for value, array in zip(node.outputs, resolve(node.op, values).evaluate(np, *operands), strict=True):
+    results = (resolve(node.op, values) if values else node.op).evaluate(np, *operands)
+    for value, array in zip(node.outputs, results, strict=True):
         arrays[value] = array
         bind(extents, value.type, array)
     check(extents, ((value.type, arrays[value]) for value in node.outputs), node.source)
@@ -41,28 +83,37 @@ def read(value: Value, arrays: Mapping[Value, Any], extents: Extents) -> Any:
         return arrays[value]
     assert value.known is not None
     if value.symbolic:
-        filled = [extent(dim, extents) for dim in value.known.flat]
-        return np.array(filled, value.dtype).reshape(value.known.shape)
+        return np.array([extent(dim, extents) for dim in value.known.flat], value.dtype).reshape(value.known.shape)
     return value.known
 
 
-def bind(extents: Extents, kind: Type, array: Any) -> None:
+def bind(extents: Extents, kind: TensorType, array: Any) -> None:
     """Give the symbols that are an extent of their own their values."""
-    if not isinstance(kind, TensorType):
-        return
     for dim, actual in zip(kind.shape, array.shape, strict=True):
-        if isinstance(dim, Sym) and len(names := dims.symbols(dim)) == 1 and dim == dims.symbol(*names):
+        names = dims.symbols(dim)
+        if isinstance(dim, Sym) and len(names) == 1 and dim == dims.symbol(*names):
             extents.setdefault(*names, actual)
 
 
-def check(extents: Extents, found: Iterable[tuple[Type, Any]], source: str = "inputs") -> None:
+def check(extents: Extents, found: Iterable[tuple[TensorType, Any]], source: str = "inputs") -> None:
     for kind, array in found:
-        if isinstance(kind, TensorType):
-            declared = tuple(extent(dim, extents) for dim in kind.shape)
-            assert (array.dtype, array.shape) == (kind.dtype, declared), f"{source}: {array.dtype}{array.shape}, {kind}"
+        declared = tuple(extent(dim, extents) for dim in kind.shape)
+        assert (array.dtype, array.shape) == (kind.dtype, declared), f"{source}: {array.dtype}{array.shape}, not {kind}"
 
 
 def extent(dim: Dim, extents: Extents) -> int:
     bound = dims.substitute(dim, extents)
     assert isinstance(bound, int), f"{dim} is not bound by {extents}"
     return max(bound, 0)
+
+
+def assert_same(graph: Graph, other: Graph, inputs: Mapping[str, Any], rtol: float = 2e-5, atol: float = 2e-5) -> None:
+    """Both graphs compute the same on `inputs`, NaN for NaN, in dtype, shape and value."""
+    expected, actual = run_graph(graph, inputs), run_graph(other, inputs)
+    assert list(expected) == list(actual)
+    for name, array in expected.items():
+        assert (array.dtype, array.shape) == (actual[name].dtype, actual[name].shape)
+        if array.dtype.kind in "biu":
+            np.testing.assert_array_equal(actual[name], array)
+        else:
+            np.testing.assert_allclose(actual[name].astype("f8"), array.astype("f8"), rtol=rtol, atol=atol)

@@ -71,7 +71,7 @@ def halves(totals: Sequence[Dim], *, more_after: bool) -> tuple[tuple[Dim, ...],
 
 
 def _same_padding(extent: Dim, covered: Dim, stride: int) -> Dim:
-    """What makes ceil(extent / stride) windows of `covered` elements fit; it cannot be negative where covered >= stride."""
+    """What makes ceil(extent / stride) windows of `covered` elements fit: never negative where covered >= stride."""
     total = (dims.ceil_div(extent, stride) - 1) * stride + covered - extent
     if isinstance(total, dims.Sym) and isinstance(covered, int) and covered >= stride:
         return total

@@ -9,6 +9,7 @@ from gpu_engine.ir.dtypes import INT64, is_float, is_integer
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
 from gpu_engine.ir.ops import Gather, Map, MatMul, Reshape
 from gpu_engine.passes.operands import strip
+from gpu_engine.passes.terms import operands, term_of
 
 TABLE_LIMIT_NBYTES = 64 << 20
 
@@ -37,21 +38,14 @@ def _gathered(node: Node, builder: Builder) -> tuple[Value] | None:
 
 def one_hot_ids(value: Value, builder: Builder) -> Value | None:
     """ids [..., 1] of a value [..., n] that is 1 where they equal 0..n-1, else 0."""
-    node = builder.producer(value)
-    root = node.op.expr if node is not None and isinstance(node.op, Map) else None
-    if node is None or root is None or root.op != "cast" or root.args[0].op != "eq":
-        return None
-    pair = root.args[0].args
-    if any(side.op != "arg" for side in pair):
-        return None
-    for ids, counted in (pair, pair[::-1]):
-        found = node.inputs[ids.value]
-        if (
-            is_integer(found.dtype)
-            and found.shape == (*value.shape[:-1], 1)
-            and counts(node.inputs[counted.value], value)
-        ):
-            return found
+    converted = operands(term_of(value), "cast", builder)
+    pair = operands(converted[0], "eq", builder) if converted else ()
+    for given, counted in (pair, pair[::-1]) if pair else ():
+        ids, numbers = given.value, counted.value
+        if ids is None or numbers is None or not counts(numbers, value):
+            continue
+        if is_integer(ids.dtype) and ids.shape == (*value.shape[:-1], 1):
+            return ids
     return None
 
 

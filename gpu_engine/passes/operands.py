@@ -8,7 +8,8 @@ from gpu_engine.ir import expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.ir.expr import Expr
-from gpu_engine.ir.graph import Value
+from gpu_engine.ir.graph import Builder, Value
+from gpu_engine.ir.ops import Expand, Map
 from gpu_engine.ir.ops.pointwise import broadcast_shapes
 
 Operands = tuple[Expr, tuple[Value, ...]]
@@ -25,23 +26,48 @@ def literal(value: Value) -> Expr | None:
 
 def tidy(root: Expr, inputs: tuple[Value, ...]) -> Operands:
     """The same function of as few operands as give the same shape."""
-    used = {node.value for node in expr.walk(root) if node.op == "arg"}
+    tidied, kept = fewest(root, inputs)
+    same = kept == inputs or (bool(kept) and operand_shape(kept) == operand_shape(inputs))
+    return (tidied, kept) if same else (root, inputs)
+
+
+def fewest(root: Expr, inputs: tuple[Value, ...]) -> Operands:
+    """The same function of the operands that it depends on: perhaps none, perhaps of a shape that broadcasts."""
+    used = sorted({node.value for node in expr.walk(root) if node.op == "arg"})
     kept: dict[Value, Expr] = {}
     replaced: dict[int, Expr] = {}
-    for index in sorted(used):
+    for index in used:
         value = inputs[index]
         constant = literal(value)
         if constant is None:
             constant = kept.setdefault(value, expr.arg(len(kept), value.dtype))
         replaced[index] = constant
-    if len(kept) == len(inputs) and tuple(kept) == inputs:
+    if tuple(kept) == inputs:
         return root, inputs
-    tidied = expr.substitute(root, replaced)
-    if not kept or not all(node.value < len(kept) for node in expr.walk(tidied) if node.op == "arg"):
-        return root, inputs
-    if operand_shape(tuple(kept)) != operand_shape(inputs):
-        return root, inputs
-    return tidied, tuple(kept)
+    simpler = expr.substitute(root, replaced)
+    return _dense(simpler, kept)
+
+
+def _dense(root: Expr, kept: Mapping[Value, Expr]) -> Operands:
+    """`root` over those of `kept` that simplification has left in it."""
+    used = sorted({node.value for node in expr.walk(root) if node.op == "arg"})
+    values = tuple(kept)
+    if len(used) == len(values):
+        return root, values
+    places = {old: expr.arg(new, values[old].dtype) for new, old in enumerate(used)}
+    return expr.substitute(root, places), tuple(values[old] for old in used)
+
+
+def emit_fewest(root: Expr, inputs: tuple[Value, ...], shape: tuple[Dim, ...], builder: Builder) -> Value:
+    """The Map of the fewest operands, computed once and broadcast to `shape` where those alone do not give it."""
+    simpler, kept = fewest(root, inputs)
+    if not kept:
+        result = builder.constant(expr.evaluate(simpler, []))
+    elif simpler.op == "arg":
+        result = kept[0]
+    else:
+        result = builder.emit(Map(simpler), *kept)
+    return result if result.shape == shape else builder.emit(Expand(shape), result)
 
 
 def inlined(outer: Expr, outer_inputs: tuple[Value, ...], made: Mapping[Value, Operands]) -> Operands:

@@ -6,10 +6,10 @@ from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import BOOL
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
-from gpu_engine.ir.ops import Expand, Map
+from gpu_engine.ir.ops import Map
 from gpu_engine.passes.activations import replaced
 from gpu_engine.passes.coordinates import counted_axis
-from gpu_engine.passes.operands import operand_shape, tidy
+from gpu_engine.passes.operands import emit_fewest, operand_shape
 
 
 def decide_comparisons(graph: Graph) -> Graph:
@@ -26,15 +26,7 @@ def _decided(node: Node, builder: Builder) -> tuple[Value] | None:
         root = root if outcome is None else replaced(root, test, expr.const(outcome, BOOL))
     if root is node.op.expr:
         return None
-    used = sorted({part.value for part in expr.walk(root) if part.op == "arg"})
-    if not used:
-        return None
-    kept = tuple(node.inputs[i] for i in used)
-    packed = expr.substitute(root, {old: expr.arg(new, node.inputs[old].dtype) for new, old in enumerate(used)})
-    shape = operand_shape(node.inputs)
-    smaller, inputs = tidy(packed, kept)
-    result = builder.emit(Map(smaller), *inputs)
-    return (result if result.shape == shape else builder.emit(Expand(shape), result),)
+    return (emit_fewest(root, node.inputs, operand_shape(node.inputs), builder),)
 
 
 def _outcome(test: Expr, inputs: tuple[Value, ...], builder: Builder) -> bool | None:

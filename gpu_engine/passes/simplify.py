@@ -8,7 +8,7 @@ from gpu_engine.ir.dims import Dim, Sym
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
 from gpu_engine.ir.ops import Concat, Expand, Gather, Map, Pad, Reduce, Reshape, Slice, Transpose
 from gpu_engine.passes.casts import without_needless_casts
-from gpu_engine.passes.operands import operand_shape, tidy
+from gpu_engine.passes.operands import emit_fewest, fewest, operand_shape, tidy
 
 
 def simplify(graph: Graph) -> Graph:
@@ -113,25 +113,17 @@ def _reduce(node: Node, builder: Builder) -> Value | None:
 
 def _map(node: Node, builder: Builder) -> Value | None:
     assert isinstance(node.op, Map)
-    wanted = operand_shape(node.inputs)
-    root, inputs = tidy(without_needless_casts(node.op.expr), _unexpanded(node.inputs, builder, wanted))
-    x: Value | None = inputs[root.value] if root.op == "arg" else None
-    if x is not None and x.shape == wanted:
-        return x
-    return None if root is node.op.expr and inputs == node.inputs else builder.emit(Map(root), *inputs)
+    shape = operand_shape(node.inputs)
+    inputs = tuple(_unexpanded(value, builder) for value in node.inputs)
+    simpler, kept = fewest(without_needless_casts(node.op.expr), inputs)
+    if simpler is node.op.expr and kept == node.inputs and not (simpler.op == "arg" and kept[0].shape == shape):
+        return None
+    return emit_fewest(simpler, kept, shape, builder)
 
 
-def _unexpanded(inputs: tuple[Value, ...], builder: Builder, wanted: tuple[Dim, ...]) -> tuple[Value, ...]:
-    """The operands before their Expands, wherever the others alone give the shape."""
-    result = list(inputs)
-    for i, value in enumerate(inputs):
-        inner = builder.producer(value)
-        if inner is None or not isinstance(inner.op, Expand):
-            continue
-        result[i] = inner.inputs[0]
-        if operand_shape(tuple(result)) != wanted:
-            result[i] = value
-    return tuple(result)
+def _unexpanded(value: Value, builder: Builder) -> Value:
+    inner = builder.producer(value)
+    return inner.inputs[0] if inner is not None and isinstance(inner.op, Expand) else value
 
 
 def nonzero(dim: Dim) -> bool:

@@ -22,12 +22,17 @@ _SMALL_NBYTES = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Admitted:
-    """Inputs of known shapes: `rows` for the scheduler, at most `limit` of them per execution."""
+    """Inputs of known shapes: `rows` for the scheduler, at most `limit` of them per execution.
+
+    `reason` is why an execution of these inputs alone is closed, "" if they must queue. Requests of equal `key`
+    may share an execution; None: ask `Admission.key`.
+    """
 
     fit: Fit
     rows: int
     limit: int
-    alone: bool
+    reason: str
+    key: Hashable
 
 
 class Admission:
@@ -65,15 +70,9 @@ class Admission:
         return arrays, wrap, admitted
 
     def key(self, arrays: Sequence[Array], admitted: Admitted) -> Hashable:
-        """Requests with equal keys may share an execution: all extents but the rows agree, and so do all inputs
-        without rows: the same array, or equal small ones."""
-        if not self._sizes.shared:
-            return None
-        if not admitted.fit.rows:
-            return object()
+        """For inputs whose `admitted.key` is None: requests with equal keys may share an execution, because all extents
+        but the rows agree, and all inputs without rows are the same arrays, or equal small ones."""
         family = admitted.fit.family
-        if not self._shares_inputs:
-            return family.key
         return (family.key, *(_identity(a) for a, block in zip(arrays, family.blocks, strict=True) if not block))
 
     def empty_outputs(self, fit: Fit) -> list[Array] | None:
@@ -87,14 +86,15 @@ class Admission:
         self.ports.check_dtypes(arrays)
         fit = self._signature.fit([array.shape for array in arrays])
         if not fit.rows:
-            return Admitted(fit, rows=1, limit=1, alone=False)
+            return Admitted(fit, rows=1, limit=1, reason="", key="no rows")
         if not self._sizes.shared:
             self._check_memory(fit.extents)
-            return Admitted(fit, rows=1, limit=1, alone=True)
+            return Admitted(fit, rows=1, limit=1, reason="full", key="as it is")
         limit = self._limits.get(fit.family.key)
         if limit is None:
             limit = self._limits[fit.family.key] = self._row_limit(fit.family)
-        return Admitted(fit, fit.rows, limit, alone=fit.rows <= limit)
+        reason = "idle" if fit.rows < limit else "full" if fit.rows == limit else ""
+        return Admitted(fit, fit.rows, limit, reason, None if self._shares_inputs else (fit.family.key,))
 
     def _check_memory(self, extents: tuple[int, ...]) -> None:
         """OutOfMemory if one execution does not fit the free memory."""

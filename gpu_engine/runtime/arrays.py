@@ -14,7 +14,7 @@ from gpu_engine.options import suggestion
 from gpu_engine.plan.plan import Port
 
 Array = NDArray[Any]
-Wrap = Callable[[list[Array]], Any]
+Wrap = Callable[[Sequence[Array]], Any]
 
 
 class Ports:
@@ -41,7 +41,7 @@ class Ports:
         """
         if type(inputs) is np.ndarray and len(self.inputs) == 1 and not self._strings:
             return (inputs,), self._as_given
-        if isinstance(inputs, Mapping):
+        if type(inputs) is dict or isinstance(inputs, Mapping):
             return self._checked(self._ordered(inputs)), self._as_dict
         if isinstance(inputs, list | tuple):
             if len(inputs) != len(self.inputs):
@@ -60,7 +60,7 @@ class Ports:
                     f"convert it with .astype({port.dtype.name!r})"
                 )
 
-    def _named(self, outputs: list[Array]) -> dict[str, Array]:
+    def _named(self, outputs: Sequence[Array]) -> dict[str, Array]:
         return dict(zip(self.output_names, outputs, strict=True))
 
     def _ordered(self, inputs: Mapping[Any, Any]) -> list[Any]:
@@ -106,7 +106,7 @@ def as_array(value: Any, port: Port) -> Array:
     raise InputError(f"input {port.name!r} is {_kind(value)}, but the model takes an array, {port}")
 
 
-def _single(outputs: list[Array]) -> Array:
+def _single(outputs: Sequence[Array]) -> Array:
     return outputs[0]
 
 

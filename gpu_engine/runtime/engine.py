@@ -112,11 +112,12 @@ class Engine:
         """
         started = clock()
         arrays, wrap, admitted = self._admission.admit(inputs)
-        if admitted.alone and (self._serve_callers or admitted.rows == admitted.limit):
-            worker = self._pool.borrow()
+        reason = admitted.reason
+        if reason and (self._serve_callers or reason == "full"):
+            worker = self._pool.borrow(started)
             if worker is not None:
                 try:
-                    return wrap(run_alone(worker, arrays, admitted.fit, started, admitted.rows == admitted.limit))
+                    return wrap(run_alone(worker, arrays, admitted.fit, started, reason))
                 finally:
                     self._pool.give_back(worker)
         request = self._request(arrays, wrap, admitted, None)
@@ -206,19 +207,11 @@ class Engine:
         self.close(drain=kind is None)
 
     def _request(self, arrays: Sequence[Array], wrap: Wrap, admitted: Admitted, timeout: float | None) -> Request:
-        now, fit = clock(), admitted.fit
-        return Request(
-            arrays=arrays,
-            wrap=wrap,
-            fit=fit,
-            rows=admitted.rows,
-            limit=admitted.limit,
-            key=self._admission.key(arrays, admitted),
-            arrival=now,
-            deadline=now + _checked_timeout(timeout) if timeout else None,
-            future=Future(),
-            join=Join(fit.rows, self._plan.batching.outputs) if admitted.rows > admitted.limit else None,
-        )
+        now, fit, rows, limit = clock(), admitted.fit, admitted.rows, admitted.limit
+        deadline = now + _checked_timeout(timeout) if timeout else None
+        join = Join(rows, self._plan.batching.outputs) if rows > limit else None
+        key = admitted.key or self._admission.key(arrays, admitted)
+        return Request(arrays, wrap, fit, rows, limit, key, now, deadline, Future(), join)
 
     def _queue(self, requests: Sequence[Request], block: bool = False) -> None:
         """Admit requests; those of no rows are done at once."""

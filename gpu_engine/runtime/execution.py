@@ -66,22 +66,18 @@ class Worker:
         self.batch: Batch[Request] | None = None
 
 
-def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float, full: bool) -> list[Array]:
+def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float, reason: str) -> list[Array]:
     """Run one set of inputs on the calling thread, which owns the worker's slot; raises what the device raises."""
     counters = worker.counters
     try:
-        outputs = _launch(worker, fit.extents, arrays, started)
-        ended = clock()
+        outputs, computed = _launch(worker, fit.extents, arrays, started)
         result = [output.copy() for output in outputs]
     except Exception:
         counters.failed += 1
         raise
-    counters.copy_out_s += clock() - ended
-    counters.executions += 1
-    counters.rows += fit.rows
-    counters.served_by_callers += 1
+    counters.copy_out_s += clock() - computed
     counters.sizes[fit.rows] += 1
-    counters.reasons["full" if full else "idle"] += 1
+    counters.alone[reason] += 1
     return result
 
 
@@ -112,26 +108,22 @@ def _run(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[bool])
     rows = sum([stop - start for _, start, stop in parts])
     whole = len(parts) == 1 and stop - start == first.rows
     extents = first.fit.extents if whole else first.fit.family.extents(rows)
-    outputs = _launch(worker, extents, gather(parts, first.fit.family.blocks), started)
-    ended = clock()
+    outputs, computed = _launch(worker, extents, gather(parts, first.fit.family.blocks), started)
     pieces = scatter(outputs, parts, rows, batched_outputs)
     results = [
         part[0].wrap(piece) if part[0].join is None else _joined(part, piece)
         for part, piece in zip(parts, pieces, strict=True)
     ]
-    rows = first.fit.rows if whole else rows
-    counters.copy_out_s += clock() - ended
-    counters.executions += 1
-    counters.rows += rows
-    counters.sizes[rows] += 1
+    counters.copy_out_s += clock() - computed
+    counters.sizes[first.fit.rows if whole else rows] += 1
     counters.queue_s += sum([started - request.arrival for request, start, _ in parts if not start])
     return results
 
 
 def _launch(
     worker: Worker, extents: tuple[int, ...], sources: Sequence[Array | list[Array]], started: float
-) -> Sequence[Array]:
-    """Stage, fill, launch and wait; the outputs are valid until the slot is staged again."""
+) -> tuple[Sequence[Array], float]:
+    """Stage, fill, launch and wait: the outputs, valid until the slot is staged again, and the time."""
     counters, slot = worker.counters, worker.slot
     with worker.lane.lock:
         for target, source in zip(slot.stage(extents), sources, strict=True):
@@ -141,10 +133,10 @@ def _launch(
                 target[...] = source
         packed = clock()
         slot.launch()
-    outputs = slot.wait()
+    outputs, computed = slot.wait(), clock()
     counters.copy_in_s += packed - started
-    counters.compute_s += clock() - packed
-    return outputs
+    counters.compute_s += computed - packed
+    return outputs, computed
 
 
 def _joined(part: Part, outputs: Sequence[Array]) -> Any:

@@ -44,6 +44,7 @@ class Pool:
         slots = max(len(stream.slots) for stream in streams)
         self._workers = [Worker(lane, lane.stream.slots[i]) for i in range(slots) for lane in self._lanes]
         self._idle = self._workers[::-1]
+        self._single = slots == 1
         self._by_thread: dict[int, Worker] = {}
         self._made_at = clock()
         self._coming = 0
@@ -57,15 +58,15 @@ class Pool:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=functools.partial(_forget_threads, weakref.ref(self)))
 
-    def borrow(self) -> Worker | None:
+    def borrow(self, now: float) -> Worker | None:
         """An idle slot for the calling thread if nothing waits, else None; EngineClosed after close()."""
         with self._mutex:
             if self._refusal is not None:
                 raise EngineClosed(self._refusal)
             if not self._idle or self.batcher.size:
                 return None
-            worker = self._pick()
-            worker.lane.begin(clock())
+            worker = self._idle.pop() if self._single else self._pick()
+            worker.lane.begin(now)
             return worker
 
     def give_back(self, worker: Worker) -> None:
@@ -207,15 +208,13 @@ class Pool:
             self._timekeeper.tokens.put(None)
             self._timekeeper = None
         while self._idle and self.batcher.rows > self._coming * self._batch:
-            worker = self._pick()
+            worker = self._idle.pop() if self._single else self._pick()
             worker.called = True
             self._coming += 1
             worker.tokens.put(None)
 
     def _pick(self) -> Worker:
         """An idle worker of the stream with the most idle slots, the last used first."""
-        if len(self._workers) == len(self._lanes):
-            return self._idle.pop()
         lanes = [worker.lane for worker in self._idle]
         most = max(range(len(lanes)), key=lambda i: (lanes.count(lanes[i]), i))
         return self._idle.pop(most)

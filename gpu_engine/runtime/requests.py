@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import InvalidStateError
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +43,17 @@ class Request:
 
     def succeed(self, result: Any) -> None:
         """Give the result to the caller, unless the request was ended meanwhile."""
-        with suppress(InvalidStateError):
+        try:
             self.future.set_result(result)
+        except InvalidStateError:
+            return
 
     def fail(self, error: BaseException) -> None:
         """Give an error to the caller, unless the request was ended meanwhile."""
-        with suppress(InvalidStateError):
+        try:
             self.future.set_exception(error)
+        except InvalidStateError:
+            return
 
 
 Part = tuple[Request, int, int]
@@ -62,10 +65,11 @@ class Join:
     def __init__(self, rows: int, batched: Sequence[bool]) -> None:
         self.outputs: list[Array] = []
         self._rows, self._left, self._batched = rows, rows, batched
+        self._filled: set[int] = set()
         self._lock = threading.Lock()
 
     def put(self, outputs: Sequence[Array], start: int, stop: int) -> bool:
-        """Copy in what rows `start` to `stop` gave; True if these were the last that lacked."""
+        """Copy in what rows `start` to `stop` gave; True if none lacks any more. A part that is run again may be put again."""
         with self._lock:
             if not self.outputs:
                 self.outputs = [self._room(part, stop - start, i) for i, part in enumerate(outputs)]
@@ -74,7 +78,8 @@ class Join:
                 block = len(part) // (stop - start)
                 target[start * block : stop * block] = part
         with self._lock:
-            self._left -= stop - start
+            self._left -= stop - start if start not in self._filled else 0
+            self._filled.add(start)
             return self._left == 0
 
     def _room(self, part: Array, rows: int, i: int) -> Array:

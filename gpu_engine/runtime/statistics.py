@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Counters:
-    """What one slot did; only the thread that owns the slot writes."""
+    """What one slot did; only the thread that owns the slot writes.
 
-    executions: int = 0
-    rows: int = 0
+    `sizes` are launches by rows; `alone` are those on the thread of a caller, by the reason that closed them.
+    """
+
     queue_s: float = 0.0
     copy_in_s: float = 0.0
     compute_s: float = 0.0
     copy_out_s: float = 0.0
     failed: int = 0
     retried: int = 0
-    served_by_callers: int = 0
     sizes: Counter[int] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
+    alone: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,21 @@ def summed(
     """The totals over all slots."""
     slots = list(slots)
     sizes: Counter[int] = Counter()
-    reasons = Counter(queue.reasons)
+    alone: Counter[str] = Counter()
     for slot in slots:
         sizes.update(slot.sizes.copy())
-        reasons.update(slot.reasons.copy())
+        alone.update(slot.alone.copy())
     return Statistics(
-        inference_count=sum(slot.rows for slot in slots),
-        execution_count=sum(slot.executions for slot in slots),
+        inference_count=sum(rows * launches for rows, launches in sizes.items()),
+        execution_count=sizes.total(),
         batch_sizes=dict(sorted(sizes.items())),
-        close_reasons=dict(reasons),
+        close_reasons=dict(alone + Counter(queue.reasons)),
         queue_ns=_ns(slot.queue_s for slot in slots),
         copy_in_ns=_ns(slot.copy_in_s for slot in slots),
         compute_ns=_ns(slot.compute_s for slot in slots),
         copy_out_ns=_ns(slot.copy_out_s for slot in slots),
         padded_rows=0,
-        served_by_callers=sum(slot.served_by_callers for slot in slots),
+        served_by_callers=alone.total(),
         rejected=queue.rejected,
         cancelled=queue.cancelled,
         expired=queue.expired,

@@ -168,7 +168,12 @@ def _masked(b: Builder, scores: Value, mask: Value | None, positions: Positions)
     if visible is None:
         return scores
     rows, columns = scores.shape[2:]
-    query = b.emit(ops.Reshape((rows, 1)), b.emit(ops.Iota(rows, INT64), ))
+    query = b.emit(
+        ops.Reshape((rows, 1)),
+        b.emit(
+            ops.Iota(rows, INT64),
+        ),
+    )
     key = b.emit(ops.Iota(columns, INT64))
     offset = b.emit(ops.Reshape((positions.offset.shape[0], 1, 1, 1)), positions.offset)
     valid = positions.valid

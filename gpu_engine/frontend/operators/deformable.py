@@ -53,7 +53,7 @@ def deform_conv(
 
 
 def _sampled_columns(xp: Any, x: Any, offset: Any, mask: Any, *, windows: Any, groups: int) -> Any:
-    """[N, C * taps, outputs...]: x at every tap of every window, moved by `offset` and scaled by `mask`; 0 outside x."""
+    """[N, C * taps, outputs...]: x at every tap of every window, moved by `offset`, times `mask`; 0 outside x."""
     kernel, strides, before, dilations = windows
     rank, taps, spatial = len(kernel), int(np.prod(kernel)), offset.shape[2:]
     wide = compute_dtype(x.dtype)

@@ -28,11 +28,11 @@ def depth_to_space(b: Builder, x: Value, *, blocksize: int, mode: str = "DCR") -
     """https://onnx.ai/onnx/operators/onnx__DepthToSpace.html"""
     n, c, h, w = _image_shape(x, blocksize)
     depth = _divided(c, blocksize * blocksize)
-    if mode == "DCR":
-        split, perm = (n, blocksize, blocksize, depth, h, w), (0, 3, 4, 1, 5, 2)
-    elif mode == "CRD":
+    split: tuple[Dim, ...] = (n, blocksize, blocksize, depth, h, w)
+    perm = (0, 3, 4, 1, 5, 2)
+    if mode == "CRD":
         split, perm = (n, depth, blocksize, blocksize, h, w), (0, 1, 4, 2, 5, 3)
-    else:
+    elif mode != "DCR":
         raise InvalidModel(f"mode {mode!r} is not DCR or CRD")
     moved = b.emit(ops.Transpose(perm), b.emit(ops.Reshape(split), x))
     return b.emit(ops.Reshape((n, depth, h * blocksize, w * blocksize)), moved)

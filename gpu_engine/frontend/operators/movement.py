@@ -174,7 +174,8 @@ def span(start: Dim, end: Dim, step: int, extent: Dim) -> tuple[Dim, int, Dim]:
         count_ = last - first_ if step == 1 else dims.ceil_div(last - first_, step)
         fits = first_ == 0 or last == extent
         return first_, step, count_ if fits else dims.maximum(0, count_)
-    first_, last = _clamped(start, extent, 0, extent - 1), _clamped(end, extent, -1, extent - 1)
+    first_ = dims.minimum(_clamped(start, extent, 0, extent - 1), extent - 1)
+    last = _clamped(end, extent, -1, extent - 1)
     fits = last == -1 or first_ == extent - 1
     count_ = first_ - last if step == -1 else dims.ceil_div(first_ - last, -step)
     return first_, step, count_ if fits else dims.maximum(0, count_)

@@ -17,7 +17,6 @@ from gpu_engine.ir.dtypes import INT64, compute_dtype, is_float, limits
 from gpu_engine.ir.expr import Expr, cast
 from gpu_engine.ir.graph import Builder, TensorType, Value
 from gpu_engine.ir.ops.linear import window_view
-from gpu_engine.ir.ops.pooling import pool_counts
 
 
 def pool(

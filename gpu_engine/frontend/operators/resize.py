@@ -67,13 +67,13 @@ def resize(
 @operator("Upsample", since=9)
 def upsample(b: Builder, x: Value, scales: Value, *, mode: str = "nearest") -> Value:
     """https://onnx.ai/onnx/operators/onnx__Upsample.html"""
-    return resize_10(b, x, scales, mode=mode)  # type: ignore[no-any-return]
+    return resize_10(b, x, scales, mode=mode)
 
 
 @operator("Upsample", since=7)
 def upsample_7(b: Builder, x: Value, *, scales: Sequence[float], mode: str = "nearest") -> Value:
     """https://onnx.ai/onnx/operators/onnx__Upsample.html of opset 7"""
-    return upsample(b, x, b.constant(np.array(scales, np.float32)), mode=mode)  # type: ignore[no-any-return]
+    return upsample(b, x, b.constant(np.array(scales, np.float32)), mode=mode)
 
 
 def _given(value: Value | None) -> Value | None:

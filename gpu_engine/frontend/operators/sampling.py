@@ -29,7 +29,8 @@ def grid_sample(
     padding_mode: str = "zeros",
     align_corners: int = 0,
 ) -> Value:
-    """https://onnx.ai/onnx/operators/onnx__GridSample.html"""
+    """https://onnx.ai/onnx/operators/onnx__GridSample.html; cubic sampling beyond a border repeats elements and
+    keeps the position, as PyTorch's does"""
     mode = MODES.get(mode, mode)
     if mode not in ("nearest", "linear", "cubic") or padding_mode not in ("zeros", "border", "reflection"):
         raise InvalidModel(f"mode {mode!r}, padding_mode {padding_mode!r}")
@@ -50,7 +51,8 @@ def _grid_sample(xp: Any, x: Any, grid: Any, *, mode: str, padding: str, align: 
         at = wide[..., len(spatial) - 1 - axis]
         at = (at + 1) * half * (extent - 1) if align else ((at + 1) * extent - 1) * half
         at = xp.rint(at) if mode == "nearest" else at
-        positions.append(_inside(xp, at, extent, padding, align))
+        moved = padding != "border" or mode != "cubic"
+        positions.append(_inside(xp, at, extent, padding, align) if moved else at)
 
     def place(index: Any, axis: int) -> tuple[Any, Any]:
         extent = spatial[axis]
@@ -96,13 +98,13 @@ def interpolate(xp: Any, x: Any, positions: Sequence[Any], mode: str, place: Pla
     second = xp.arange(channels).reshape(1, channels, *(1,) * (len(shape) - 2))
     total = None
     for combination in itertools.product(*taps):
-        flat, weight, counts = 0, None, None
+        flat, weight, counts = xp.zeros((), np.int64), None, None
         for axis, (index, share) in enumerate(combination):
             found, inside = place(index, axis)
             flat = flat * x.shape[2 + axis] + found
             weight = share if weight is None else weight if share is None else weight * share
             counts = inside if counts is None else counts if inside is None else counts & inside
-        part = values[first, second, flat.reshape(shape)]  # type: ignore[union-attr]
+        part = values[first, second, flat.reshape(shape)]
         part = part if counts is None else xp.where(counts.reshape(shape), part, xp.zeros((), x.dtype))
         part = part if weight is None else part.astype(wide, copy=False) * weight.reshape(shape).astype(wide)
         total = part if total is None else total + part

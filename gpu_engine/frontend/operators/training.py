@@ -70,9 +70,7 @@ def adam(
     rows = list(zip(variables, gradients, averages, squares, strict=True))
     means = [emit_map(b, averaged, x, g, v) for x, g, v, _ in rows]
     totals = [emit_map(b, squared, x, g, h) for x, g, _, h in rows]
-    news = [
-        emit_map(b, moved, x, v, h, rate, step) for x, v, h in zip(variables, means, totals, strict=True)
-    ]
+    news = [emit_map(b, moved, x, v, h, rate, step) for x, v, h in zip(variables, means, totals, strict=True)]
     return (*news, *means, *totals)
 
 

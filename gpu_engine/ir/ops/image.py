@@ -20,10 +20,10 @@ Floats = NDArray[np.float32]
 class Resize:
     """https://onnx.ai/onnx/operators/onnx__Resize.html with the extent of every axis already found.
 
-    `extents` are the output's. `scales` holds a float per axis, or None where it is the quotient of the extents. `mode` is
-    "nearest", "linear" or "cubic", and each axis is resampled on its own, with positions in float32. `nearest_mode`
-    knows "simple" (floor where an axis grows, else ceil) besides ONNX's. `roi` is (start, end) per axis, for
-    `coordinates` "tf_crop_and_resize" only.
+    `extents` are the output's. `scales` holds a float per axis, or None where it is the quotient of the extents.
+    `mode` is "nearest", "linear" or "cubic", and each axis is resampled on its own, with positions in float32.
+    `nearest_mode` knows "simple" (floor where an axis grows, else ceil) besides ONNX's. `roi` is (start, end) per
+    axis, for `coordinates` "tf_crop_and_resize" only.
     """
 
     extents: tuple[Dim, ...]
@@ -111,7 +111,7 @@ def _resize_axis(xp: Any, op: Resize, x: Any, axis: int) -> Any:
     return result
 
 
-def _positions(op: Resize, axis: int, extent: int, count: int, scale: np.float32) -> Floats:
+def _positions(op: Resize, axis: int, extent: int, count: int, scale: np.float32) -> Any:
     """Where in the input each output element lies."""
     i, half = np.arange(count, dtype=np.float32), np.float32(0.5)
     match op.coordinates:
@@ -137,7 +137,7 @@ def _positions(op: Resize, axis: int, extent: int, count: int, scale: np.float32
     raise InvalidModel(f"coordinate_transformation_mode {op.coordinates!r} is not known")
 
 
-def _nearest(positions: Floats, mode: str, scale: np.float32) -> Floats:
+def _nearest(positions: Any, mode: str, scale: np.float32) -> Any:
     half = np.float32(0.5)
     match mode:
         case "round_prefer_floor":

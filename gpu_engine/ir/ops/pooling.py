@@ -20,10 +20,10 @@ class Pool:
     """Every window of x [N, C, spatial...] folded with kind "max", "sum" or "average"; a window's elements lie
     `dilations` apart.
 
-    `before` / `after` pad each spatial axis (negative crops): padding never wins a maximum and adds 0 to a sum. An average
-    divides by how many elements of the window lie inside x, or inside the padded x with `count_include_pad`. With
-    `ceil_mode` a last window that reaches over the padded end is kept if it starts inside x or the padding before it;
-    what lies over the end counts nowhere. Floats narrower than float32 are summed in float32.
+    `before` / `after` pad each spatial axis (negative crops): padding never wins a maximum and adds 0 to a sum. An
+    average divides by how many elements of the window lie inside x, or inside the padded x with `count_include_pad`.
+    With `ceil_mode` a last window that reaches over the padded end is kept if it starts inside x or the padding before
+    it; what lies over the end counts nowhere. Floats narrower than float32 are summed in float32.
     """
 
     kind: str

@@ -25,10 +25,10 @@ class Recurrent:
 
     Operands, with T steps, B rows, D directions, H hidden and G gates (i o f c; z r h; one):
     inputs [T, B, D*G*H], the products of x with the input weights, biases included; weights [D, G*H, H]; then those
-    that `present` names, in the order of OPTIONAL: bias [D, H], added to the hidden gate's product before the reset gate
-    multiplies it (gru with `linear_before_reset`); lengths [B] int32, the steps of each row; initial_h and initial_c
-    [D, B, H]; peepholes [D, 3*H] (i o f); scale and zero [D], with which the weights are int8 or uint8 and the state is
-    quantised anew at every step, over all rows, as DynamicQuantizeLinear does.
+    that `present` names, in the order of OPTIONAL: bias [D, H], added to the hidden gate's product before the reset
+    gate multiplies it (gru with `linear_before_reset`); lengths [B] int32, the steps of each row; initial_h and
+    initial_c [D, B, H]; peepholes [D, 3*H] (i o f); scale and zero [D] or [D, G*H], with which the weights are int8 or
+    uint8 and the state is quantised anew at every step, over all rows, as DynamicQuantizeLinear does.
 
     Results: [T, D, B, H], 0 beyond a row's length; the last state [D, B, H]; for lstm the last cell state as well.
     `reverse` says for each direction whether it runs backwards. `activations` holds per direction the functions of one
@@ -62,8 +62,9 @@ class Recurrent:
         given = dict(zip(self.present, rest, strict=True))
         x = x.astype(wide, copy=False)
         runs = [self._direction(xp, x, weights, given, d) for d in range(len(self.reverse))]
-        sequence, *states = (xp.stack(parts, axis=axis) for parts, axis in zip(zip(*runs, strict=True), (1, 0, 0)))
-        return tuple(array.astype(arrays[0].dtype, copy=False) for array in (sequence, *states))
+        sequences, *states = zip(*runs, strict=True)
+        results = (xp.stack(sequences, axis=1), *(xp.stack(state) for state in states))
+        return tuple(array.astype(arrays[0].dtype, copy=False) for array in results)
 
     def _direction(self, xp: Any, x: Any, weights: Any, given: State, d: int) -> tuple[Any, ...]:
         hidden, width = weights.shape[2], weights.shape[1]

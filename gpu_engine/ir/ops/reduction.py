@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from gpu_engine.ir import expr
+from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import INT64, compute_dtype
-from gpu_engine.ir.expr import Expr
+from gpu_engine.ir.expr import NUMPY, Expr
 from gpu_engine.ir.graph import TensorType
 from gpu_engine.ir.ops.pointwise import Map
 
 REDUCTIONS: dict[str, Any] = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
+EXTENT_REDUCTIONS: dict[str, Any] = {
+    "sum": np.add,
+    "prod": np.multiply,
+    "min": np.frompyfunc(dims.minimum, 2, 1),
+    "max": np.frompyfunc(dims.maximum, 2, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Reduce:
     keepdims: bool
     before: Expr | None = None
     after: Expr | None = None
+    shape_arithmetic = True
 
     def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
         (element,) = Map(self.before).infer(*inputs) if self.before is not None else inputs[:1]
@@ -37,13 +44,16 @@ class Reduce:
 
     def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
         x = Map(self.before).evaluate(xp, *arrays)[0] if self.before is not None else arrays[0]
+        if x.dtype == object:
+            result = _reduce_extents(self.kind, x, self.axes, self.keepdims)
+            return (result,) if self.after is None else Map(self.after).evaluate(xp, result)
         dtype, wide = x.dtype, compute_dtype(x.dtype)
         count = int(np.prod([x.shape[axis] for axis in self.axes], dtype=np.int64))
         x = x.astype(wide, copy=False)
         if self.kind == "mean":
             result = xp.add.reduce(x, axis=self.axes, keepdims=self.keepdims, dtype=wide)
             with np.errstate(all="ignore"):
-                result = result / wide.type(count) if wide.kind == "f" else result // max(count, 1)
+                result = result / wide.type(count) if wide.kind == "f" else NUMPY["div"](result, wide.type(max(count, 1)))
         elif count == 0 and self.kind in ("min", "max"):
             shape = reduced_shape(x.shape, self.axes, self.keepdims)
             result = xp.full(shape, _identity(self.kind, wide), wide)
@@ -51,6 +61,13 @@ class Reduce:
             result = REDUCTIONS[self.kind].reduce(x, axis=self.axes, keepdims=self.keepdims)
         result = xp.asarray(result, wide).astype(dtype, copy=False)
         return (result,) if self.after is None else Map(self.after).evaluate(xp, result)
+
+
+def _reduce_extents(kind: str, x: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
+    """The reduction of an object array of symbolic extents, exactly; Undecided where it depends on their values."""
+    if kind not in EXTENT_REDUCTIONS or 0 in (x.shape[axis] for axis in axes):
+        raise dims.Undecided(kind)
+    return np.asarray(EXTENT_REDUCTIONS[kind].reduce(x, axis=axes, keepdims=keepdims), object)
 
 
 def reduced_shape(shape: tuple[Any, ...], axes: tuple[int, ...], keepdims: bool) -> tuple[Any, ...]:
