@@ -21,7 +21,8 @@ class Tolerance:
 
     `atol` is at least twice the distance of ONNX Runtime with all optimisations from itself with none, on a client's
     input: both engines are within that distance of the exact answer, in different directions. Where that distance is
-    next to nothing (a saturated softmax) it is 16 units in the last place of a float32 output near 1.
+    next to nothing (a saturated softmax) it is 16 units in the last place of a float32 output near 1. For magika it is
+    twice the reference's own distance from a float64 evaluation (2.0e-6, all of it its tanh; ours is 1.3e-8 away).
     """
 
     atol: float
@@ -110,7 +111,7 @@ WHEELS = (
         Wheel("magika==1.0.3", "magika/models/standard_v3_3/model.onnx"),
         lambda rows: {"bytes": file_bytes(rows)},
         FIVE_BATCHES,
-        Tolerance(2e-6),
+        Tolerance(5e-6),
     ),
     RealModel(
         "minilm_l6_int8",
@@ -121,15 +122,15 @@ WHEELS = (
     ),
 )
 LIGHT = (
-    _light("bvlc_alexnet", "data_0", large=True),
+    _light("bvlc_alexnet", "data_0"),
     _light("densenet121", "data_0", large=True),
-    _light("inception_v1", "data_0", large=True),
-    _light("inception_v2", "data_0", large=True),
-    _light("resnet50", "gpu_0/data_0", large=True),
+    _light("inception_v1", "data_0"),
+    _light("inception_v2", "data_0"),
+    _light("resnet50", "gpu_0/data_0"),
     _light("shufflenet", "gpu_0/data_0"),
     _light("squeezenet", "data_0"),
     _light("vgg19", "data_0", large=True),
-    _light("zfnet512", "gpu_0/data_0", large=True),
+    _light("zfnet512", "gpu_0/data_0"),
 )
 EXPORTS = (
     RealModel(

@@ -41,10 +41,10 @@ ArrayFunction = Callable[[Any, Sequence[Array], Sequence[Array], Sequence[Array]
 
 @dataclass(frozen=True)
 class ArrayCall:
-    """A function over NumPy views of the step's buffers."""
+    """A function over NumPy views of the step's buffers; `op` is a dataclass, whose extents binding resolves."""
 
     function: ArrayFunction
-    op: Op
+    op: Any
 
 
 def evaluate_into(op: Op, inputs: Sequence[Array], outputs: Sequence[Array], scratch: Sequence[Array]) -> None:

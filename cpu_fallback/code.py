@@ -35,6 +35,7 @@ class Code:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.declarations: dict[str, str] = {}
+        self.definitions: dict[str, str] = {}
         self.allocations: list[str] = []
         self.label = "entry"
         self._count = 0
@@ -158,10 +159,18 @@ class Code:
             self.phi(a.type, [(a, first_label), (b, second_label)]) for a, b in zip(first, second, strict=True)
         ]  # fmt: skip
 
-    def text(self, name: str, parameters: str, attributes: str) -> str:
+    def define(self, name: str, parameters: str, attributes: str, write: Callable[[Code], None]) -> None:
+        """A function for this one to call, written once per module: equal names must mean equal functions."""
+        if name not in self.definitions:
+            inner = Code()
+            inner.declarations, inner.definitions = self.declarations, self.definitions
+            write(inner)
+            self.definitions[name] = inner.text(name, parameters, attributes, "internal ")
+
+    def text(self, name: str, parameters: str, attributes: str, linkage: str = "") -> str:
         """The function; parameters as LLVM spells them."""
         body = "\n".join([*self.allocations, *self.lines])
-        return f"define void @{name}({parameters}) {attributes} {{\nentry:\n{body}\n  ret void\n}}\n"
+        return f"define {linkage}void @{name}({parameters}) {attributes} {{\nentry:\n{body}\n  ret void\n}}\n"
 
 
 def lane_count(kind: str) -> int:

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cpu_fallback.attention import lower_attention
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
+from cpu_fallback.convolution import lower_conv, lower_conv_transpose
+from cpu_fallback.linear import lower_matmul
 from cpu_fallback.maps import map_call
 from cpu_fallback.movement import (
     lower_concat,
@@ -19,8 +22,25 @@ from cpu_fallback.movement import (
 )
 from cpu_fallback.reductions import lower_reduce
 from cpu_fallback.rows import lower_layer_norm, lower_softmax
+from cpu_fallback.taps import lower_pool
 from gpu_engine.ir.graph import Node
-from gpu_engine.ir.ops import Concat, Expand, Gather, LayerNorm, Map, Pad, Reduce, Slice, Softmax, Transpose
+from gpu_engine.ir.ops import (
+    Attention,
+    Concat,
+    Conv,
+    ConvTranspose,
+    Expand,
+    Gather,
+    LayerNorm,
+    Map,
+    MatMul,
+    Pad,
+    Pool,
+    Reduce,
+    Slice,
+    Softmax,
+    Transpose,
+)
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
@@ -39,12 +59,17 @@ def lower_map(lowering: Lowering, op: Map, node: Node, inputs: Buffers, outputs:
 
 
 LOWERINGS: dict[type, LowerOp] = {
+    Attention: lower_attention,
     Concat: lower_concat,
+    Conv: lower_conv,
+    ConvTranspose: lower_conv_transpose,
     Expand: lower_expand,
     Gather: lower_gather,
     LayerNorm: lower_layer_norm,
     Map: lower_map,
+    MatMul: lower_matmul,
     Pad: lower_pad,
+    Pool: lower_pool,
     Reduce: lower_reduce,
     Slice: lower_slice,
     Softmax: lower_softmax,

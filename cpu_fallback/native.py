@@ -22,7 +22,7 @@ class Target:
     """The machine that code is made for.
 
     A vector has `vector_nbytes`. With `masked`, loads and stores under a mask cost nothing (AVX-512); else the tail of
-    an axis goes through the stack. `halves` says that float16 converts in hardware.
+    an axis goes through the stack. `halves` says that float16 converts in hardware; there are `registers` for vectors.
     """
 
     cpu: str
@@ -30,6 +30,7 @@ class Target:
     vector_nbytes: int
     masked: bool
     halves: bool
+    registers: int = 16
 
 
 class Kernel(Protocol):
@@ -50,9 +51,8 @@ def host() -> Target:
     wide = all(features.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
     arm = llvm.get_default_triple().startswith(("aarch64", "arm64"))
     nbytes = 64 if wide else 32 if features.get("avx2") and features.get("fma") else 16
-    return Target(
-        llvm.get_host_cpu_name(), features.flatten(), nbytes, wide, arm or bool(features.get("f16c"))
-    )  # fmt: skip
+    halves = arm or bool(features.get("f16c"))
+    return Target(llvm.get_host_cpu_name(), features.flatten(), nbytes, wide, halves, 32 if wide or arm else 16)
 
 
 class Library:
@@ -99,16 +99,21 @@ def compile_module(text: str, target: Target) -> Any:
 
 
 def _module_text(names: dict[Kernel, str], target: Target) -> str:
-    bits = target.vector_nbytes * 8
-    attributes = f'nounwind "prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
     declarations: dict[str, str] = {}
+    definitions: dict[str, str] = {}
     functions = []
     for kernel, name in names.items():
         code = Code()
+        code.declarations, code.definitions = declarations, definitions
         kernel.write(code, target)
-        declarations |= code.declarations
-        functions.append(code.text(name, SIGNATURE, attributes))
-    return "\n".join([*declarations.values(), *functions])
+        functions.append(code.text(name, SIGNATURE, attributes(target)))
+    return "\n".join([*declarations.values(), *definitions.values(), *functions])
+
+
+def attributes(target: Target) -> str:
+    """What every function says about itself."""
+    bits = target.vector_nbytes * 8
+    return f'nounwind "prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
 
 
 WALK = """

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from gpu_engine.errors import DeviceError
-from gpu_engine.frontend.importer import import_model
+from gpu_engine.frontend.importer import caller_inputs, import_model, is_open, refuse_unsupported
 from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
+from gpu_engine.ir.structure import Structure
 from gpu_engine.options import DeviceChoice, PerformanceMode, Scheduler, one_batch, parse_device, validated
 from gpu_engine.passes.batchability import prove
 from gpu_engine.passes.pipeline import optimize
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import DEVICES, load
+from gpu_engine.structured import StructuredEngine
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -33,8 +36,10 @@ def compile(
     max_queue_size: int = 0,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
-) -> Engine:
+) -> Engine | StructuredEngine:
     """An engine for a model: a path, bytes or a ModelProto.
+
+    A model whose inputs are sequences, optionals or tensors of unknown rank gets a StructuredEngine.
 
     device            "auto" (cuda if it is usable, else cpu), "cpu", "cuda", "cuda:1"; "GPU(8)" also fixes the batch
     fallback          "cpu": run there if the device asked for is not usable, instead of raising DeviceError
@@ -56,17 +61,23 @@ def compile(
         memory_fraction=memory_fraction,
     )
     opened, reason = open_device(choice, fallback)
-    graph = optimize(import_model(read(model), SpecificationFunctions()))
-    plan = opened.lower(graph, prove(graph))
-    return Engine(plan, opened, options, reason)
+    parsed = read(model)
+
+    def build(structures: Mapping[str, Structure] | None = None) -> Engine:
+        graph = optimize(import_model(parsed, SpecificationFunctions(), structures))
+        return Engine(opened.lower(graph, prove(graph)), opened, options, reason)
+
+    given = caller_inputs(parsed)
+    if any(map(is_open, given)):
+        refuse_unsupported(parsed, SpecificationFunctions())
+        return StructuredEngine(tuple(info.name for info in given), build)
+    return build()
 
 
 def open_device(choice: DeviceChoice, fallback: str | None = None) -> tuple[Device, str]:
     """The device and why it is this one; DeviceError with the reason if it is not usable and no fallback is allowed."""
     if fallback not in (None, "cpu"):
         raise ValueError(f"fallback must be 'cpu' or None, given {fallback!r}")
-    if choice.kind == "cpu" and choice.index:
-        raise DeviceError(f"there is no device cpu:{choice.index}: all cores are one device, cpu")
     kind = "cuda" if choice.kind == "auto" else choice.kind
     try:
         device = _open(kind, choice.index)
@@ -88,5 +99,5 @@ def _open(kind: str, index: int) -> Device:
         make: Any = load(DEVICES[kind])
     except ImportError as error:
         raise DeviceError(f"{kind} is not usable: {error}") from error
-    device: Device = make(index) if kind == "cuda" else make()
+    device: Device = make(index)
     return device

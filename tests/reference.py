@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.ir import dims, expr
-from gpu_engine.ir.dims import Dim, Sym
+from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32, DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, live_nodes, op_dims, resolve, verify
 from gpu_engine.ir.ops import Map
+from gpu_engine.passes.pipeline import optimize
 
 Extents = dict[str, Dim]
 
@@ -90,9 +91,9 @@ def read(value: Value, arrays: Mapping[Value, Any], extents: Extents) -> Any:
 def bind(extents: Extents, kind: TensorType, array: Any) -> None:
     """Give the symbols that are an extent of their own their values."""
     for dim, actual in zip(kind.shape, array.shape, strict=True):
-        names = dims.symbols(dim)
-        if isinstance(dim, Sym) and len(names) == 1 and dim == dims.symbol(*names):
-            extents.setdefault(*names, actual)
+        for name in dims.symbols(dim):
+            if dim == dims.symbol(name):
+                extents.setdefault(name, actual)
 
 
 def check(extents: Extents, found: Iterable[tuple[TensorType, Any]], source: str = "inputs") -> None:
@@ -117,3 +118,14 @@ def assert_same(graph: Graph, other: Graph, inputs: Mapping[str, Any], rtol: flo
             np.testing.assert_array_equal(actual[name], array)
         else:
             np.testing.assert_allclose(actual[name].astype("f8"), array.astype("f8"), rtol=rtol, atol=atol)
+
+
+def kinds(graph: Graph) -> list[str]:
+    return [type(node.op).__name__ for node in graph.nodes]
+
+
+def optimized(graph: Graph, **extents: int) -> Graph:
+    """The optimised graph, once it is shown to compute what the graph does."""
+    result = optimize(graph)
+    assert_same(graph, result, random_inputs(graph, **extents))
+    return result

@@ -23,10 +23,17 @@ from gpu_engine.frontend.model import (
 )
 from gpu_engine.frontend.order import sort_nodes
 from gpu_engine.frontend.registry import Operator, bind_attributes, lookup
-from gpu_engine.frontend.sequences import AbsentValue, Emitted, SequenceValue
+from gpu_engine.frontend.sequences import (
+    AbsentValue,
+    Emitted,
+    SequenceValue,
+    structure_of_emitted,
+    tensors_of,
+)
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value, live_nodes
+from gpu_engine.ir.structure import Structure, flat_names
 
 MAX_INLINE_DEPTH = 64
 MAX_BODY_DEPTH = 32
@@ -54,8 +61,8 @@ class Scope:
     nesting: int = 0
 
 
-def import_model(model: Model, bodies: FunctionBodies, shapes: Mapping[str, Sequence[DimText]] | None = None) -> Graph:
-    """The graph of `model`; `shapes` overrides declared input shapes by name.
+def import_model(model: Model, bodies: FunctionBodies, structures: Mapping[str, Structure] | None = None) -> Graph:
+    """The graph of `model`; `structures` gives the inputs whose declaration leaves theirs open (`open_inputs`).
 
     UnsupportedModel lists every operator that is missing, with domain, opset and count; InvalidModel says which node
     contradicts the specification.
@@ -64,35 +71,58 @@ def import_model(model: Model, bodies: FunctionBodies, shapes: Mapping[str, Sequ
     builder, values = Builder(), {}  # type: tuple[Builder, dict[str, Emitted]]
     for name, array in model.graph.initializers.items():
         values[name] = builder.constant(array, name)
-    inputs = [
-        input_value(info, (shapes or {}).get(info.name, info.shape))
-        for info in model.graph.inputs
-        if info.name not in model.graph.initializers
-    ]
-    for value in inputs:
-        values[value.name] = value
+    inputs: list[Value] = []
+    for info in caller_inputs(model):
+        structure = (structures or {}).get(info.name, ())
+        values[info.name] = input_value(info, structure, inputs) if is_open(info) else tensor_input(info, inputs)
     scope = Scope(values, model.opsets, model.functions, bodies, {})
     emit_nodes(builder, model.graph.nodes, scope)
     builder.source = "the graph's outputs"
     missing = [info.name for info in model.graph.outputs if info.name not in values]
     if missing:
         raise InvalidModel(f"no node makes the outputs {', '.join(missing)}")
-    outputs = tuple(builder.materialize(_tensor(values[info.name], info.name)) for info in model.graph.outputs)
+    results = {info.name: values[info.name] for info in model.graph.outputs}
+    outputs = tuple(builder.materialize(value) for result in results.values() for value in tensors_of(result))
+    made = tuple((name, structure_of_emitted(result)) for name, result in results.items())
     return Graph(
         inputs=tuple(inputs),
         outputs=outputs,
         nodes=live_nodes(builder.nodes, outputs),
         input_names=tuple(value.name for value in inputs),
-        output_names=tuple(info.name for info in model.graph.outputs),
+        output_names=tuple(leaf for name, structure in made for leaf in flat_names(name, structure)),
+        output_structures=() if all(isinstance(structure, int) for _, structure in made) else made,
     )
 
 
-def input_value(info: TensorInfo, shape: Sequence[DimText] | None) -> Value:
-    """A graph input; an extent without a usable name gets one of its own."""
-    if info.dtype is None or shape is None:
-        raise UnsupportedModel(f"input {info.name!r} declares no {'shape' if info.dtype else 'element type'}")
-    extents = tuple(_declared_extent(extent, f"{info.name}.{axis}") for axis, extent in enumerate(shape))
-    return Value(TensorType(info.dtype, extents), name=info.name)
+def caller_inputs(model: Model) -> list[TensorInfo]:
+    """The inputs that a caller gives: those without an initializer."""
+    return [info for info in model.graph.inputs if info.name not in model.graph.initializers]
+
+
+def is_open(info: TensorInfo) -> bool:
+    """Whether only a caller's value tells how many tensors an input is, and of what rank."""
+    return bool(info.wrappers) or info.shape is None
+
+
+def tensor_input(info: TensorInfo, inputs: list[Value]) -> Value:
+    """A graph input, added to `inputs`; an extent without a usable name gets one of its own."""
+    if info.dtype is None or info.shape is None:
+        raise UnsupportedModel(f"input {info.name!r} declares no element type")
+    extents = tuple(_declared_extent(extent, f"{info.name}.{axis}") for axis, extent in enumerate(info.shape))
+    inputs.append(Value(TensorType(info.dtype, extents), name=info.name))
+    return inputs[-1]
+
+
+def input_value(info: TensorInfo, structure: Structure, inputs: list[Value]) -> Emitted:
+    """What an open input means for a value of this structure; its tensors are added to `inputs`."""
+    if structure is None:
+        return AbsentValue()
+    if isinstance(structure, tuple):
+        items = enumerate(structure)
+        elements = [input_value(replace(info, name=f"{info.name}[{i}]"), item, inputs) for i, item in items]
+        return SequenceValue(tuple(_tensor(element, info.name) for element in elements))
+    declared = info.shape if info.shape is not None and len(info.shape) == structure else (None,) * structure
+    return tensor_input(replace(info, shape=declared), inputs)
 
 
 def _declared_extent(extent: DimText, fallback: str) -> Dim:

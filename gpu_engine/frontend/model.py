@@ -16,11 +16,15 @@ DimText = int | str | None
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A declared tensor; `shape` is None where the file does not even give the rank."""
+    """A declared value; `shape` is None where the file does not even give the rank.
+
+    `wrappers` are the types around the tensor type, outermost first: "sequence" or "optional".
+    """
 
     name: str
     dtype: DType | None
     shape: tuple[DimText, ...] | None
+    wrappers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

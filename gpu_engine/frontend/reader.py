@@ -164,16 +164,18 @@ def _text(data: bytes) -> str | bytes:
 
 
 def _tensor_info(proto: ValueInfoProto) -> TensorInfo:
-    if proto.type.WhichOneof("value") not in ("tensor_type", "sparse_tensor_type"):
-        return TensorInfo(proto.name, None, None)
-    kind = proto.type.tensor_type
+    declared, wrappers = proto.type, []
+    while (wrapper := declared.WhichOneof("value")) in ("sequence_type", "optional_type"):
+        wrappers.append(wrapper.removesuffix("_type"))
+        declared = getattr(declared, wrapper).elem_type
+    kind = declared.tensor_type
     shape: tuple[DimText, ...] | None = None
     if kind.HasField("shape"):
         shape = tuple(
             (dim.dim_value if dim.dim_value >= 0 else None) if dim.HasField("dim_value") else dim.dim_param or None
             for dim in kind.shape.dim
         )
-    return TensorInfo(proto.name, from_onnx(kind.elem_type) if kind.elem_type else None, shape)
+    return TensorInfo(proto.name, from_onnx(kind.elem_type) if kind.elem_type else None, shape, tuple(wrappers))
 
 
 def tensor_array(proto: TensorProto, external: ExternalData) -> Array:

@@ -95,13 +95,16 @@ def array_operator(
     domain: str = "",
     host: bool = False,
     deterministic: bool = True,
+    mixes: tuple[int, ...] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function over `xp`; `infer(b, *inputs, **attributes)` gives the output types (b.fresh_dim() for an
-    extent that only running tells)."""
+    extent that only running tells). For `mixes` see `ir.ops.array.Array`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def emit(b: Builder, *inputs: Value | None, **attributes: Any) -> Sequence[Value]:
-            return emit_array(b, function, infer, inputs, attributes, host=host, deterministic=deterministic)
+            return emit_array(
+                b, function, infer, inputs, attributes, host=host, deterministic=deterministic, mixes=mixes
+            )
 
         _register(name, since, domain, "host" if host else "array", emit, function, skip=1)
         return function
@@ -118,6 +121,7 @@ def emit_array(
     *,
     host: bool = False,
     deterministic: bool = True,
+    mixes: tuple[int, ...] | None = None,
 ) -> tuple[Value, ...]:
     """One Array node of `function`, with the output types that `infer` tells."""
     types = infer(b, *inputs, **attributes)
@@ -131,6 +135,7 @@ def emit_array(
         binds=unbound_symbols(outputs, tuple(value.type for value in given)),
         deterministic=deterministic,
         host=host or any(value.dtype == STRING for value in given),
+        mixes=mixes,
     )
     return b.emit_all(op, *given)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.ir.graph import Value
+from gpu_engine.ir.structure import Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,3 +30,17 @@ class AbsentValue:
 
 Emitted = Value | SequenceValue | AbsentValue
 """What a name can mean while nodes are emitted."""
+
+
+def structure_of_emitted(value: Emitted) -> Structure:
+    """How callers see it."""
+    if isinstance(value, AbsentValue):
+        return None
+    return tuple(element.rank for element in value.elements) if isinstance(value, SequenceValue) else value.rank
+
+
+def tensors_of(value: Emitted) -> tuple[Value, ...]:
+    """The tensors it consists of, in order."""
+    if isinstance(value, AbsentValue):
+        return ()
+    return value.elements if isinstance(value, SequenceValue) else (value,)

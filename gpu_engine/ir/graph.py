@@ -15,6 +15,7 @@ from gpu_engine.errors import GpuEngineError, InvalidModel
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim, Sym
 from gpu_engine.ir.dtypes import INT64, STRING, DType
+from gpu_engine.ir.structure import Structure
 
 Array = NDArray[Any]
 FOLD_LIMIT_NBYTES = 64 << 20
@@ -108,13 +109,17 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Nodes in topological order. Constants are values that no node makes."""
+    """Nodes in topological order. Constants are values that no node makes.
+
+    `output_structures` names the outputs and says how each is made of `outputs`, where some are no single tensor.
+    """
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     nodes: tuple[Node, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    output_structures: tuple[tuple[str, Structure], ...] = ()
 
     def __str__(self) -> str:
         return graph_text(self)

@@ -33,6 +33,7 @@ from gpu_engine.ir.ops import (
     Softmax,
     Transpose,
 )
+from gpu_engine.ir.ops.array import Array
 from gpu_engine.ir.ops.image import keeps_axis
 from gpu_engine.passes.operands import operand_shape
 
@@ -146,6 +147,10 @@ def carried(node: Node, operands: list[Operand], name: str) -> int | tuple[int, 
             return resized(op, shape, axis)
         case Recurrent():
             return recurred(op, operands)
+        case Array(mixes=tuple(mixed)):
+            if any(place is not None for _, place in operands[1:]):
+                raise Mixed("takes the rows of the batch as a parameter")
+            return (apart(axis, mixed, "works along the rows of the batch"),) * len(node.outputs)
     raise Mixed(f"is not known to keep the rows of the batch apart ({type(op).__name__})")
 
 

@@ -97,6 +97,7 @@ def lower_graph(graph: Graph, batching: Batching, lower_node: LowerNode) -> Plan
         symbols=_input_symbols(graph),
         batching=batching,
         requirements=tuple(dict.fromkeys(lowering.requirements)),
+        output_structures=graph.output_structures,
     )
 
 

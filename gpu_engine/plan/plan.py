@@ -7,6 +7,7 @@ from typing import Any
 
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType
+from gpu_engine.ir.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Requirement:
 class Plan:
     """Steps over numbered buffers; `symbols` are the extents that the inputs' shapes bind, in binding order.
 
-    `program` is what the device that lowered the plan prepared for binding it, of no meaning to anyone else.
+    `output_structures` as in ir.graph.Graph. `program` is what the device that lowered the plan prepared for binding it, of no meaning to anyone else.
     """
 
     steps: tuple[Step, ...]
@@ -91,6 +92,7 @@ class Plan:
     batching: Batching
     requirements: tuple[Requirement, ...] = ()
     program: Any = None
+    output_structures: tuple[tuple[str, Structure], ...] = ()
 
 
 def root(buffers: tuple[Buffer, ...], index: int) -> int:

@@ -39,7 +39,7 @@ class Admission:
     """Checks inputs against a plan; what it found out about a set of shapes and dtypes is remembered."""
 
     def __init__(self, plan: Plan, device: Device, sizes: Sizes, memory_fraction: float) -> None:
-        self.ports = Ports(plan.input_ports, plan.output_ports)
+        self.ports = Ports(plan.input_ports, plan.output_ports, plan.output_structures)
         self._plan, self._device, self._sizes, self._fraction = plan, device, sizes, memory_fraction
         self._signature = Signature(plan)
         self._known: dict[Hashable, Admitted] = {}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gpu_engine.errors import InputError
 from gpu_engine.ir.dtypes import BOOL, STRING, DType, is_float, is_integer, limits
+from gpu_engine.ir.structure import Structure, nest
 from gpu_engine.options import suggestion
 from gpu_engine.plan.plan import Port
 
@@ -24,12 +25,18 @@ class Ports:
     tuple holds the inputs in order and gives a list; a dict is keyed by names and gives a dict.
     """
 
-    def __init__(self, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Port],
+        outputs: Sequence[Port],
+        structures: Sequence[tuple[str, Structure]] = (),
+    ) -> None:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.input_names = tuple(port.name for port in inputs)
-        self.output_names = tuple(port.name for port in outputs)
-        self._as_given: Wrap = _single if len(outputs) == 1 else list
-        self._as_list: Wrap = list
+        self.output_names = tuple(name for name, _ in structures) or tuple(port.name for port in outputs)
+        self._structures = tuple(structure for _, structure in structures)
+        self._as_list: Wrap = self._nested if structures else list
+        self._as_given: Wrap = _single if len(outputs) == 1 and not structures else self._as_list
         self._as_dict: Wrap = self._named
         self._strings = any(port.dtype == STRING for port in inputs)
 
@@ -60,8 +67,12 @@ class Ports:
                     f"convert it with .astype({port.dtype.name!r})"
                 )
 
-    def _named(self, outputs: Sequence[Array]) -> dict[str, Array]:
-        return dict(zip(self.output_names, outputs, strict=True))
+    def _named(self, outputs: Sequence[Array]) -> dict[str, Any]:
+        return dict(zip(self.output_names, self._as_list(outputs), strict=True))
+
+    def _nested(self, outputs: Sequence[Array]) -> list[Any]:
+        tensors = iter(outputs)
+        return [nest(structure, tensors) for structure in self._structures]
 
     def _ordered(self, inputs: Mapping[Any, Any]) -> list[Any]:
         """The values in the order of the inputs; InputError for names too many or too few."""

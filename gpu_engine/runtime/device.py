@@ -1,8 +1,9 @@
 """The protocol of a device: lower a graph, then open streams whose slots stage, launch and wait.
 
 A slot is the unit of memory: one arena, one staging area for inputs. A stream is the unit of concurrency: launches
-of one stream run in order, launches of different streams run at the same time. The engine lets one thread at a time
-use a stream, so nothing here locks.
+of one stream run in order, launches of different streams run at the same time. One thread at a time stages and
+launches on a stream, and one owns a slot from `stage` to `wait`, so nothing here locks; but `wait` for one slot may
+run while another thread stages and launches another slot of the same stream.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Slot(Protocol):
     def stage(self, extents: tuple[int, ...]) -> Sequence[Array]:
         """Bind to `extents` (the values of `plan.symbols`) and return one writable array per input, to be filled.
 
-        Cheap where the slot was bound to the same extents before; otherwise arithmetic only: nothing is compiled.
+        Cheap where the slot was bound to the same extents before; otherwise arithmetic only: nothing is compiled. A
+        launch that failed, or that nobody waited for because the wait was interrupted, leaves the slot usable.
         """
         ...
 
@@ -45,7 +47,7 @@ class Stream(Protocol):
     def slots(self) -> Sequence[Slot]: ...
 
     def enter(self) -> None:
-        """Called once by a thread that will serve this stream for long: pins it to the stream's cores."""
+        """Called once by each thread that will serve this stream for long: pins it to the stream's cores."""
         ...
 
     def close(self) -> None: ...

@@ -27,7 +27,7 @@ class Future(concurrent.futures.Future[T]):
     _exception: BaseException | None = None
     _made_condition: threading.Condition | None = None
     _waiters: Sequence[Any] = ()  # type: ignore[assignment]
-    _done_callbacks: Sequence[Callable[[Any], object]] = ()  # type: ignore[assignment]
+    _done_callbacks: Sequence[Callable[[Any], object]] = ()
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

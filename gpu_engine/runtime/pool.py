@@ -329,7 +329,11 @@ class Pool:
             return
         while self._open:
             with contextlib.suppress(IndexError):
-                self._open.pop().stream.close()
+                lane = self._open.pop()
+                for worker in self._workers:
+                    if worker.lane is lane:
+                        del worker.slot
+                lane.stream.close()
 
 
 def _left(ends: float | None) -> float | None:

@@ -69,7 +69,7 @@ class Join:
         self._lock = threading.Lock()
 
     def put(self, outputs: Sequence[Array], start: int, stop: int) -> bool:
-        """Copy in what rows `start` to `stop` gave; True if none lacks any more. A part that is run again may be put again."""
+        """Copy in what rows `start` to `stop` gave, again if they were run again; True if none lacks any more."""
         with self._lock:
             if not self.outputs:
                 self.outputs = [self._room(part, stop - start, i) for i, part in enumerate(outputs)]

@@ -10,7 +10,7 @@ from gpu_engine.errors import InvalidModel, UnsupportedModel
 from gpu_engine.frontend.bodies import Bodies, Body, Capture, share_captured
 from gpu_engine.frontend.model import ModelGraph
 from gpu_engine.frontend.registry import normal_axis, operator
-from gpu_engine.frontend.sequences import Emitted
+from gpu_engine.frontend.sequences import Emitted, SequenceValue
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import BOOL, INT64
@@ -19,6 +19,7 @@ from gpu_engine.ir.ops import Gather, Reshape, Slice, Transpose
 from gpu_engine.ir.ops.array import unbound_symbols
 from gpu_engine.ir.ops.control import If, Loop, bound_inside, free_symbols
 
+MAX_UNROLLED = 4096
 SCALAR_INT, SCALAR_BOOL = TensorType(INT64, ()), TensorType(BOOL, ())
 
 
@@ -62,14 +63,55 @@ def new_symbols(outputs: Sequence[TensorType], names: Sequence[str], inputs: Seq
 
 @operator("Loop", since=1)
 def loop(
-    b: Builder, trips: Value | None, condition: Value | None = None, *initial: Value, body: ModelGraph, bodies: Bodies
+    b: Builder, trips: Value | None, condition: Value | None = None, *initial: Emitted, body: ModelGraph, bodies: Bodies
 ) -> Sequence[Emitted]:
     """https://onnx.ai/onnx/operators/onnx__Loop.html"""
     if any(not isinstance(value, Value) for value in initial):
-        raise UnsupportedModel(f"{b.source}: sequences and optionals carried through a loop")
+        return unrolled(b, bodies, body, trips, condition, initial)
     if condition is not None and condition.constant is not None and bool(condition.constant.reshape(-1)[0]):
         condition = None
-    return emit_loop(b, bodies, body, trips, condition, initial)
+    carried = [value for value in initial if isinstance(value, Value)]
+    return emit_loop(b, bodies, body, trips, condition, carried)
+
+
+def unrolled(
+    b: Builder,
+    bodies: Bodies,
+    body: ModelGraph,
+    trips: Value | None,
+    condition: Value | None,
+    initial: Sequence[Emitted],
+) -> Sequence[Emitted]:
+    """The iterations one after the other: a sequence may change its length in each, so their number must be known."""
+    count = None if trips is None else trips.constant
+    going = b.constant(np.bool_(True)) if condition is None else condition
+    if count is None or count.item() > MAX_UNROLLED or len(body.outputs) != 1 + len(initial):
+        raise UnsupportedModel(f"{b.source}: sequences carried through a loop whose iterations only running tells")
+    state: Sequence[Emitted] = initial
+    for i in range(count.item()):
+        if going.constant is None:
+            raise UnsupportedModel(f"{b.source}: sequences carried through a loop that may end at any iteration")
+        if not going.constant.item():
+            break
+        condition_out, *state = bodies.inline(body, (b.constant(np.int64(i)), going, *state))
+        assert isinstance(condition_out, Value)
+        going = condition_out
+    return state
+
+
+@operator("SequenceMap", since=17)
+def sequence_map(b: Builder, *inputs: Emitted, body: ModelGraph, bodies: Bodies) -> Sequence[SequenceValue]:
+    """https://onnx.ai/onnx/operators/onnx__SequenceMap.html"""
+    first, *others = inputs
+    if not isinstance(first, SequenceValue):
+        raise InvalidModel(f"{b.source} wants a sequence")
+    results: list[list[Value]] = [[] for _ in body.outputs]
+    for i, element in enumerate(first.elements):
+        picked = [other.elements[i] if isinstance(other, SequenceValue) else other for other in others]
+        for found, result in zip(results, bodies.inline(body, (element, *picked)), strict=True):
+            assert isinstance(result, Value)
+            found.append(result)
+    return [SequenceValue(tuple(found)) for found in results]
 
 
 def emit_loop(

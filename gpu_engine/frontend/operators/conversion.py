@@ -36,10 +36,10 @@ def convert(b: Builder, x: Value, dtype: DType, saturate: bool = True, round_mod
     if STRING in (x.dtype, dtype):
         function = strings_to_numbers if x.dtype == STRING else numbers_to_strings
         target = {"dtype": dtype} if x.dtype == STRING else {}
-        return emit_array(b, function, lambda b, x, **_: kind, (x,), target, host=True)[0]
+        return emit_array(b, function, lambda b, x, **_: kind, (x,), target, host=True, mixes=())[0]
     if dtype == E8M0:
         attributes = {"saturate": saturate, "round_mode": round_mode}
-        return emit_array(b, to_power_of_two, lambda b, x, **_: kind, (x,), attributes)[0]
+        return emit_array(b, to_power_of_two, lambda b, x, **_: kind, (x,), attributes, mixes=())[0]
     return emit_map(b, lambda e: expr.cast(e, dtype, saturate=saturate and dtype in SATURATING), x)
 
 
@@ -102,7 +102,7 @@ def bit_cast(b: Builder, x: Value, *, to: int) -> Value:
     if STRING in (x.dtype, dtype) or _bits(x.dtype) != _bits(dtype):
         raise InvalidModel(f"the bits of {x.type} do not make up {dtype}")
     kind = TensorType(dtype, x.shape)
-    return emit_array(b, reinterpret, lambda b, x, **_: kind, (x,), {"dtype": dtype})[0]
+    return emit_array(b, reinterpret, lambda b, x, **_: kind, (x,), {"dtype": dtype}, mixes=())[0]
 
 
 def reinterpret(xp: Any, x: Any, *, dtype: DType) -> Any:

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_engine.errors import InvalidModel
+from gpu_engine.frontend.operators.comparison import where
 from gpu_engine.frontend.operators.einsum import position
 from gpu_engine.frontend.operators.operands import fresh_type, known_extents, known_scalar, static_length
 from gpu_engine.frontend.registry import emit_array, emit_map, normal_axis, operator, scalar
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import FLOAT32, INT64, compute_dtype, from_onnx, is_float
+from gpu_engine.ir.dtypes import FLOAT32, INT64, STRING, compute_dtype, from_onnx, is_float
 from gpu_engine.ir.expr import cast
 from gpu_engine.ir.graph import Builder, TensorType, Value
 from gpu_engine.ir.ops import Expand, Gather, Iota, Reshape
@@ -125,6 +126,9 @@ def trilu(b: Builder, x: Value, k: Value | None = None, *, upper: int = 1) -> Va
         raise InvalidModel(f"Trilu of {x.type}")
     rows, columns = (position(b, x, axis) for axis in (x.rank - 2, x.rank - 1))
     diagonal = scalar(b, 0, INT64) if k is None else b.emit(Reshape(()), k)
+    if x.dtype == STRING:
+        kept = emit_map(b, lambda i, j, d: j - i >= d if upper else j - i <= d, rows, columns, diagonal)
+        return where(b, kept, x, b.constant(np.array("", object)))
     zero = expr.const(0, x.dtype)
     return emit_map(
         b,

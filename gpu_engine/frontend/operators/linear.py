@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import InvalidModel
-from gpu_engine.frontend.registry import array_operator, emit_map, operator
+from gpu_engine.frontend.registry import emit_array, emit_map, operator
 from gpu_engine.ir.dtypes import compute_dtype
 from gpu_engine.ir.expr import Expr, cast
 from gpu_engine.ir.graph import Builder, TensorType, Value
@@ -57,13 +57,14 @@ def _scaled(x: Expr, factor: float) -> Expr:
     return x * factor if x.dtype.kind not in "iu" else cast(cast(x, np.dtype(np.float64)) * factor, x.dtype)
 
 
-def _det_type(b: Builder, x: Value) -> TensorType:
+@operator("Det", since=11)
+def det(b: Builder, x: Value) -> Value:
+    """https://onnx.ai/onnx/operators/onnx__Det.html"""
     if x.rank < 2:
         raise InvalidModel(f"a determinant of {x.type}")
-    return TensorType(x.dtype, x.shape[:-2])
+    kind = TensorType(x.dtype, x.shape[:-2])
+    return emit_array(b, determinant, lambda b, x: kind, (x,), {}, mixes=(x.rank - 2, x.rank - 1))[0]
 
 
-@array_operator("Det", since=11, infer=_det_type)
-def det(xp: Any, x: Any) -> Any:
-    """https://onnx.ai/onnx/operators/onnx__Det.html"""
+def determinant(xp: Any, x: Any) -> Any:
     return xp.linalg.det(x.astype(compute_dtype(x.dtype), copy=False))

@@ -35,7 +35,7 @@ def array_feature_extractor(b: Builder, x: Value, y: Value) -> Value:
     if x.dtype != STRING:
         return b.emit(Gather(rows.rank - 1), rows, picks)
     kind = TensorType(STRING, (*rows.shape[:-1], *picks.shape))
-    return emit_array(b, pick_columns, lambda b, *_: kind, (rows, picks), {}, host=True)[0]
+    return emit_array(b, pick_columns, lambda b, *_: kind, (rows, picks), {}, host=True, mixes=(rows.rank - 1,))[0]
 
 
 def pick_columns(xp: Any, x: Any, indices: Any) -> Any:
@@ -129,7 +129,7 @@ def one_hot_encoder(
     kind = TensorType(FLOAT32, (*x.shape, len(categories)))
     if x.dtype == STRING or not zeros:
         attributes = {"categories": categories, "zeros": bool(zeros)}
-        return emit_array(b, encode, lambda b, x, **_: kind, (x,), attributes, host=True)[0]
+        return emit_array(b, encode, lambda b, x, **_: kind, (x,), attributes, host=True, mixes=())[0]
     apart = b.emit(Reshape((*x.shape, 1)), x)
     return emit_map(
         b, lambda e, c: cast(expr.equal(cast(e, INT64), c), FLOAT32), apart, b.constant(np.array(categories, INT64))
@@ -232,7 +232,8 @@ def mapped(b: Builder, x: Value, keys: Array, values: Array, default: Array) -> 
     kind = TensorType(values.dtype, x.shape)
     operands = (x, *map(b.constant, (keys, values, default)))
     host = STRING in (keys.dtype, values.dtype)
-    return emit_array(b, look_up_text if host else look_up, lambda b, *_: kind, operands, {}, host=host)[0]
+    function = look_up_text if host else look_up
+    return emit_array(b, function, lambda b, *_: kind, operands, {}, host=host, mixes=())[0]
 
 
 def look_up_text(xp: Any, x: Any, keys: Any, values: Any, default: Any) -> Any:

@@ -60,9 +60,9 @@ def labels_of(b: Builder, winners: Value, integers: Sequence[int] | None, string
     if strings:
         kind = TensorType(STRING, winners.shape)
         table = b.constant(np.array([*strings, None], object)[:-1])
-        return emit_array(b, _pick, lambda b, *_: kind, (table, winners), {}, host=True)[0]
+        return emit_array(b, _pick, lambda b, *_: kind, (winners, table), {}, host=True, mixes=())[0]
     return b.emit(Gather(0), b.constant(np.array(integers, INT64)), winners) if integers else winners
 
 
-def _pick(xp: Any, table: Any, indices: Any) -> Any:
+def _pick(xp: Any, indices: Any, table: Any) -> Any:
     return table[indices]

@@ -143,7 +143,7 @@ def probabilities(b: Builder, duels: Value, classes: int, a: Floats, c: Floats) 
 
     chances = emit_map(b, first_wins, duels, *(b.constant(np.array(v, FLOAT32)) for v in (a, c)))
     kind = TensorType(FLOAT32, (duels.shape[0], classes))
-    return emit_array(b, coupled, lambda b, *_, **__: kind, (chances,), {"classes": classes})[0]
+    return emit_array(b, coupled, lambda b, *_, **__: kind, (chances,), {"classes": classes}, mixes=(1,))[0]
 
 
 def coupled(xp: Any, chances: Any, *, classes: int) -> Any:
@@ -170,4 +170,3 @@ def coupled(xp: Any, chances: Any, *, classes: int) -> Any:
             following = following / (1 + step)[:, None]
         p = xp.where(active[:, None], following, p)
     return p
-

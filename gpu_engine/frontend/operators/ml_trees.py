@@ -58,7 +58,7 @@ def emit_scores(b: Builder, forest: Forest, x: Value, aggregate: str, dtype: DTy
     if isinstance(x.shape[-1], int) and forest.feature.max(initial=0) >= x.shape[-1]:
         raise InvalidModel(f"a tree reads feature {forest.feature.max()} of {x.type}")
     attributes = {"modes": modes, "depth": depth_of(forest), "aggregate": aggregate}
-    return emit_array(b, walk, lambda b, *_, **__: kind, (rows, *map(b.constant, tables)), attributes)[0]
+    return emit_array(b, walk, lambda b, *_, **__: kind, (rows, *map(b.constant, tables)), attributes, mixes=(1,))[0]
 
 
 TABLES = ("feature", "threshold", "mode", "yes", "no", "missing", "row", "roots", "weights", "given")

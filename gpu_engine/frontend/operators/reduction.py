@@ -168,7 +168,9 @@ def accumulated(b: Builder, x: Value, axis: Value, attributes: dict[str, Any]) -
     known = known_scalar(axis)
     place = None if known is None else normal_axes([known], x.rank)[0]
     operands = (x, axis if place is None else None)
-    return emit_array(b, accumulate, lambda b, x, *_, **__: x.type, operands, {"axis": place, **attributes})[0]
+    attributes = {"axis": place, **attributes}
+    mixes = None if place is None else (place,)
+    return emit_array(b, accumulate, lambda b, x, *_, **__: x.type, operands, attributes, mixes=mixes)[0]
 
 
 def accumulate(xp: Any, x: Any, where: Any = None, *, axis: int | None, kind: str, exclusive: int, reverse: int) -> Any:

@@ -35,7 +35,8 @@ def top_k(b: Builder, x: Value, k: Value, *, axis: int = -1, largest: int = 1, s
     values = fresh_at(b, x.type, (axis,)) if count is None else _with_extent(x.type, axis, count)
     types = (values, TensorType(INT64, values.shape))
     attributes = {"axis": axis, "largest": bool(largest), "count": count}
-    return emit_array(b, top_of, lambda b, x, k, **_: types, (x, k if count is None else None), attributes)
+    operands = (x, k if count is None else None)
+    return emit_array(b, top_of, lambda b, x, k, **_: types, operands, attributes, mixes=(axis,))
 
 
 def _with_extent(kind: TensorType, axis: int, extent: Dim) -> TensorType:

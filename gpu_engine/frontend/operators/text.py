@@ -75,7 +75,7 @@ def _match_type(b: Builder, x: Value, **_: Any) -> TensorType:
     return TensorType(BOOL, x.shape)
 
 
-@array_operator("RegexFullMatch", since=20, infer=_match_type, host=True)
+@array_operator("RegexFullMatch", since=20, infer=_match_type, host=True, mixes=())
 def regex_full_match(xp: Any, x: Any, *, pattern: str = "") -> Any:
     """https://onnx.ai/onnx/operators/onnx__RegexFullMatch.html
 
@@ -91,7 +91,7 @@ def _tf_idf_type(b: Builder, x: Value, *, ngram_indexes: tuple[int, ...], **_: A
     return TensorType(FLOAT32, (*x.shape[:-1], max(ngram_indexes) + 1))
 
 
-@array_operator("TfIdfVectorizer", since=9, infer=_tf_idf_type, host=True)
+@array_operator("TfIdfVectorizer", since=9, infer=_tf_idf_type, host=True, mixes=(1,))
 def tf_idf_vectorizer(
     xp: Any,
     x: Any,

@@ -113,10 +113,10 @@ class Conv:
         x, w = (array.astype(_product_dtype(x, w, dtype), copy=False) for array in (x, w))
         windows = window_view(xp, x, w.shape[2:], self.strides, self.before, self.after, self.dilations, 0)
         rank, (n, _, *spatial) = len(self.strides), windows.shape[: 2 + len(self.strides)]
-        windows = windows.reshape(n, self.group, -1, *windows.shape[2:])
+        windows = windows.reshape(n, self.group, x.shape[1] // self.group, *windows.shape[2:])
         order = (0, 1, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank))
-        columns = windows.transpose(order).reshape(n, self.group, int(np.prod(spatial)), -1)
-        weights = w.reshape(self.group, w.shape[0] // self.group, -1)
+        columns = windows.transpose(order).reshape(n, self.group, int(np.prod(spatial)), int(np.prod(w.shape[1:])))
+        weights = w.reshape(self.group, w.shape[0] // self.group, int(np.prod(w.shape[1:])))
         with np.errstate(all="ignore"):
             product = xp.matmul(weights, columns.swapaxes(-1, -2))
         return _finished(self.epilogue, xp, product.reshape(n, w.shape[0], *spatial), tuple(extras), dtype)

@@ -53,7 +53,9 @@ class Reduce:
         if self.kind == "mean":
             result = xp.add.reduce(x, axis=self.axes, keepdims=self.keepdims, dtype=wide)
             with np.errstate(all="ignore"):
-                result = result / wide.type(count) if wide.kind == "f" else NUMPY["div"](result, wide.type(max(count, 1)))
+                result = (
+                    result / wide.type(count) if wide.kind == "f" else NUMPY["div"](result, wide.type(max(count, 1)))
+                )
         elif count == 0 and self.kind in ("min", "max"):
             shape = reduced_shape(x.shape, self.axes, self.keepdims)
             result = xp.full(shape, _identity(self.kind, wide), wide)

@@ -1,0 +1,150 @@
+"""Windows as native maps: one operand for every tap, each a strided walk over a padded copy of the input.
+
+Depthwise convolutions and pools are sums or maxima over the taps of a window, so they are pointwise kernels whose
+operands are the same buffer from different offsets on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import product
+from typing import Any
+
+from cpu_fallback.calls import Array, ArrayCall
+from cpu_fallback.maps import Shape, Walked, broadcast_strides, contiguous_strides, walk_call
+from cpu_fallback.movement import copy_inside, fill_borders
+from gpu_engine.ir import dims, expr
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, is_float, limits
+from gpu_engine.ir.expr import Expr
+from gpu_engine.ir.graph import Node
+from gpu_engine.ir.ops import Conv, Pool
+from gpu_engine.ir.ops.pooling import pool_counts, window_sizes
+from gpu_engine.plan.lower import Lowering
+
+Buffers = tuple[int, ...]
+TAP_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Spatial axes of x grown by `before` and to `extents` in all, filled with `fill`; negative pads crop."""
+
+    before: tuple[Dim, ...]
+    after: tuple[Dim, ...]
+    fill: float
+
+
+def lower_depthwise(lowering: Lowering, op: Conv, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
+    """A convolution of every channel on its own, the epilogue in the same map; False if it is no such convolution."""
+    x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    taps = list(product(*(range(int(extent)) for extent in w.shape[2:])))  # type: ignore[arg-type]
+    if w.shape[:2] != (op.group, 1) or x.dtype not in (FLOAT32, FLOAT64) or not 0 < len(taps) <= TAP_LIMIT:
+        return False
+    padding = Padding(op.before, op.after, 0.0)
+    source, shape, pads = _padded(lowering, inputs[0], x.shape, padding)
+    operands = _tap_walks(source, x.dtype, shape, taps, op.strides, op.dilations)
+    steps = (0, len(taps), *(0 for _ in op.strides))
+    operands += [Walked(inputs[1], x.dtype, steps, i * x.dtype.itemsize) for i in range(len(taps))]
+    terms = [expr.arg(i, x.dtype) * expr.arg(len(taps) + i, x.dtype) for i in range(len(taps))]
+    root = reduce(lambda a, b: a + b, terms)
+    if op.epilogue is not None:
+        root = expr.substitute(op.epilogue, _epilogue_places(op.epilogue, root, len(operands)))
+    for buffer, value in zip(inputs[2:], node.inputs[2:], strict=True):
+        operands.append(Walked(buffer, value.dtype, broadcast_strides(value.shape, out.shape)))
+    return _emit(lowering, root, operands, node, outputs, pads, (inputs[0], source), inputs[1:])
+
+
+def _epilogue_places(epilogue: Expr, total: Expr, first: int) -> dict[int, Expr]:
+    """The product becomes `total`, extra operands are numbered from `first`."""
+    used = {node.value: node.dtype for node in expr.walk(epilogue) if node.op == "arg"}
+    return {i: total if i == 0 else expr.arg(first + i - 1, dtype) for i, dtype in used.items()}
+
+
+def lower_pool(lowering: Lowering, op: Pool, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
+    x, out = node.inputs[0], node.outputs[0]
+    taps = list(product(*map(range, op.kernel)))
+    if not 0 < len(taps) <= TAP_LIMIT or not (is_float(x.dtype) or op.kind == "max") or x.dtype.kind == "b":
+        return False
+    counts = pool_counts(op, x.shape[2:])
+    after = tuple(
+        _overhang(op, i, extent, count) for i, (extent, count) in enumerate(zip(x.shape[2:], counts, strict=True))
+    )
+    fill = 0 if op.kind != "max" else -float("inf") if is_float(x.dtype) else limits(x.dtype)[0]
+    source, shape, pads = _padded(lowering, inputs[0], x.shape, Padding(op.before, after, fill))
+    operands = _tap_walks(source, x.dtype, shape, taps, op.strides, op.dilations)
+    terms = [expr.arg(i, x.dtype) for i in range(len(taps))]
+    root = reduce(expr.maximum, terms) if op.kind == "max" else reduce(lambda a, b: a + b, terms)  # type: ignore[arg-type]
+    if op.kind == "average" and pads is None:
+        root = root / float(len(taps))
+    elif op.kind == "average":
+        sizes = lowering.buffer(FLOAT32, out.shape[2:])
+        lowering.emit(ArrayCall(write_window_sizes, op), inputs, (sizes,))
+        operands.append(Walked(sizes, FLOAT32, broadcast_strides(out.shape[2:], out.shape)))
+        root = root / expr.cast(expr.arg(len(taps), FLOAT32), x.dtype)
+    extra = tuple(operand.buffer for operand in operands[len(taps) :])
+    return _emit(lowering, root, operands, node, outputs, pads, (inputs[0], source), extra)
+
+
+def _overhang(op: Pool, i: int, extent: Dim, count: Dim) -> Dim:
+    """How far behind x the last window reaches, or the padding if that is further."""
+    if not op.ceil_mode:
+        return op.after[i]
+    reach = (count - 1) * op.strides[i] + (op.kernel[i] - 1) * op.dilations[i] + 1
+    return dims.maximum(op.after[i], reach - extent - op.before[i])
+
+
+def write_window_sizes(op: Pool, inputs: Sequence[Array], outputs: Sequence[Array], _: Sequence[Array]) -> None:
+    """What an average divides by."""
+    outputs[0][...] = window_sizes(op, inputs[0].shape[2:], outputs[0].shape)
+
+
+def _padded(
+    lowering: Lowering, x: int, shape: Shape, padding: Padding
+) -> tuple[int, Shape, Padding | None]:
+    """(buffer to read windows from, its shape, what must be padded first or None)."""
+    spatial = tuple(a + e + b for a, e, b in zip(padding.before, shape[2:], padding.after, strict=True))
+    if all(pad == 0 for pad in (*padding.before, *padding.after)):
+        return x, shape, None
+    full = (*shape[:2], *spatial)
+    return lowering.buffer(lowering.buffers[x].dtype, full), full, padding
+
+
+def _tap_walks(
+    buffer: int, dtype: Any, shape: Shape, taps: Sequence[tuple[int, ...]], strides: Shape, dilations: Shape
+) -> list[Walked]:
+    own = contiguous_strides(shape)
+    walk = (*own[:2], *(step * stride for step, stride in zip(own[2:], strides, strict=True)))
+    offsets = [
+        sum((k * dilation * step for k, dilation, step in zip(tap, dilations, own[2:], strict=True)), 0) for tap in taps
+    ]
+    return [Walked(buffer, dtype, walk, offset * dtype.itemsize) for offset in offsets]
+
+
+def _emit(
+    lowering: Lowering,
+    root: Expr,
+    operands: Sequence[Walked],
+    node: Node,
+    outputs: Buffers,
+    pads: Padding | None,
+    sources: tuple[int, int],
+    extra: Buffers,
+) -> bool:
+    out = node.outputs[0]
+    call = walk_call(root, operands, Walked(outputs[0], out.dtype, contiguous_strides(out.shape)), out.shape)
+    if call is None:
+        return False
+    if pads is not None:
+        lowering.emit(ArrayCall(pad_spatial, pads), sources[:1], sources[1:])
+    lowering.emit(call, (sources[1], *extra), outputs)
+    return True
+
+
+def pad_spatial(pads: Padding, inputs: Sequence[Array], outputs: Sequence[Array], _: Sequence[Array]) -> None:
+    """x into the middle of its padded copy."""
+    before, after = ([0, 0, *(int(n) for n in side)] for side in (pads.before, pads.after))  # type: ignore[arg-type]
+    fill_borders(outputs[0], before, after, pads.fill)
+    copy_inside(inputs[0], outputs[0], before, after)

@@ -1,0 +1,41 @@
+"""Values that are not one tensor: sequences and optionals, as nested structures over a flat list of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+Structure = int | None | tuple[Any, ...]
+"""The rank of a tensor, None for an optional that holds nothing, a tuple of structures for a sequence."""
+
+
+def structure_of(value: Any) -> Structure:
+    """The structure of a caller's value: a list or tuple is a sequence, None an empty optional, all else a tensor."""
+    if value is None:
+        return None
+    return tuple(map(structure_of, value)) if isinstance(value, list | tuple) else int(np.ndim(value))
+
+
+def flatten(value: Any) -> list[Any]:
+    """The tensors of a value, in order."""
+    if value is None:
+        return []
+    return [leaf for item in value for leaf in flatten(item)] if isinstance(value, list | tuple) else [value]
+
+
+def flat_names(name: str, structure: Structure) -> list[str]:
+    """A name for every tensor of a value called `name`: name[0], name[1], ... in a sequence."""
+    if structure is None:
+        return []
+    if isinstance(structure, tuple):
+        return [leaf for i, item in enumerate(structure) for leaf in flat_names(f"{name}[{i}]", item)]
+    return [name]
+
+
+def nest(structure: Structure, tensors: Iterator[Any]) -> Any:
+    """The value of this structure, its tensors taken from the iterator; sequences are lists."""
+    if structure is None:
+        return None
+    return [nest(item, tensors) for item in structure] if isinstance(structure, tuple) else next(tensors)
