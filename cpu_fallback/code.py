@@ -73,14 +73,13 @@ class Code:
             return Reg("", "void")
         return self.let(kind, text)
 
-    def alloca(self, kind: str, align: int = 64) -> Reg:
-        """Stack memory of the whole call, zero at first."""
+    def alloca(self, kind: str, align: int = 64, *, zero: bool = True) -> Reg:
+        """Stack memory of the whole call, zero at first unless told otherwise."""
         self._count += 1
         name = f"%s{self._count}"
-        self.allocations += [
-            f"  {name} = alloca {kind}, align {align}",
-            f"  store {kind} zeroinitializer, ptr {name}, align {align}",
-        ]
+        self.allocations.append(f"  {name} = alloca {kind}, align {align}")
+        if zero:
+            self.allocations.append(f"  store {kind} zeroinitializer, ptr {name}, align {align}")
         return Reg(name, PTR)
 
     def at(self, pointer: Reg, nbytes: Reg) -> Reg:

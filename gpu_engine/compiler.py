@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from gpu_engine.errors import DeviceError
+from gpu_engine.errors import DependsOnValues, DeviceError
 from gpu_engine.frontend.importer import caller_inputs, import_model, is_open, refuse_unsupported
 from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
 from gpu_engine.ir.structure import Structure
@@ -16,7 +16,7 @@ from gpu_engine.passes.pipeline import optimize
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import DEVICES, load
-from gpu_engine.structured import StructuredEngine
+from gpu_engine.structured import OpenInput, StructuredEngine
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def compile(
 ) -> Engine | StructuredEngine:
     """An engine for a model: a path, bytes or a ModelProto.
 
-    A model whose inputs are sequences, optionals or tensors of unknown rank gets a StructuredEngine.
+    A model whose inputs are sequences, optionals or tensors of unknown rank, or decide by value what there is to
+    compile, gets a StructuredEngine.
 
     device            "auto" (cuda if it is usable, else cpu), "cpu", "cuda", "cuda:1"; "GPU(8)" also fixes the batch
     fallback          "cpu": run there if the device asked for is not usable, instead of raising DeviceError
@@ -68,10 +69,15 @@ def compile(
         return Engine(opened.lower(graph, prove(graph)), opened, options, reason)
 
     given = caller_inputs(parsed)
+    open_inputs = [OpenInput(info.name, info.dtype, bool(info.wrappers)) for info in given]
     if any(map(is_open, given)):
         refuse_unsupported(parsed, SpecificationFunctions())
-        return StructuredEngine(tuple(info.name for info in given), build)
-    return build()
+        return StructuredEngine(open_inputs, build)
+    try:
+        return build()
+    except DependsOnValues as error:
+        _LOGGER.warning("the model is compiled for every value of its small integer inputs: %s", error)
+        return StructuredEngine(open_inputs, build, by_value=True)
 
 
 def open_device(choice: DeviceChoice, fallback: str | None = None) -> tuple[Device, str]:

@@ -4,6 +4,7 @@ GpuEngineError
 ├── ModelError               the model file or the graph in it
 │   ├── InvalidModel         truncated, malformed, cyclic, dangling names, shapes that contradict
 │   ├── UnsupportedModel     well formed, but holds operators or forms that the engine lacks
+│   │   └── DependsOnValues  what there is to compile depends on the contents of inputs
 │   └── UnsafeModel          external data that points outside the model's folder
 ├── InputError               what a caller passed to run() or submit(); also a ValueError
 ├── DeviceError              a device that is absent, refused or broken
@@ -29,6 +30,10 @@ class InvalidModel(ModelError):
 
 class UnsupportedModel(ModelError):
     """The model is well formed but needs what the engine does not have; lists everything missing at once."""
+
+
+class DependsOnValues(UnsupportedModel):
+    """The ranks or the number of the tensors in the graph depend on what inputs contain."""
 
 
 class UnsafeModel(ModelError):

@@ -1,36 +1,59 @@
-"""Models whose inputs are sequences or optionals: one engine for each structure that callers bring."""
+"""Models of which callers' values decide what there is to compile: one engine for each structure they bring."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from gpu_engine.errors import EngineClosed, InputError
-from gpu_engine.ir.structure import Structure, flatten, structure_of
+import numpy as np
+
+from gpu_engine.errors import DependsOnValues, EngineClosed, InputError
+from gpu_engine.ir.dtypes import BOOL, DType, is_integer
+from gpu_engine.ir.structure import Known, Structure, flatten, structure_of
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.future import Future
 
 Compile = Callable[[Mapping[str, Structure]], Engine]
+MAX_ENGINES = 64
+MAX_KNOWN_ELEMENTS = 64
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenInput:
+    """An input as declared: the element type of its tensors, and whether it may be a sequence or an optional."""
+
+    name: str
+    dtype: DType | None
+    wrapped: bool
 
 
 class StructuredEngine:
-    """An engine whose inputs hold lists (sequences) or None (empty optionals).
+    """An engine whose inputs hold lists (sequences) or None (empty optionals), or decide by value what is computed.
 
     How long a sequence is, what an optional holds and the ranks of their tensors decide what there is to compile, so
-    the model is compiled when a structure is first seen; shapes and values may differ freely after that.
+    the model is compiled when a structure is first seen; shapes and values may differ freely after that. Where even
+    that leaves the graph open (a loop that grows a sequence as often as an input says), the contents of integer and
+    bool inputs of up to MAX_KNOWN_ELEMENTS elements count as structure too. The MAX_ENGINES structures seen last are
+    kept.
     """
 
-    def __init__(self, names: tuple[str, ...], compile_structure: Compile) -> None:
-        self.input_names = names
-        self._compile, self._engines, self._lock = compile_structure, {}, threading.Lock()  # type: ignore[var-annotated]
-        self._closed = False
+    def __init__(self, inputs: Sequence[OpenInput], compile_structure: Compile, by_value: bool = False) -> None:
+        self.inputs = tuple(inputs)
+        self.input_names = tuple(given.name for given in inputs)
+        self._compile, self._by_value, self._closed = compile_structure, by_value, False
+        self._engines: dict[tuple[Structure, ...], Engine] = {}
+        self._lock = threading.Lock()
 
     def run(self, inputs: Any) -> Any:
         """As Engine.run; inputs are a list in the order of the inputs or a dict by name."""
         engine, flat, named = self._prepare(inputs)
-        return self._finish(engine, engine.run(flat), named)
+        outputs = engine.run(flat)
+        return dict(zip(engine.output_names, outputs, strict=True)) if named else outputs
 
     def submit(self, inputs: Any, *, timeout: float | None = None) -> Future[Any]:
         """As Engine.submit; outputs come as a list in the order of the outputs."""
@@ -57,23 +80,57 @@ class StructuredEngine:
         self.close(drain=kind is None)
 
     def _prepare(self, inputs: Any) -> tuple[Engine, list[Any], bool]:
+        values, named = self._ordered(inputs)
+        try:
+            engine = self._engine(self._structures(values))
+        except DependsOnValues as error:
+            if self._by_value:
+                raise
+            _LOGGER.warning("the model is compiled for every value of its small integer inputs: %s", error)
+            self._by_value = True
+            engine = self._engine(self._structures(values))
+        pairs = zip(self.inputs, values, strict=True)
+        return engine, [leaf for given, value in pairs if not self._is_known(given) for leaf in flatten(value)], named
+
+    def _ordered(self, inputs: Any) -> tuple[Sequence[Any], bool]:
         named = isinstance(inputs, Mapping)
         if named and set(inputs) != set(self.input_names):
             raise InputError(f"the model takes {', '.join(self.input_names)}, given {', '.join(map(str, inputs))}")
         values = [inputs[name] for name in self.input_names] if named else inputs
-        if not isinstance(values, list | tuple) or len(values) != len(self.input_names):
-            raise InputError(f"give a list of {len(self.input_names)} inputs, {', '.join(self.input_names)}, or a dict")
-        structures = tuple(map(structure_of, values))
-        return self._engine(structures), flatten(list(values)), named
+        if len(self.inputs) == 1 and not isinstance(values, list | tuple):
+            values = [values]
+        if not isinstance(values, list | tuple) or len(values) != len(self.inputs):
+            raise InputError(f"give a list of {len(self.inputs)} inputs, {', '.join(self.input_names)}, or a dict")
+        return values, named
+
+    def _structures(self, values: Sequence[Any]) -> tuple[Structure, ...]:
+        pairs = zip(self.inputs, values, strict=True)
+        return tuple(_known(given, value) if self._is_known(given) else structure_of(value) for given, value in pairs)
+
+    def _is_known(self, given: OpenInput) -> bool:
+        integer = given.dtype is not None and (is_integer(given.dtype) or given.dtype == BOOL)
+        return self._by_value and integer and not given.wrapped
 
     def _engine(self, structures: tuple[Structure, ...]) -> Engine:
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine was closed")
-            if structures not in self._engines:
-                self._engines[structures] = self._compile(dict(zip(self.input_names, structures, strict=True)))
-            engine: Engine = self._engines[structures]
-            return engine
+            engine = self._engines.pop(structures, None)
+            if engine is None:
+                engine = self._compile(dict(zip(self.input_names, structures, strict=True)))
+            self._engines[structures] = engine
+            dropped = next(iter(self._engines)) if len(self._engines) > MAX_ENGINES else None
+            old = None if dropped is None else self._engines.pop(dropped)
+        if old is not None:
+            old.close()
+        return engine
 
-    def _finish(self, engine: Engine, outputs: Any, named: bool) -> Any:
-        return dict(zip(engine.output_names, outputs, strict=True)) if named else outputs
+
+def _known(given: OpenInput, value: Any) -> Known:
+    array = np.asarray(value)
+    if array.dtype != given.dtype or array.size > MAX_KNOWN_ELEMENTS:
+        raise InputError(
+            f"input {given.name!r} decides what is computed: an array of {given.dtype} of at most "
+            f"{MAX_KNOWN_ELEMENTS} elements, not {array.dtype}{list(array.shape)}"
+        )
+    return Known(array.dtype, array.shape, array.tobytes())

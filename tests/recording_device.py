@@ -16,8 +16,11 @@ from gpu_engine.ir.dims import Dim, parse, symbols
 from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan, Port
+from gpu_engine.runtime.engine import Engine
 
 Model = Callable[..., Sequence[Any]]
+MakeEngine = Callable[..., Engine]
+F32 = np.float32
 
 
 @dataclass
@@ -197,6 +200,39 @@ def plan_of(
         symbols=tuple(names),
         batching=Batching(None if refused else batch, carries[0], carries[1], refused),
     )
+
+
+def double(x: Any) -> list[Any]:
+    """The model of `plain` plans: y = 2 x + 1."""
+    return [x * 2 + 1]
+
+
+def plain(**rest: Any) -> Plan:
+    """x: float32[N, 4] -> y: float32[N, 4]."""
+    return plan_of({"x": (F32, ("N", 4))}, {"y": (F32, ("N", 4))}, **rest)
+
+
+def rows(*values: float) -> Any:
+    """One row of 4 equal numbers for each value."""
+    return np.repeat(np.array(values, F32)[:, None], 4, axis=1)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do."""
+    ends = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < ends, "it never happened"
+        time.sleep(0.0005)
+
+
+def occupy(engine: Engine, device: RecordingDevice, inputs: Any) -> list[Any]:
+    """Hold the device and fill the slots of its only stream, one request each."""
+    device.hold()
+    futures = []
+    for _ in range(2 if device.asynchronous else 1):
+        futures.append(engine.submit(inputs))
+        until(lambda: engine.statistics().waiting == 0)
+    return futures
 
 
 def poisoned(model: Model) -> Model:

@@ -17,7 +17,6 @@ from tests.conformance_check import difference
 from tests.conformance_pool import Verdict, run_cases
 
 COUNTS = {"node": 1884, "simple": 23, "pytorch-operator": 35, "pytorch-converted": 82, "light": 9}
-SLOW = ("light/*",)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +42,8 @@ def test_the_manifest_names_cases_and_reasons(cases: list[Case]) -> None:
 
 def test_the_suites_agree_with_the_manifest(cases: list[Case]) -> None:
     groups = manifest.read()
-    chosen = [case for case in cases if not any(fnmatchcase(case.label, slow) for slow in SLOW)]
-    verdicts = list(run_cases(chosen, "cpu", jobs=2, limit_s=60))
-    assert len(verdicts) == len(chosen)
+    verdicts = list(run_cases(cases, "cpu", jobs=2, limit_s=120))
+    assert len(verdicts) == len(cases)
     assert not [line for verdict in verdicts if (line := surprise(groups, verdict))]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
@@ -124,16 +125,25 @@ def test_global_pools_keep_open_extents() -> None:
         agree(name, {"x": numbers(2, 3, 5, 4)})
 
 
+def opened(model: onnx.ModelProto, shape: Sequence[int | str]) -> onnx.ModelProto:
+    """The model with its first input declared with this shape."""
+    kind = model.graph.input[0].type.tensor_type
+    del model.graph.input[0].type.tensor_type.shape.dim[:]
+    for extent in shape:
+        kind.shape.dim.add(**{"dim_value" if isinstance(extent, int) else "dim_param": extent})  # type: ignore[arg-type]
+    return model
+
+
 def test_extents_of_same_padding_stay_exact() -> None:
     """Two ways to halve an image must give equal symbolic extents, or a residual sum could not be checked."""
     height, width = dims.symbol("h"), dims.symbol("w")
     weights = {"w": numbers(4, 4, 3, 3), "x": numbers(1, 4, 9, 9)}
     attributes = {"strides": [2, 2], "auto_pad": "SAME_UPPER"}
     model = model_of("Conv", {"x": weights["x"], "w": weights["w"]}, attributes, 21, 1, ("w",), True)
-    graph = graph_of(model, {"x": ["n", 4, "h", "w"]})
+    graph = graph_of(opened(model, ["n", 4, "h", "w"]))
     assert graph.outputs[0].shape[2:] == (dims.ceil_div(height, 2), dims.ceil_div(width, 2))
     attributes = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
-    pooled = graph_of(model_of("MaxPool", {"x": weights["x"]}, attributes, 21, 1, (), True), {"x": ["n", 4, "h", "w"]})
+    pooled = graph_of(opened(model_of("MaxPool", {"x": weights["x"]}, attributes, 21, 1), ["n", 4, "h", "w"]))
     assert pooled.outputs[0].shape[2] == dims.ceil_div(height, 2)
     assert isinstance(pooled.nodes[0].op, Pool)
 
@@ -223,18 +233,8 @@ def test_scaled_extents_are_exact() -> None:
     assert scaled_extent(h, float(np.float32(1 / 3))) == dims.floor_div(h, 3)
     assert scaled_extent(h, float(np.float32(0.6))) == dims.floor_div(3 * h, 5)
     assert scaled_extent(10, float(np.float32(0.7))) == 7
-    graph = graph_of(
-        model_of(
-            "Resize",
-            {"x": numbers(1, 1, 2, 2), "roi": None, "scales": np.array([1, 1, 2, 0.5], np.float32)},
-            {},
-            13,
-            1,
-            ("scales",),
-            True,
-        ),
-        {"x": ["n", 1, "h", "w"]},
-    )
+    inputs = {"x": numbers(1, 1, 2, 2), "roi": None, "scales": np.array([1, 1, 2, 0.5], np.float32)}
+    graph = graph_of(opened(model_of("Resize", inputs, {}, 13, 1, ("scales",)), ["n", 1, "h", "w"]))
     assert isinstance(graph.nodes[0].op, Resize)
     assert graph.outputs[0].shape == (dims.symbol("n"), 1, 2 * h, dims.floor_div(dims.symbol("w"), 2))
 

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from gpu_engine.errors import InvalidModel, UnsupportedModel
+from gpu_engine.errors import DependsOnValues, InvalidModel, UnsupportedModel
 from gpu_engine.frontend import operators
 from gpu_engine.frontend.bodies import Body, BodyNames, Feed
 from gpu_engine.frontend.legacy import OLDEST_OPSET, upgrade
@@ -33,7 +33,7 @@ from gpu_engine.frontend.sequences import (
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value, live_nodes
-from gpu_engine.ir.structure import Structure, flat_names
+from gpu_engine.ir.structure import Known, Structure, flat_names
 
 MAX_INLINE_DEPTH = 64
 MAX_BODY_DEPTH = 32
@@ -74,7 +74,10 @@ def import_model(model: Model, bodies: FunctionBodies, structures: Mapping[str, 
     inputs: list[Value] = []
     for info in caller_inputs(model):
         structure = (structures or {}).get(info.name, ())
-        values[info.name] = input_value(info, structure, inputs) if is_open(info) else tensor_input(info, inputs)
+        if isinstance(structure, Known):
+            values[info.name] = builder.constant(structure.array, info.name)
+        else:
+            values[info.name] = input_value(info, structure, inputs) if is_open(info) else tensor_input(info, inputs)
     scope = Scope(values, model.opsets, model.functions, bodies, {})
     emit_nodes(builder, model.graph.nodes, scope)
     builder.source = "the graph's outputs"
@@ -119,8 +122,11 @@ def input_value(info: TensorInfo, structure: Structure, inputs: list[Value]) -> 
         return AbsentValue()
     if isinstance(structure, tuple):
         items = enumerate(structure)
-        elements = [input_value(replace(info, name=f"{info.name}[{i}]"), item, inputs) for i, item in items]
+        anyhow = None if info.shape is None else tuple(e if isinstance(e, int) else None for e in info.shape)
+        own = replace(info, shape=anyhow)
+        elements = [input_value(replace(own, name=f"{info.name}[{i}]"), item, inputs) for i, item in items]
         return SequenceValue(tuple(_tensor(element, info.name) for element in elements))
+    assert isinstance(structure, int)
     declared = info.shape if info.shape is not None and len(info.shape) == structure else (None,) * structure
     return tensor_input(replace(info, shape=declared), inputs)
 
@@ -273,9 +279,9 @@ class ScopedBodies:
 
 
 def _tensor(value: Emitted, name: str) -> Value:
-    """The value itself; UnsupportedModel for a sequence or an optional that must outlive the import."""
+    """The value itself; DependsOnValues for a sequence or an optional that must outlive the import."""
     if not isinstance(value, Value):
-        raise UnsupportedModel(f"{name} is a sequence or an optional, not a tensor")
+        raise DependsOnValues(f"{name} is a sequence or an optional, not a tensor")
     return value
 
 

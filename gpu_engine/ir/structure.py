@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-Structure = int | None | tuple[Any, ...]
+from gpu_engine.ir.dtypes import DType
+
+
+@dataclass(frozen=True)
+class Known:
+    """A tensor whose contents are part of the structure."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes
+
+    @property
+    def array(self) -> NDArray[Any]:
+        return np.frombuffer(self.data, self.dtype).reshape(self.shape)
+
+
+Structure = int | None | Known | tuple[Any, ...]
 """The rank of a tensor, None for an optional that holds nothing, a tuple of structures for a sequence."""
 
 

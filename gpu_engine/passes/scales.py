@@ -15,7 +15,7 @@ from gpu_engine.ir.graph import Builder, Graph, Node, Value
 from gpu_engine.ir.ops import Conv, ConvTranspose, Map, MatMul
 from gpu_engine.passes.counting import Uses, only_user, rewrite_counting
 from gpu_engine.passes.epilogues import Product
-from gpu_engine.passes.operands import inlined
+from gpu_engine.passes.operands import Operands, inlined, operand_shape
 
 Line = tuple[Any, Any]
 """(a, b) of a * x + b, both float64 arrays that broadcast to the product."""
@@ -35,24 +35,34 @@ def _folded(node: Node, builder: Builder, uses: Uses) -> tuple[Value] | None:
         return None
     for value in node.inputs:
         made = builder.producer(value)
-        if made is None or not isinstance(made.op, Product) or not only_user(value, node, uses):
+        if made is None or value.shape != node.outputs[0].shape or not only_user(value, node, uses):
             continue
-        result = _scaled(node, value, made, builder)
-        if result is not None:
+        operands = (node.op.expr, node.inputs)
+        if isinstance(made.op, Map):
+            operands = inlined(*operands, {value: (made.op.expr, made.inputs)})
+            found = [(operand, builder.producer(operand)) for operand in made.inputs if uses.get(operand) == 1]
+            value, made = next(((v, p) for v, p in found if p and isinstance(p.op, Product)), (value, made))
+        if isinstance(made.op, Product) and (result := _scaled(operands, value, made, builder)) is not None:
             return (result,)
     return None
 
 
-def _scaled(node: Node, value: Value, made: Node, builder: Builder) -> Value | None:
-    assert isinstance(node.op, Map) and isinstance(made.op, Product)
+def _scaled(operands: Operands, value: Value, made: Node, builder: Builder) -> Value | None:
+    """The map `operands` of `value`, which is the product `made`, with its scale in the weights."""
+    assert isinstance(made.op, Product)
     weights = made.inputs[1].constant
     foldable = weights is not None and weights.nbytes <= WEIGHT_LIMIT_NBYTES and is_float(value.dtype)
-    if weights is None or not foldable or getattr(made.op, "accumulate", None) or value.shape != node.outputs[0].shape:
+    if (
+        weights is None
+        or not foldable
+        or getattr(made.op, "accumulate", None)
+        or operand_shape(operands[1]) != value.shape
+    ):
         return None
     plain = dataclasses.replace(made.op, epilogue=None)
     product = Value(plain.infer(*(operand.type for operand in made.inputs[:2]))[0])
     inner = made.op.epilogue or expr.arg(0, product.dtype)
-    root, inputs = inlined(node.op.expr, node.inputs, {value: (inner, (product, *made.inputs[2:]))})
+    root, inputs = inlined(*operands, {value: (inner, (product, *made.inputs[2:]))})
     line = affine(root, inputs, product)
     if line is None:
         return None

@@ -108,15 +108,8 @@ class Pool:
     def serve_until(self, future: Future[Any]) -> None:
         """For a callback on one of our own threads that is about to wait: run what the thread cannot while it waits."""
         worker = self._by_thread.get(threading.get_ident())
-        while worker is not None and not future.done():
-            with self._mutex:
-                self.batcher.flush()
-                batch = self.batcher.take(clock())
-                expired = self.batcher.pop_expired()
-            _fail(expired, RequestTimeout(_EXPIRED))
-            if batch is None:
-                return
-            execute(worker, batch.parts, self._batched_outputs)
+        while worker is not None and not future.done() and self._serve_one(worker):
+            pass
 
     def statistics(self) -> Statistics:
         with self._mutex:
@@ -139,12 +132,16 @@ class Pool:
         What has not finished after `timeout_s` fails with EngineClosed.
         """
         ends = None if timeout_s is None else clock() + timeout_s
+        worker = self._by_thread.get(threading.get_ident())
         atexit.unregister(self._at_exit)
         with self._mutex:
             self._refusal = self._refusal or _CLOSED
             if self._forked:
                 return
             self._room.notify_all()
+        while drain and worker is not None and self._serve_one(worker):
+            pass
+        with self._mutex:
             if drain:
                 self.batcher.flush()
                 self._call_workers()
@@ -177,6 +174,17 @@ class Pool:
         for request in requests:
             request.future.forget_lock()
         _fail(requests, EngineClosed(_FORKED))
+
+    def _serve_one(self, worker: Worker) -> bool:
+        """Run the next batch on the slot of the worker whose thread this is; False if none waits."""
+        with self._mutex:
+            self.batcher.flush()
+            batch = self.batcher.take(clock())
+            expired = self.batcher.pop_expired()
+        _fail(expired, RequestTimeout(_EXPIRED))
+        if batch is not None:
+            execute(worker, batch.parts, self._batched_outputs)
+        return batch is not None
 
     def _make_locks(self) -> None:
         self._mutex = threading.Lock()

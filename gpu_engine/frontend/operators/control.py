@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpu_engine.errors import InvalidModel, UnsupportedModel
+from gpu_engine.errors import DependsOnValues, InvalidModel
 from gpu_engine.frontend.bodies import Bodies, Body, Capture, share_captured
 from gpu_engine.frontend.model import ModelGraph
 from gpu_engine.frontend.registry import normal_axis, operator
@@ -47,7 +47,7 @@ def if_(
 def joined_type(b: Builder, one: TensorType, two: TensorType, inside: set[str]) -> TensorType:
     """The type of a value that is of one type or the other; extents that differ get a symbol of their own."""
     if one.dtype != two.dtype or one.rank != two.rank:
-        raise UnsupportedModel(f"{b.source}: an output is {one} or {two}: the dtype and rank must not depend on data")
+        raise DependsOnValues(f"{b.source}: an output is {one} or {two}: the dtype and rank must not depend on data")
     shape = tuple(
         first if first == second and not dims.symbols(first) & inside else b.fresh_dim()
         for first, second in zip(one.shape, two.shape, strict=True)
@@ -86,11 +86,11 @@ def unrolled(
     count = None if trips is None else trips.constant
     going = b.constant(np.bool_(True)) if condition is None else condition
     if count is None or count.item() > MAX_UNROLLED or len(body.outputs) != 1 + len(initial):
-        raise UnsupportedModel(f"{b.source}: sequences carried through a loop whose iterations only running tells")
+        raise DependsOnValues(f"{b.source}: sequences carried through a loop whose iterations only running tells")
     state: Sequence[Emitted] = initial
     for i in range(count.item()):
         if going.constant is None:
-            raise UnsupportedModel(f"{b.source}: sequences carried through a loop that may end at any iteration")
+            raise DependsOnValues(f"{b.source}: sequences carried through a loop that may end at any iteration")
         if not going.constant.item():
             break
         condition_out, *state = bodies.inline(body, (b.constant(np.int64(i)), going, *state))

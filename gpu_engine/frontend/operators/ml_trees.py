@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.registry import emit_array
-from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, DType
+from gpu_engine.ir.dtypes import FLOAT64, DType
 from gpu_engine.ir.graph import Builder, TensorType, Value
 from gpu_engine.ir.ops import Reshape
 

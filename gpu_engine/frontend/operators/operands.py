@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpu_engine.errors import InvalidModel, UnsupportedModel
+from gpu_engine.errors import DependsOnValues, InvalidModel
 from gpu_engine.frontend.registry import normal_axis
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
@@ -36,10 +36,10 @@ def known_scalar(value: Value | None) -> Dim | None:
 
 
 def static_length(value: Value, what: str) -> int:
-    """How many elements a 1-d (or 0-d) value has; UnsupportedModel where even that is not known."""
+    """How many elements a 1-d (or 0-d) value has; DependsOnValues where even that is not known."""
     length = dims.product(value.shape)
     if not isinstance(length, int):
-        raise UnsupportedModel(f"{what} of {length} elements leave the rank of the result open")
+        raise DependsOnValues(f"{what} of {length} elements leave the rank of the result open")
     return length
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpu_engine.errors import InvalidModel, UnsupportedModel
+from gpu_engine.errors import DependsOnValues, InvalidModel
 from gpu_engine.frontend.operators.movement import concat, cut, split_by_value
 from gpu_engine.frontend.operators.operands import known_scalar, static_length
 from gpu_engine.frontend.operators.shape import squeezed, unsqueezed
@@ -49,7 +49,7 @@ def sequence_at(b: Builder, sequence: SequenceValue, position: Value) -> Value:
     if known_scalar(position) is not None:
         return elements[place(b, position, len(elements), len(elements))]
     if not elements or any(element.type != elements[0].type for element in elements):
-        raise UnsupportedModel(f"{b.source}: a position known only while running, among elements of several types")
+        raise DependsOnValues(f"{b.source}: a position known only while running, among elements of several types")
     stacked = concat(b, *(unsqueezed(b, element, (0,)) for element in elements), axis=0)
     return b.emit(Gather(0), stacked, b.emit(Reshape(()), position))
 
@@ -58,7 +58,7 @@ def place(b: Builder, position: Value | None, default: int, count: int) -> int:
     """Where a position points among `count` places; a negative one counts from the end."""
     where = default if position is None else known_scalar(position)
     if not isinstance(where, int):
-        raise UnsupportedModel(f"{b.source}: the position must be known when the model is compiled")
+        raise DependsOnValues(f"{b.source}: the position must be known when the model is compiled")
     if not -count <= where < count and position is not None:
         raise InvalidModel(f"{b.source}: position {where} is outside {count} places")
     return where % count if position is not None else where
@@ -98,7 +98,7 @@ def split_to_sequence(
         return (SequenceValue(split_by_value(b, x, axis, split, static_length(split, "sizes"))),)
     size = 1 if split is None else known_scalar(split)
     if not isinstance(extent, int) or not isinstance(size, int):
-        raise UnsupportedModel(f"{b.source}: a sequence of {extent} / {size} parts, whose number depends on the run")
+        raise DependsOnValues(f"{b.source}: a sequence of {extent} / {size} parts, whose number depends on the run")
     starts = range(0, extent, size)
     parts = tuple(cut(b, x, {axis: (start, 1, min(size, extent - start))}) for start in starts)
     if split is None and not keepdims:

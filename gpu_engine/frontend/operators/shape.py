@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_engine.errors import InvalidModel, UnsupportedModel
+from gpu_engine.errors import DependsOnValues, InvalidModel
 from gpu_engine.frontend.operators.operands import fresh_type, known_extents, normal_axes, static_length
 from gpu_engine.frontend.registry import emit_array, operator
 from gpu_engine.ir import dims
@@ -103,7 +103,7 @@ def squeezed(b: Builder, x: Value, axes: Sequence[Dim] | None) -> Value:
     """x without `axes`, by default all of extent 1."""
     if axes is None:
         if any(not isinstance(extent, int) for extent in x.shape):
-            raise UnsupportedModel(f"{b.source}: the rank of {x.type} squeezed of all ones depends on the run")
+            raise DependsOnValues(f"{b.source}: the rank of {x.type} squeezed of all ones depends on the run")
         dropped = tuple(axis for axis, extent in enumerate(x.shape) if extent == 1)
     else:
         dropped = normal_axes(axes, x.rank)

@@ -1,0 +1,236 @@
+"""Epilogues: an Expr applied to a tile of sums while it is in registers, or just after.
+
+Operands beyond the sums are one element, one element for every channel, or a tensor of the result's own shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cpu_fallback.code import Code, Reg, i64, vector
+from cpu_fallback.lanes import is_supported, write_expr
+from cpu_fallback.loops import literal_zero, splat
+from cpu_fallback.native import Target
+from cpu_fallback.vector_math import mangled
+from gpu_engine.ir import expr
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import FLOAT32
+from gpu_engine.ir.expr import Expr
+
+SCALAR, CHANNEL, FULL = "scalar", "channel", "full"
+COSTS = {"div": 4, "sqrt": 4, "exp": 20, "log": 25, "tanh": 25, "erf": 40, "sin": 40, "cos": 40, "pow": 60}
+UNROLLED = 10
+"""Costs of expressions up to which every vector of a tile gets code of its own."""
+SUM = expr.arg(0, FLOAT32)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to every sum (operand 0) by content; `kinds` of the operands 1, 2, ..."""
+
+    text: str = str(SUM)
+    kinds: tuple[str, ...] = ()
+    expr: Expr = field(default=SUM, compare=False, repr=False)
+
+    @property
+    def digest(self) -> str:
+        """A name for equal epilogues."""
+        content = "\n".join((self.text, *self.kinds))
+        return hashlib.blake2s(content.encode(), digest_size=6).hexdigest()
+
+    @property
+    def cost(self) -> int:
+        """Roughly the instructions for one vector."""
+        operations = [node for node in expr.walk(self.expr) if node.op not in ("arg", "const")]
+        return sum(COSTS.get(node.op, 1) for node in operations)
+
+    def apply(self, code: Code, lanes: int, value: Reg, operands: Sequence[Reg]) -> Reg:
+        """The result for sums `value` and operands in registers of as many lanes."""
+        return write_expr(code, self.expr, dict(enumerate((value, *operands))), lanes)
+
+    def write_tile(self, code: Code, target: Target, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> None:
+        """Store the epilogue of a tile of sums, row by row; `operands` are addresses for its first cell."""
+        if place.mask is None:
+            full = code.compare("icmp sge", place.columns, i64(place.vectors * place.lanes))
+            code.either(
+                full,
+                lambda: self._write_vectors(code, place, sums, operands),
+                lambda: self._write_elements(code, place, sums, operands),
+            )
+        else:
+            self._write_vectors(code, place, sums, operands)
+
+    def _write_vectors(self, code: Code, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> list[Reg]:
+        if self.cost <= UNROLLED:
+            self._write_unrolled(code, place, sums, operands)
+            return []
+        stage = _staged(code, place, sums)
+        loaded = self._load_shared(code, place, operands)
+
+        def row(index: Reg, _: list[Reg]) -> list[Reg]:
+            here = code.at(stage, code.binary("mul", index, i64(place.row_nbytes)))
+            offset = code.binary("mul", index, place.row)
+            found = [code.load(place.kind, code.at(here, i64(4 * place.lanes * v)), 4) for v in range(place.vectors)]
+            self._write_row(code, place, found, operands, loaded, offset)
+            return []
+
+        code.loop(i64(0), place.count, i64(1), row)
+        return []
+
+    def _write_unrolled(self, code: Code, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> None:
+        loaded = self._load_shared(code, place, operands)
+        done = code.fresh_label("done")
+        offset = i64(0)
+        for r in range(place.rows):
+            if r:
+                following = code.fresh_label("row")
+                code.branch_if(code.compare("icmp sgt", place.count, i64(r)), following, done)
+                code.start(following)
+                offset = code.binary("add", offset, place.row) if r > 1 else place.row
+            found = list(sums[r * place.vectors : (r + 1) * place.vectors])
+            self._write_row(code, place, found, operands, loaded, offset)
+        code.branch(done)
+        code.start(done)
+
+    def _load_shared(self, code: Code, place: Place, operands: Sequence[Reg]) -> dict[tuple[int, int], Reg]:
+        """The operands that are the same for every row, by number and vector."""
+        loaded = {}
+        for i, (kind, operand) in enumerate(zip(self.kinds, operands, strict=True)):
+            spread = splat(code, code.load("float", operand, 4), place.lanes) if kind == SCALAR else None
+            for v in range(place.vectors):
+                if spread is not None:
+                    loaded[i, v] = spread
+                elif kind == CHANNEL:
+                    loaded[i, v] = place.load(code, operand, v)
+        return loaded
+
+    def _write_row(
+        self,
+        code: Code,
+        place: Place,
+        sums: Sequence[Reg],
+        operands: Sequence[Reg],
+        loaded: dict[tuple[int, int], Reg],
+        offset: Reg,
+    ) -> None:
+        """One row, `offset` bytes from the first."""
+        for v, value in enumerate(sums):
+            values = [
+                loaded[i, v] if kind != FULL else place.load(code, code.at(operand, offset), v)
+                for i, (kind, operand) in enumerate(zip(self.kinds, operands, strict=True))
+            ]
+            place.store(code, self.apply(code, place.lanes, value, values), code.at(place.base, offset), v)
+
+    def _write_elements(self, code: Code, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> list[Reg]:
+        """One element at a time: for columns that are no whole vectors, where masks are dear."""
+        stage = _staged(code, place, sums)
+
+        def cell(row: Reg, column: Reg) -> list[Reg]:
+            inner = code.binary("shl", column, i64(2))
+            offset = code.binary("add", code.binary("mul", row, place.row), inner)
+            values = []
+            for kind, operand in zip(self.kinds, operands, strict=True):
+                at = code.at(operand, offset if kind == FULL else inner) if kind != SCALAR else operand
+                values.append(code.load("float", at, 4))
+            own = code.at(code.at(stage, code.binary("mul", row, i64(place.row_nbytes))), inner)
+            code.store(self.apply(code, 1, code.load("float", own, 4), values), code.at(place.base, offset), 4)
+            return []
+
+        def row(index: Reg, _: list[Reg]) -> list[Reg]:
+            code.loop(i64(0), place.columns, i64(1), lambda column, _: cell(index, column))
+            return []
+
+        code.loop(i64(0), place.count, i64(1), row)
+        return []
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tile of memory: `count` of at most `rows` rows, `row` bytes apart, of `columns` float32 in `vectors` vectors.
+
+    `mask` are the lanes of the last vector that count, where masks cost nothing.
+    """
+
+    base: Reg
+    row: Reg
+    count: Reg
+    columns: Reg
+    rows: int
+    vectors: int
+    lanes: int
+    mask: Reg | None
+
+    @property
+    def kind(self) -> str:
+        return vector(self.lanes, "float")
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.vectors * self.lanes * 4
+
+    def _masked(self, v: int) -> bool:
+        return self.mask is not None and v == self.vectors - 1
+
+    def load(self, code: Code, address: Reg, v: int) -> Reg:
+        """Vector v of the row at `address`."""
+        place = code.at(address, i64(4 * self.lanes * v))
+        return masked_load(code, self.kind, place, self.mask) if self._masked(v) else code.load(self.kind, place, 4)
+
+    def store(self, code: Code, value: Reg, address: Reg, v: int) -> None:
+        place = code.at(address, i64(4 * self.lanes * v))
+        if self._masked(v):
+            masked_store(code, value, place, self.mask)
+        else:
+            code.store(value, place, 4)
+
+
+def masked_load(code: Code, kind: str, place: Reg, mask: Reg | None) -> Reg:
+    assert mask is not None
+    name = f"llvm.masked.load.{mangled(kind)}.p0"
+    return code.call(kind, name, place, Reg("4", "i32"), mask, literal_zero(kind))
+
+
+def masked_store(code: Code, value: Reg, place: Reg, mask: Reg | None) -> None:
+    assert mask is not None
+    code.call("void", f"llvm.masked.store.{mangled(value.type)}.p0", value, place, Reg("4", "i32"), mask)
+
+
+def _staged(code: Code, place: Place, sums: Sequence[Reg]) -> Reg:
+    """The sums on the stack, row by row."""
+    stage = stack(code, len(sums) * place.lanes * 4)
+    for i, value in enumerate(sums):
+        code.store(value, code.at(stage, i64(i * place.lanes * 4)), 4)
+    return stage
+
+
+def stack(code: Code, nbytes: int) -> Reg:
+    """Uninitialised, aligned memory of the whole call."""
+    name = code.fresh_label("%stack")
+    code.allocations.append(f"  {name} = alloca [{nbytes} x i8], align 64")
+    return Reg(name, "ptr")
+
+
+def epilogue_of(
+    root: Expr | None, shapes: Sequence[tuple[Dim, ...]], result: tuple[Dim, ...], target: Target
+) -> Epilogue | None:
+    """The epilogue of a result [..., channels] with operands of these shapes; None if it cannot run on tiles."""
+    if root is None:
+        return Epilogue()
+    used = {node.value: node.dtype for node in expr.walk(root) if node.op == "arg"}
+    kinds = tuple(operand_kind(shape, result) for shape in shapes)
+    if None in kinds or root.dtype != FLOAT32 or any(dtype != FLOAT32 for dtype in used.values()):
+        return None
+    if not is_supported(root, target):
+        return None
+    return Epilogue(expr.text(root), tuple(kind for kind in kinds if kind), root)
+
+
+def operand_kind(shape: tuple[Dim, ...], result: tuple[Dim, ...]) -> str | None:
+    """How an operand of an epilogue lies beside the result [..., channels]; None if it broadcasts in another way."""
+    if all(extent == 1 for extent in shape):
+        return SCALAR
+    if shape == result:
+        return FULL
+    return CHANNEL if shape[-1] == result[-1] and all(extent == 1 for extent in shape[:-1]) else None
