@@ -47,6 +47,10 @@ class ArrayCall:
     op: Any
 
 
+def address_of(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
 def evaluate_into(op: Op, inputs: Sequence[Array], outputs: Sequence[Array], scratch: Sequence[Array]) -> None:
     """The reference of an operation, copied into place; raises ValueError if a shape is not the declared one."""
     for out, result in zip(outputs, op.evaluate(np, *inputs), strict=True):

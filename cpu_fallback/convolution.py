@@ -14,7 +14,7 @@ import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall
 from cpu_fallback.linear import finish, product_buffer
-from cpu_fallback.movement import copy_inside, fill_borders
+from cpu_fallback.copies import copy_inside, fill_borders
 from cpu_fallback.taps import lower_depthwise
 from gpu_engine.ir import dims
 from gpu_engine.ir.dtypes import FLOAT32, FLOAT64
@@ -115,9 +115,7 @@ def _convolve_image(weights: Array, windows: Array, columns: Array, out: Array, 
             np.matmul(weights, some.reshape(group, depth, -1), out=target)
 
 
-def lower_conv_transpose(
-    lowering: Lowering, op: ConvTranspose, node: Node, inputs: Buffers, outputs: Buffers
-) -> bool:
+def lower_conv_transpose(lowering: Lowering, op: ConvTranspose, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
     x, w = node.inputs[:2]
     if not _supported(node):
         return False

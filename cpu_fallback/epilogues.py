@@ -50,7 +50,9 @@ class Epilogue:
         """The result for sums `value` and operands in registers of as many lanes."""
         return write_expr(code, self.expr, dict(enumerate((value, *operands))), lanes)
 
-    def write_tile(self, code: Code, target: Target, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> None:
+    def write_tile(
+        self, code: Code, target: Target, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]
+    ) -> None:
         """Store the epilogue of a tile of sums, row by row; `operands` are addresses for its first cell."""
         if place.mask is None:
             full = code.compare("icmp sge", place.columns, i64(place.vectors * place.lanes))

@@ -309,10 +309,7 @@ def _resized(x: Num, scalar: str, *, signed: bool) -> Num:
 
 
 def _integer_clipped(x: Num, source: DType, target: DType) -> Num:
-    low, high = (
-        max(int(limits(source)[0]), int(limits(target)[0])),
-        min(int(limits(source)[1]), int(limits(target)[1])),
-    )
+    (low, high), (least, greatest) = limits(source), limits(target)
     prefix = "s" if source.kind == "i" else "u"
     return x.intrinsic(f"{prefix}max", max(low, least)).intrinsic(f"{prefix}min", min(high, greatest))
 

@@ -51,6 +51,12 @@ class Words:
     def pointers(self, count: int) -> list[Reg]:
         return [self.take("ptr") for _ in range(count)]
 
+    def literal(self, dtype: DType, lanes: int) -> Reg:
+        """A scalar that fills one word, in every lane and in computing form."""
+        place = self._code.at(BLOCK, i64(8 * self._next))
+        self._next += 1
+        return _splat(self._code, Read(place, dtype, BROADCAST), lanes)
+
     def numbers(self, count: int) -> list[Reg]:
         return [self.take() for _ in range(count)]
 

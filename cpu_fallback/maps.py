@@ -5,6 +5,7 @@ The same kernels move elements: a copy is a map whose operand, or result, is wal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from cpu_fallback.loops import (
 from cpu_fallback.native import Target, host
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import DType, compute_dtype
+from gpu_engine.ir.dtypes import DType, compute_dtype, is_float
 from gpu_engine.ir.expr import Expr
 
 Shape = tuple[Dim, ...]
@@ -46,9 +47,10 @@ class Walked:
 class MapKernel:
     """A pointwise kernel by content: what is computed, how each operand is read, how many axes are left.
 
-    `shares[i]` is the set of outer strides that stream i walks by; stream 0 is the result, operands follow. Words:
-    addresses of the streams; the extent of the inner axis; with outer axes the extents of all of them but the first,
-    and their product; the strides of every set, and the inner ones of strided operands, in bytes.
+    `shares[i]` is the set of outer strides that stream i walks by; stream 0 is the result, operands follow. Operands
+    of the expression beyond the streams are literals. Words: addresses of the streams; the literals; the extent of the
+    inner axis; with outer axes the extents of all of them but the first, and their product; the strides of every set,
+    and the inner ones of strided operands, in bytes.
     """
 
     text: str
@@ -61,6 +63,8 @@ class MapKernel:
         words, lanes = Words(code), lane_count([self.expr], target)
         dtypes = operand_dtypes(self.expr)
         streams = words.pointers(len(self.shares))
+        count = len(self.accesses)
+        literals = {i: words.literal(dtype, lanes) for i, dtype in enumerate(dtypes[count:], count)}
         inner = words.take()
         outer = words.numbers(max(0, self.rank - 2))
         rows = words.take() if self.rank > 1 else i64(1)
@@ -71,12 +75,12 @@ class MapKernel:
         def row(index: Reg, _: list[Reg]) -> list[Reg]:
             offsets = row_offsets(code, index, outer, strides) if self.rank > 1 else [i64(0)] * len(strides)
             bases = [code.at(base, offsets[share]) for base, share in zip(streams, self.shares, strict=True)]
-            reads = [Read(*stream) for stream in zip(bases[1:], dtypes, self.accesses, steps, strict=True)]
+            reads = [Read(*stream) for stream in zip(bases[1:], dtypes, self.accesses, steps, strict=False)]
             vector_loop(code, target, lanes, span, reads, [Write(bases[0], self.expr.dtype)], body)
             return []
 
         def body(loaded: list[Reg], _: Mask, __: list[Reg]) -> tuple[list[Reg], list[Reg]]:
-            return [write_expr(code, self.expr, dict(enumerate(loaded)), lanes)], []
+            return [write_expr(code, self.expr, {**dict(enumerate(loaded)), **literals}, lanes)], []
 
         if self.rank > 1:
             code.loop(*thread_share(code, rows, 1), i64(1), row)
@@ -108,14 +112,13 @@ def map_call(
 ) -> tuple[Native, tuple[int, ...]] | None:
     """The native call that maps the broadcast buffers `inputs` to `out` of `shape`, and the positions of inputs that
     are read exactly where the result is written; None if the expression has no native form."""
-    compact, used = compacted(root)
-    dtypes = operand_dtypes(compact)
+    dtypes = {node.value: node.dtype for node in expr.walk(root) if node.op == "arg"}
     operands = [
-        Walked(inputs[i][0], dtype, broadcast_strides(inputs[i][1], shape))
-        for i, dtype in zip(used, dtypes, strict=True)
+        Walked(buffer, dtypes.get(i, root.dtype), broadcast_strides(own, shape))
+        for i, (buffer, own) in enumerate(inputs)
     ]
-    call = walk_call(compact, operands, Walked(out, compact.dtype, contiguous_strides(shape)), shape)
-    return None if call is None else (call, tuple(i for i in used if inputs[i][1] == shape))
+    call = walk_call(root, operands, Walked(out, root.dtype, contiguous_strides(shape)), shape)
+    return None if call is None else (call, tuple(i for i in sorted(dtypes) if inputs[i][1] == shape))
 
 
 def walk_call(root: Expr, operands: Sequence[Walked], out: Walked, extents: Shape) -> Native | None:
@@ -125,26 +128,45 @@ def walk_call(root: Expr, operands: Sequence[Walked], out: Walked, extents: Shap
     """
     if not is_supported(root, host()):
         return None
+    root, used = compacted(root)
+    operands = [operands[i] for i in used]
+    root, literals = hoisted(root, len(operands))
     streams = [out, *operands]
-    axes = collapsed(extents, [stream.strides for stream in streams])
+    walks = {(stream.strides, stream.dtype.itemsize): i for i, stream in reversed(list(enumerate(streams)))}
+    order = sorted(walks, key=lambda walk: walks[walk])
+    axes = collapsed(extents, [strides for strides, _ in order])
     if not axes or axes[-1][1][0] != 1:
-        axes.append((1, [1] * len(streams)))
-    inner_extent, inner = axes[-1]
+        axes.append((1, [1] * len(order)))
+    shares = tuple(order.index((stream.strides, stream.dtype.itemsize)) for stream in streams)
+    inner = [axes[-1][1][share] for share in shares]
     accesses = tuple(inner_access(stride) for stride in inner[1:])
-    sets: dict[tuple[Dim, ...], int] = {}
-    shares = []
-    for i, stream in enumerate(streams):
-        outer = tuple(strides[i] * stream.dtype.itemsize for _, strides in axes[:-1])
-        shares.append(sets.setdefault(outer, len(sets)))
-    words: list[Word] = [*(Address(stream.buffer, stream.offset) for stream in streams), inner_extent]
+    words: list[Word] = [*(Address(stream.buffer, stream.offset) for stream in streams), *literals, axes[-1][0]]
     if len(axes) > 1:
         words += [extent for extent, _ in axes[1:-1]]
         words.append(dims.product(extent for extent, _ in axes[:-1]))
-    for outer in sets:
-        words += outer
+    for i, (_, size) in enumerate(order):
+        words += [strides[i] * size for _, strides in axes[:-1]]
     for access, stride, stream in zip(accesses, inner[1:], operands, strict=True):
         words += [stride * stream.dtype.itemsize] * (access == STRIDED)
-    return Native(MapKernel(expr.text(root), accesses, tuple(shares), len(axes), root), tuple(words))
+    return Native(MapKernel(expr.text(root), accesses, shares, len(axes), root), tuple(words))
+
+
+def hoisted(root: Expr, first: int) -> tuple[Expr, tuple[int, ...]]:
+    """The expression with unusual float literals as operands from number `first` on, and those as argument words.
+
+    Layers that differ in a learned scalar then share a kernel.
+    """
+    found: dict[Expr, Expr] = {}
+    for node in expr.walk(root):
+        if node.op == "const" and is_float(node.dtype) and not _is_plain(float(node.value)):
+            found[node] = expr.arg(first + len(found), node.dtype)
+    words = tuple(int.from_bytes(node.value.tobytes(), "little") for node in found)
+    return (expr.replace(root, found), words) if found else (root, ())
+
+
+def _is_plain(value: float) -> bool:
+    """Few values that many expressions share, and that instructions are chosen by."""
+    return not math.isfinite(value) or (abs(value) <= 8 and value * 8 == int(value * 8))
 
 
 def contiguous_strides(shape: Shape) -> tuple[Dim, ...]:

@@ -62,6 +62,7 @@ class Library:
         self._lock = threading.Lock()
         self._addresses: dict[tuple[Target, Any], int] = {}
         self._engines: list[Any] = []
+        self._walk: Walk | None = None
 
     def addresses(self, kernels: Iterable[Kernel], target: Target) -> dict[Any, int]:
         """The address of every kernel, compiling those that are new, together in one module."""
@@ -70,11 +71,30 @@ class Library:
             missing = [kernel for kernel in wanted if (target, kernel) not in self._addresses]
             if missing:
                 names = {kernel: f"kernel{i}" for i, kernel in enumerate(missing)}
-                engine = compile_module(_module_text(names, target), target)
-                self._engines.append(engine)
+                engine = self._compile(_module_text(names, target), target)
                 for kernel, name in names.items():
                     self._addresses[target, kernel] = engine.get_function_address(name)
             return {kernel: self._addresses[target, kernel] for kernel in wanted}
+
+    def walker(self) -> Walk:
+        """walk(address of a table, steps, thread, threads): one call for many steps, without the GIL.
+
+        The table holds {function pointer, argument block pointer} for each step.
+        """
+        with self._lock:
+            if self._walk is None:
+                self._compile("", host())
+            assert self._walk is not None
+            return self._walk
+
+    def _compile(self, text: str, target: Target) -> Any:
+        """The module, and with the first one the walker."""
+        engine = compile_module(text if self._walk is not None else text + WALK, target)
+        self._engines.append(engine)
+        if self._walk is None:
+            kinds = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
+            self._walk = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("walk"))
+        return engine
 
 
 LIBRARY = Library()
@@ -136,16 +156,3 @@ done:
   ret void
 }
 """
-
-
-@lru_cache(maxsize=1)
-def walker() -> Walk:
-    """walk(address of a table, steps, thread, threads): one call for many steps, without the GIL.
-
-    The table holds {function pointer, argument block pointer} for each step.
-    """
-    engine = compile_module(WALK, host())
-    kinds = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
-    walk: Any = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("walk"))
-    walk.engine = engine
-    return walk  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ import numpy as np
 
 from cpu_fallback.calls import Array
 from cpu_fallback.cores import free_memory
-from cpu_fallback.program import Bound, Part, Program, bind
+from cpu_fallback.program import Bound, Program, bind
 from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
 from gpu_engine.plan.binding import solve_binds
 from gpu_engine.plan.memory import ALIGNMENT
@@ -64,7 +64,7 @@ class CpuSlot:
         self._inputs: list[Array] = []
         self._outputs: list[Array] = []
         self._error: BaseException | None = None
-        self._arrays_only_native = [all(part.call is None for part in s.parts) for s in self._program.segments]
+        self._only_native = [all(step is None for step in s.array_steps) for s in self._program.segments]
 
     def stage(self, extents: tuple[int, ...]) -> Sequence[Array]:
         """See `runtime.device.Slot`. InputError if the extents contradict each other inside the model."""
@@ -111,26 +111,21 @@ class CpuSlot:
     def _call(self, index: int, bound: Bound) -> object:
         """Make the calls of one segment; what the last one gives."""
         quiet: AbstractContextManager[object] = np.errstate(all="ignore")
-        if self._arrays_only_native[index]:
+        if self._only_native[index]:
             quiet = nullcontext()
         done, result = 0, None
         try:
             with quiet:
-                for run in bound.runs:
-                    result = run()
+                for function, arguments in bound.calls:
+                    result = function(*arguments)
                     done += 1
         except GpuEngineError:
             raise
         except Exception as error:
-            raise self._failure(self._program.segments[index].parts[done], bound, error) from error
+            position = self._program.segments[index].array_steps[done]
+            assert position is not None, "native code does not raise"
+            raise _failure(self._plan.steps[position], bound.calls[done][1][1], error) from error
         return result
-
-    def _failure(self, part: Part, bound: Bound, error: Exception) -> GpuEngineError:
-        assert part.call is not None, "native code does not raise"
-        step = self._plan.steps[part.first]
-        kinds = ", ".join(f"{bound.arrays[i].dtype}{list(bound.arrays[i].shape)}" for i in part.inputs)
-        text = f"{step.source}: {type(part.call.op).__name__} of {kinds}: {error or type(error).__name__}"
-        return OutOfMemory(text) if isinstance(error, MemoryError) else ExecutionError(text)
 
     def _extents_after(self, index: int, step: Step, results: tuple[Array, ...], chain: list[Bound]) -> tuple[int, ...]:
         names = self._program.segments[index].names
@@ -150,7 +145,7 @@ class CpuSlot:
         bound = self._cache.pop(key, None)
         if bound is None:
             segment = self._program.segments[index]
-            bound = bind(segment, extents, self._program.constants, self._reserving(index), chain)
+            bound = bind(segment, extents, self._reserving(index), chain)
             if self._moved():
                 self._cache.clear()
             self._generation = self._current()
@@ -170,6 +165,13 @@ class CpuSlot:
 
     def _results(self, chain: list[Bound]) -> list[Array]:
         return [next(bound.arrays[i] for bound in reversed(chain) if i in bound.arrays) for i in self._plan.outputs]
+
+
+def _failure(step: Step, inputs: Sequence[Array], error: Exception) -> GpuEngineError:
+    kinds = ", ".join(f"{array.dtype}{list(array.shape)}" for array in inputs)
+    name = type(step.kernel.op).__name__
+    text = f"{step.source}: {name} of {kinds}: {str(error) or type(error).__name__}"
+    return OutOfMemory(text) if isinstance(error, MemoryError) else ExecutionError(text)
 
 
 class CpuStream:

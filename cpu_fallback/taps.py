@@ -7,14 +7,15 @@ operands are the same buffer from different offsets on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from typing import Any
 
+import numpy as np
+
 from cpu_fallback.calls import Array, ArrayCall
 from cpu_fallback.maps import Shape, Walked, broadcast_strides, contiguous_strides, walk_call
-from cpu_fallback.movement import copy_inside, fill_borders
+from cpu_fallback.copies import Padding, emit_pad
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, is_float, limits
@@ -28,23 +29,13 @@ Buffers = tuple[int, ...]
 TAP_LIMIT = 64
 
 
-@dataclass(frozen=True)
-class Padding:
-    """Spatial axes of x grown by `before` and to `extents` in all, filled with `fill`; negative pads crop."""
-
-    before: tuple[Dim, ...]
-    after: tuple[Dim, ...]
-    fill: float
-
-
 def lower_depthwise(lowering: Lowering, op: Conv, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
     """A convolution of every channel on its own, the epilogue in the same map; False if it is no such convolution."""
     x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
     taps = list(product(*(range(int(extent)) for extent in w.shape[2:])))  # type: ignore[arg-type]
     if w.shape[:2] != (op.group, 1) or x.dtype not in (FLOAT32, FLOAT64) or not 0 < len(taps) <= TAP_LIMIT:
         return False
-    padding = Padding(op.before, op.after, 0.0)
-    source, shape, pads = _padded(lowering, inputs[0], x.shape, padding)
+    source, shape, pads = _padded(lowering, inputs[0], x.shape, op.before, op.after)
     operands = _tap_walks(source, x.dtype, shape, taps, op.strides, op.dilations)
     steps = (0, len(taps), *(0 for _ in op.strides))
     operands += [Walked(inputs[1], x.dtype, steps, i * x.dtype.itemsize) for i in range(len(taps))]
@@ -54,7 +45,7 @@ def lower_depthwise(lowering: Lowering, op: Conv, node: Node, inputs: Buffers, o
         root = expr.substitute(op.epilogue, _epilogue_places(op.epilogue, root, len(operands)))
     for buffer, value in zip(inputs[2:], node.inputs[2:], strict=True):
         operands.append(Walked(buffer, value.dtype, broadcast_strides(value.shape, out.shape)))
-    return _emit(lowering, root, operands, node, outputs, pads, (inputs[0], source), inputs[1:])
+    return _emit(lowering, root, operands, node, outputs, pads, 0.0, inputs[1:])
 
 
 def _epilogue_places(epilogue: Expr, total: Expr, first: int) -> dict[int, Expr]:
@@ -73,7 +64,7 @@ def lower_pool(lowering: Lowering, op: Pool, node: Node, inputs: Buffers, output
         _overhang(op, i, extent, count) for i, (extent, count) in enumerate(zip(x.shape[2:], counts, strict=True))
     )
     fill = 0 if op.kind != "max" else -float("inf") if is_float(x.dtype) else limits(x.dtype)[0]
-    source, shape, pads = _padded(lowering, inputs[0], x.shape, Padding(op.before, after, fill))
+    source, shape, pads = _padded(lowering, inputs[0], x.shape, op.before, after)
     operands = _tap_walks(source, x.dtype, shape, taps, op.strides, op.dilations)
     terms = [expr.arg(i, x.dtype) for i in range(len(taps))]
     root = reduce(expr.maximum, terms) if op.kind == "max" else reduce(lambda a, b: a + b, terms)  # type: ignore[arg-type]
@@ -85,7 +76,7 @@ def lower_pool(lowering: Lowering, op: Pool, node: Node, inputs: Buffers, output
         operands.append(Walked(sizes, FLOAT32, broadcast_strides(out.shape[2:], out.shape)))
         root = root / expr.cast(expr.arg(len(taps), FLOAT32), x.dtype)
     extra = tuple(operand.buffer for operand in operands[len(taps) :])
-    return _emit(lowering, root, operands, node, outputs, pads, (inputs[0], source), extra)
+    return _emit(lowering, root, operands, node, outputs, pads, fill, extra)
 
 
 def _overhang(op: Pool, i: int, extent: Dim, count: Dim) -> Dim:
@@ -101,14 +92,12 @@ def write_window_sizes(op: Pool, inputs: Sequence[Array], outputs: Sequence[Arra
     outputs[0][...] = window_sizes(op, inputs[0].shape[2:], outputs[0].shape)
 
 
-def _padded(
-    lowering: Lowering, x: int, shape: Shape, padding: Padding
-) -> tuple[int, Shape, Padding | None]:
+def _padded(lowering: Lowering, x: int, shape: Shape, before: Shape, after: Shape) -> tuple[int, Shape, Padding | None]:
     """(buffer to read windows from, its shape, what must be padded first or None)."""
-    spatial = tuple(a + e + b for a, e, b in zip(padding.before, shape[2:], padding.after, strict=True))
-    if all(pad == 0 for pad in (*padding.before, *padding.after)):
+    if all(pad == 0 for pad in (*before, *after)):
         return x, shape, None
-    full = (*shape[:2], *spatial)
+    padding = Padding((0, 0, *before), (0, 0, *after))
+    full = padding.grown(shape)
     return lowering.buffer(lowering.buffers[x].dtype, full), full, padding
 
 
@@ -117,10 +106,11 @@ def _tap_walks(
 ) -> list[Walked]:
     own = contiguous_strides(shape)
     walk = (*own[:2], *(step * stride for step, stride in zip(own[2:], strides, strict=True)))
-    offsets = [
-        sum((k * dilation * step for k, dilation, step in zip(tap, dilations, own[2:], strict=True)), 0) for tap in taps
+    moves = [
+        [k * dilation * step * dtype.itemsize for k in range(1 + max(tap[i] for tap in taps))]
+        for i, (dilation, step) in enumerate(zip(dilations, own[2:], strict=True))
     ]
-    return [Walked(buffer, dtype, walk, offset * dtype.itemsize) for offset in offsets]
+    return [Walked(buffer, dtype, walk, sum((moves[i][k] for i, k in enumerate(tap)), 0)) for tap in taps]
 
 
 def _emit(
@@ -130,21 +120,16 @@ def _emit(
     node: Node,
     outputs: Buffers,
     pads: Padding | None,
-    sources: tuple[int, int],
+    fill: float,
     extra: Buffers,
 ) -> bool:
-    out = node.outputs[0]
+    """The steps, or False if the expression has no native form; operand 0 is the buffer of windows."""
+    x, out, source = node.inputs[0], node.outputs[0], operands[0].buffer
     call = walk_call(root, operands, Walked(outputs[0], out.dtype, contiguous_strides(out.shape)), out.shape)
     if call is None:
         return False
     if pads is not None:
-        lowering.emit(ArrayCall(pad_spatial, pads), sources[:1], sources[1:])
-    lowering.emit(call, (sources[1], *extra), outputs)
+        value = lowering.constant(np.array(fill, x.dtype))
+        emit_pad(lowering, lowering.number(x), value, source, x.shape, pads)
+    lowering.emit(call, (source, *extra), outputs)
     return True
-
-
-def pad_spatial(pads: Padding, inputs: Sequence[Array], outputs: Sequence[Array], _: Sequence[Array]) -> None:
-    """x into the middle of its padded copy."""
-    before, after = ([0, 0, *(int(n) for n in side)] for side in (pads.before, pads.after))  # type: ignore[arg-type]
-    fill_borders(outputs[0], before, after, pads.fill)
-    copy_inside(inputs[0], outputs[0], before, after)

@@ -15,7 +15,10 @@ from cpu_fallback.loops import least, splat
 from cpu_fallback.native import Target, attributes
 from cpu_fallback.vector_math import mangled
 
-PARAMETERS = "i64 %rows, i64 %depth, ptr %a, i64 %a_row, i64 %a_step, ptr %b, i64 %b_row, ptr %start, i64 %start_row, ptr %c, i64 %c_row"  # fmt: skip
+PARAMETERS = (
+    "i64 %rows, i64 %depth, ptr %a, i64 %a_row, i64 %a_step, ptr %b, i64 %b_row, "
+    "ptr %start, i64 %start_row, ptr %c, i64 %c_row"
+)
 NBYTES = {"float": 4, "double": 8, "i32": 4, "i64": 8}
 HEIGHTS = (1, 2, 4, 6, 8)
 SUMS = 8  # as many independent sums keep two multipliers with a latency of four busy

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gpu_engine.errors import (
+    DependsOnValues,
     DeviceError,
     EngineClosed,
     ExecutionError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gpu_engine.runtime.engine import Engine
 
 __all__ = [
+    "DependsOnValues",
     "DeviceError",
     "Engine",
     "EngineClosed",

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import ExecutionError
-from gpu_engine.ir.dims import Dim, parse, symbols
+from gpu_engine.ir.dim_text import parse
+from gpu_engine.ir.dims import Dim, symbols
 from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan, Port

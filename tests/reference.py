@@ -13,6 +13,7 @@ from gpu_engine.ir.dtypes import FLOAT32, DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, live_nodes, op_dims, resolve, verify
 from gpu_engine.ir.ops import Map
+from gpu_engine.passes.batchability import prove
 from gpu_engine.passes.pipeline import optimize
 
 Extents = dict[str, Dim]
@@ -129,3 +130,19 @@ def optimized(graph: Graph, **extents: int) -> Graph:
     result = optimize(graph)
     assert_same(graph, result, random_inputs(graph, **extents))
     return result
+
+
+def assert_batches(graph: Graph, rows: int, rtol: float = 2e-5, atol: float = 2e-5, **extents: int) -> None:
+    """Every row of a batch of `rows` gets what it gets alone, along axis 0 of every output."""
+    batching = prove(graph)
+    assert not batching.refused and batching.symbol is not None, batching.refused
+    together = random_inputs(graph, **{batching.symbol: rows}, **extents)
+    batch = run_graph(graph, together)
+    for row in range(rows):
+        ports = zip(graph.input_names, batching.inputs, strict=True)
+        alone = {name: together[name][row : row + 1] if batched else together[name] for name, batched in ports}
+        for name, array in run_graph(graph, alone).items():
+            size = len(array)
+            part = batch[name][row * size : (row + 1) * size]
+            assert part.shape == array.shape
+            np.testing.assert_allclose(part.astype("f8"), array.astype("f8"), rtol=rtol, atol=atol)

@@ -114,6 +114,19 @@ def test_close_in_a_callback(recorder: RecordingDevice) -> None:
     assert all(future.result(0)[0, 0] == 3 for future in (*running, *waiting))
 
 
+def test_every_callback_closes(recorder: RecordingDevice) -> None:
+    engine = engine_of(recorder, streams=3)
+    recorder.hold()
+    futures = [engine.submit(X) for _ in range(40)]
+    for future in futures:
+        future.add_done_callback(lambda _: engine.close())
+    recorder.wait_begun(3)
+    recorder.release()
+    engine.close()
+    until(lambda: not our_threads() and sorted(recorder.closed) == [0, 1, 2])
+    assert all(future.result(0)[0, 0] == 3 for future in futures)
+
+
 def test_many_threads_close(recorder: RecordingDevice) -> None:
     engine = engine_of(recorder, streams=3)
     futures = [engine.submit(X) for _ in range(50)]

@@ -110,6 +110,16 @@ def test_maps_read_before_the_expand() -> None:
     ]
 
 
+def test_products_broadcast_by_themselves() -> None:
+    def build(b: Builder, x: Value, y: Value) -> Value:
+        return b.emit(ops.MatMul(), b.emit(ops.Expand((N, 4, 5)), x), y)
+
+    graph = passed(simplify, graph_of({"x": (1, 4, 5), "y": (N, 5, 3)}, build), N=3)
+    assert kinds(graph) == ["MatMul"]
+    needed = graph_of({"n": (N,), "x": (1, 4, 5), "y": (5, 3)}, lambda b, n, x, y: build(b, x, y))
+    assert kinds(passed(simplify, needed, N=3)) == ["Expand", "MatMul"]
+
+
 CASTS: list[tuple[Callable[[Expr], Expr], int]] = [
     (lambda x: expr.cast(expr.cast(x, INT64), INT32), 0),
     (lambda x: expr.cast(expr.cast(x, INT64), FLOAT32), 1),
@@ -224,6 +234,14 @@ def test_other_maps_stay_behind_the_product(name: str) -> None:
         return KEPT[name](b, b.emit(ops.MatMul(), x, b.constant(weights(4, 4))), x)
 
     assert kinds(passed(fold_scales, graph_of({"x": (4, 4)}, build))) == ["MatMul", "Map"]
+
+
+def test_shared_weights_stay_shared() -> None:
+    def build(b: Builder, x: Value) -> Value:
+        table = b.constant(weights(4, 4))
+        return pointwise(b, lambda s: s * 2, b.emit(ops.MatMul(), b.emit(ops.MatMul(), x, table), table))
+
+    assert kinds(passed(fold_scales, graph_of({"x": (N, 4)}, build), N=2)) == ["MatMul", "MatMul", "Map"]
 
 
 def test_a_product_with_two_users_keeps_its_weights() -> None:

@@ -14,10 +14,11 @@ from gpu_engine.ir import dims, expr, ops
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Builder, Graph, Value
+from gpu_engine.passes.batchability import prove
 from gpu_engine.passes.pipeline import optimize
-from tests.reference import assert_same, graph_of, pointwise, random_inputs
+from tests.reference import assert_batches, assert_same, graph_of, pointwise, random_inputs
 
-N, S = dims.symbol("N"), dims.symbol("S")
+N = dims.symbol("N")
 GENERATOR = np.random.default_rng(1)
 
 
@@ -37,9 +38,11 @@ EXTENTS: tuple[Dim, ...] = (N, 2, 3, 4, 1)
 
 
 @st.composite
-def random_graphs(draw: st.DrawFn) -> Graph:
-    """Some ten operations, each on values made so far, over float32 tensors with a symbolic extent."""
-    shape = tuple(draw(st.permutations(EXTENTS))[: draw(st.integers(2, 4))])
+def random_graphs(draw: st.DrawFn, batched: bool = False) -> Graph:
+    """Some ten operations over float32 tensors with a symbolic extent, which comes first if `batched`."""
+    extents = draw(st.permutations(EXTENTS))
+    extents.sort(key=lambda extent: batched and extent is not N)
+    shape = tuple(extents[: draw(st.integers(2, 4))])
 
     def build(b: Builder, x: Value) -> tuple[Value, ...]:
         values = [x]
@@ -116,3 +119,11 @@ def random_product(draw: st.DrawFn, b: Builder, x: Value) -> Value:
 def test_random_graphs_stay_the_same(graph: Graph, extent: int) -> None:
     result = optimize(graph)
     assert_same(graph, result, random_inputs(graph, N=extent), rtol=2e-3, atol=2e-4)
+
+
+@settings(max_examples=150)
+@given(random_graphs(batched=True))
+def test_proven_batches_equal_their_rows(graph: Graph) -> None:
+    for form in (graph, optimize(graph)):
+        if not prove(form).refused:
+            assert_batches(form, 3, rtol=2e-3, atol=2e-4)

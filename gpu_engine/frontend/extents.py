@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.registry import constant_ints
 from gpu_engine.ir.dims import Dim
@@ -20,3 +22,20 @@ def extents_of(b: Builder, value: Value, count: int | None = None) -> tuple[Dim,
     if length is None:
         raise InvalidModel("how many extents there are must be known when the model is compiled")
     return tuple(b.fresh_dim() for _ in range(length))
+
+
+def unless_known(value: Value | None) -> Value | None:
+    """The operand that an array function needs for extents: None where `told` tells them all."""
+    return value if value is not None and value.known is None else None
+
+
+def told(value: Value | None) -> tuple[Dim, ...] | None:
+    """The extents that are known when the model is compiled, as an attribute of an array function."""
+    return tuple(constant_ints(value, "extents") or ()) if value is not None and value.known is not None else None
+
+
+def whole_numbers(told: tuple[int, ...] | None, operand: Any) -> tuple[int, ...] | None:
+    """What an array function got of extents: as an attribute, as an operand, or not at all."""
+    if told is not None or operand is None:
+        return told
+    return tuple(int(item) for item in operand.ravel())

@@ -30,7 +30,7 @@ from gpu_engine.frontend.sequences import (
     structure_of_emitted,
     tensors_of,
 )
-from gpu_engine.ir import dims
+from gpu_engine.ir import dim_text, dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value, live_nodes
 from gpu_engine.ir.structure import Known, Structure, flat_names
@@ -134,7 +134,7 @@ def input_value(info: TensorInfo, structure: Structure, inputs: list[Value]) -> 
 def _declared_extent(extent: DimText, fallback: str) -> Dim:
     if isinstance(extent, int):
         return extent if extent >= 0 else dims.symbol(fallback)
-    parsed = dims.parse(extent) if extent else None
+    parsed = dim_text.parse(extent) if extent else None
     if parsed is None:
         return dims.symbol(extent if extent and extent != "?" else fallback)
     return parsed

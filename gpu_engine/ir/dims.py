@@ -6,10 +6,10 @@ evaluates below zero counts as 0 (evaluation.py): `x[:, :-1]` of an empty axis s
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from gpu_engine.errors import InvalidModel
 
@@ -24,6 +24,14 @@ class Symbol:
 
     name: str
 
+    @property
+    def least(self) -> int:
+        """1, but 0 for an extent that only a step tells (`Builder.fresh_dim`): it may find nothing."""
+        return 0 if self.name[:1] == "u" and self.name[1:].isdigit() else 1
+
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclass(frozen=True)
 class Call:
@@ -31,6 +39,9 @@ class Call:
 
     function: str
     args: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.function}({', '.join(map(str, self.args))})"
 
 
 Atom = Symbol | Call
@@ -42,6 +53,13 @@ class Sym:
     """A sum of integer multiples of products of atoms, sorted; never a plain integer."""
 
     terms: tuple[tuple[Monomial, int], ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.terms)
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __add__(self, other: Dim) -> Dim:
         return _polynomial([*self.terms, *_terms(other)])
@@ -79,7 +97,8 @@ class Sym:
         raise TypeError(f"the truth of the symbolic extent {self} is not known")
 
     def __str__(self) -> str:
-        return " + ".join(_term_text(monomial, count) for monomial, count in self.terms).replace("+ -", "- ")
+        texts = ("*".join([str(n)] * (n != 1 or not atoms) + list(map(str, atoms))) for atoms, n in self.terms)
+        return " + ".join(texts).replace("+ -", "- ")
 
     __repr__ = __str__
 
@@ -153,17 +172,21 @@ def modulo(a: Dim, b: Dim) -> Dim:
 
 
 def minimum(a: Dim, b: Dim) -> Dim:
-    try:
-        return a if less_equal(a, b) else b
-    except Undecided:
-        return _call("min", *_ordered(a, b))
+    for low, high in ((a, b), (b, a)):
+        try:
+            return low if less_equal(low, high) else high
+        except Undecided:
+            continue
+    return _call("min", *_ordered(a, b))
 
 
 def maximum(a: Dim, b: Dim) -> Dim:
-    try:
-        return b if less_equal(a, b) else a
-    except Undecided:
-        return _call("max", *_ordered(a, b))
+    for low, high in ((a, b), (b, a)):
+        try:
+            return high if less_equal(low, high) else low
+        except Undecided:
+            continue
+    return _call("max", *_ordered(a, b))
 
 
 def broadcast(a: Dim, b: Dim) -> Dim:
@@ -217,14 +240,13 @@ def equal(a: Dim, b: Dim) -> bool:
 
 
 def bounds(dim: Dim) -> tuple[int | None, int | None]:
-    """The least and greatest value of `dim` while every symbol is at least 1; None where there is none."""
+    """The least and greatest value of `dim` while no symbol is below its least; None where there is none."""
     if isinstance(dim, int):
         return dim, dim
     low: int | None = 0
     high: int | None = 0
     for monomial, count in dim.terms:
-        least = math.prod(_atom_least(atom) for atom in monomial)
-        most = least if not monomial else None
+        least, most = _monomial_bounds(monomial)
         ends = (least, most) if count > 0 else (most, least)
         low = None if low is None or ends[0] is None else low + count * ends[0]
         high = None if high is None or ends[1] is None else high + count * ends[1]
@@ -253,14 +275,6 @@ def substitute(dim: Dim, values: Mapping[str, Dim]) -> Dim:
     return result
 
 
-def parse(text: str) -> Dim | None:
-    """The extent that a dim_param such as "8*h" or "batch" spells, or None if it is not arithmetic over names."""
-    try:
-        return _parse_node(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, ZeroDivisionError):
-        return None
-
-
 def _terms(dim: Dim) -> tuple[tuple[Monomial, int], ...]:
     return dim.terms if isinstance(dim, Sym) else (((), int(dim)),)
 
@@ -275,7 +289,7 @@ def _polynomial(terms: Iterable[tuple[Monomial, int]]) -> Dim:
     if len(kept) == 1 and not kept[0][0]:
         return kept[0][1]
     if len(kept) > 1:
-        kept.sort(key=lambda term: (-len(term[0]), str(term[0])))
+        kept.sort(key=lambda term: (-len(term[0]), *map(str, term[0])))
     return Sym(tuple(kept))
 
 
@@ -334,18 +348,37 @@ def _factor(a: Dim, b: int) -> tuple[Dim, int]:
     return _polynomial([(monomial, count // common) for monomial, count in _terms(a)]), b // common
 
 
-def _atom_least(atom: Atom) -> int:
+def _monomial_bounds(monomial: Monomial) -> tuple[int | None, int | None]:
+    if len(monomial) == 1:
+        return _atom_bounds(monomial[0])
+    lows, highs = zip(*map(_atom_bounds, monomial), strict=True) if monomial else ((), ())
+    if any(low is None or low < 0 for low in lows):
+        return None, None
+    return math.prod(lows), None if None in highs else math.prod(highs)
+
+
+def _atom_bounds(atom: Atom) -> tuple[int | None, int | None]:
     if isinstance(atom, Symbol):
-        return 1
-    lows = [bounds(arg)[0] for arg in atom.args]
-    match atom.function, lows:
-        case (("max" | "broadcast"), [a, b]):
-            return max(0, a or 0, b or 0)
-        case "min", [int(a), int(b)]:
-            return max(0, min(a, b))
-        case "floordiv", [int(a), _] if isinstance(atom.args[1], int):
-            return max(0, a // atom.args[1])
-    return 0
+        return atom.least, None
+    ends = [bounds(arg) for arg in atom.args]
+    lows, highs = ([low for low, _ in ends if low is not None], [high for _, high in ends if high is not None])
+    low = min(lows) if len(lows) == len(ends) else None
+    high = max(highs) if len(highs) == len(ends) else None
+    match atom.function, atom.args:
+        case "many", _:
+            return 0, 1
+        case "mod", (_, divisor):
+            return 0, divisor - 1 if isinstance(divisor, int) else None
+        case "floordiv", (_, int(divisor)):
+            (least, most), _ = ends
+            return None if least is None else least // divisor, None if most is None else most // divisor
+        case "min", _:
+            return low, min(highs, default=None)
+        case "max", _:
+            return max(lows, default=None), high
+        case "broadcast", _:
+            return low if low is None or low < 1 else max(lows), high
+    return (0 if low is not None and low >= 0 else None), None
 
 
 def _substitute_atom(atom: Atom, values: Mapping[str, Dim]) -> Dim:
@@ -356,33 +389,3 @@ def _substitute_atom(atom: Atom, values: Mapping[str, Dim]) -> Dim:
         "floordiv": floor_div, "mod": modulo, "min": minimum, "max": maximum, "broadcast": broadcast, "many": many,
     }  # fmt: skip
     return functions[atom.function](*args)
-
-
-def _term_text(monomial: Monomial, count: int) -> str:
-    atoms = [
-        atom.name if isinstance(atom, Symbol) else f"{atom.function}({', '.join(map(str, atom.args))})"
-        for atom in monomial
-    ]
-    return "*".join([str(count)] * (count != 1 or not atoms) + atoms)
-
-
-def _parse_node(node: ast.expr) -> Dim:
-    match node:
-        case ast.Constant(value=int(value)) if not isinstance(value, bool):
-            return value
-        case ast.Name(id=name):
-            return symbol(name)
-        case ast.BinOp(left=left, op=operator, right=right):
-            a, b = _parse_node(left), _parse_node(right)
-            match operator:
-                case ast.Add():
-                    return a + b
-                case ast.Sub():
-                    return a - b
-                case ast.Mult():
-                    return a * b
-                case ast.FloorDiv():
-                    return floor_div(a, b)
-                case ast.Mod():
-                    return modulo(a, b)
-    raise ValueError("not arithmetic over names")

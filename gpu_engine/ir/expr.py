@@ -275,10 +275,16 @@ def arg_count(expr: Expr) -> int:
 
 def substitute(expr: Expr, replacements: Mapping[int, Expr]) -> Expr:
     """`expr` with operands replaced by expressions of the same dtype."""
+    args = [node for node in walk(expr) if node.op == "arg" and node.value in replacements]
+    return replace(expr, {node: replacements[node.value] for node in args})
+
+
+def replace(expr: Expr, replacements: Mapping[Expr, Expr]) -> Expr:
+    """`expr` with subexpressions replaced by others of the same dtype."""
     built: dict[Expr, Expr] = {}
     for node in walk(expr):
-        if node.op == "arg":
-            built[node] = replacements.get(node.value, node)
+        if node in replacements:
+            built[node] = replacements[node]
         elif node.args:
             args = tuple(built[child] for child in node.args)
             built[node] = cast(args[0], node.dtype, saturate=node.value) if node.op == "cast" else apply(node.op, *args)

@@ -324,12 +324,14 @@ def rewrite(graph: Graph, rule: Rule) -> Graph:
 
 
 def live_nodes(nodes: Iterable[Node], outputs: Iterable[Value]) -> tuple[Node, ...]:
-    """The nodes that the outputs need, in order."""
+    """The nodes that the outputs need, in order: for their contents, or for an extent that only they tell."""
     needed, kept = set(outputs), []
+    extents: set[str] = set()
     for node in reversed(list(nodes)):
-        if needed.intersection(node.outputs):
+        if needed.intersection(node.outputs) or extents.intersection(getattr(node.op, "binds", ())):
             kept.append(node)
             needed.update(node.inputs)
+            extents.update(*map(dims.symbols, op_dims(node.op)))
     return tuple(reversed(kept))
 
 

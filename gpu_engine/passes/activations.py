@@ -65,7 +65,7 @@ def canonical(root: Expr) -> Expr:
         found = _next_activation(expr.walk(root))
         if found is None:
             break
-        root = replaced(root, *found)
+        root = expr.replace(root, dict([found]))
     return root
 
 
@@ -197,19 +197,3 @@ def close(form: Polynomial, wanted: Polynomial, dtype: DType) -> bool:
     return form.keys() == wanted.keys() and all(
         math.isclose(form[key], value, rel_tol=tolerance) for key, value in wanted.items()
     )
-
-
-def replaced(root: Expr, old: Expr, new: Expr) -> Expr:
-    """`root` with the subexpression `old` replaced by `new`."""
-    built: dict[Expr, Expr] = {old: new}
-    for node in expr.walk(root):
-        if node in built:
-            continue
-        args = tuple(built[child] for child in node.args)
-        if args == node.args:
-            built[node] = node
-        elif node.op == "cast":
-            built[node] = expr.cast(args[0], node.dtype, saturate=node.value)
-        else:
-            built[node] = expr.apply(node.op, *args)
-    return built[root]

@@ -127,8 +127,9 @@ def carried(node: Node, operands: list[Operand], name: str) -> int | tuple[int, 
         case Expand():
             return aligned(operands, op.shape)
         case Concat():
-            at = aligned(operands, node.outputs[0].shape, every=True)
-            return apart(at, (op.axis,), "joins tensors along the rows of the batch")
+            if any(place == op.axis for _, place in operands):
+                raise Mixed("joins tensors along the rows of the batch")
+            return aligned(operands, node.outputs[0].shape, every=True)
         case Slice():
             return sliced(op, shape, axis, name)
         case Pad():

@@ -86,7 +86,7 @@ def _worthwhile(
 ) -> bool:
     assert isinstance(inner.op, Map)
     root = inner.op.expr
-    if value.dtype == STRING or _wraps(root):
+    if _wraps(root) or any(operand.dtype == STRING for operand in (value, *inner.inputs)):
         return False
     alone, whole = only_user(value, node, uses), same_extents(value.shape, shape)
     if alone and whole:

@@ -7,7 +7,6 @@ from gpu_engine.ir.dtypes import BOOL
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
 from gpu_engine.ir.ops import Map
-from gpu_engine.passes.activations import replaced
 from gpu_engine.passes.coordinates import counted_axis
 from gpu_engine.passes.operands import emit_fewest, operand_shape
 
@@ -20,13 +19,11 @@ def decide_comparisons(graph: Graph) -> Graph:
 def _decided(node: Node, builder: Builder) -> tuple[Value] | None:
     if not isinstance(node.op, Map):
         return None
-    root = node.op.expr
-    for test in expr.walk(root):
-        outcome = _outcome(test, node.inputs, builder)
-        root = root if outcome is None else replaced(root, test, expr.const(outcome, BOOL))
-    if root is node.op.expr:
+    outcomes = {test: _outcome(test, node.inputs, builder) for test in expr.walk(node.op.expr)}
+    known = {test: expr.const(outcome, BOOL) for test, outcome in outcomes.items() if outcome is not None}
+    if not known:
         return None
-    return (emit_fewest(root, node.inputs, operand_shape(node.inputs), builder),)
+    return (emit_fewest(expr.replace(node.op.expr, known), node.inputs, operand_shape(node.inputs), builder),)
 
 
 def _outcome(test: Expr, inputs: tuple[Value, ...], builder: Builder) -> bool | None:

@@ -42,7 +42,9 @@ def _folded(node: Node, builder: Builder, uses: Uses) -> tuple[Value] | None:
             operands = inlined(*operands, {value: (made.op.expr, made.inputs)})
             found = [(operand, builder.producer(operand)) for operand in made.inputs if uses.get(operand) == 1]
             value, made = next(((v, p) for v, p in found if p and isinstance(p.op, Product)), (value, made))
-        if isinstance(made.op, Product) and (result := _scaled(operands, value, made, builder)) is not None:
+        if not isinstance(made.op, Product) or uses.get(made.inputs[1], 1) > 1:
+            continue
+        if (result := _scaled(operands, value, made, builder)) is not None:
             return (result,)
     return None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from gpu_engine.ir.dims import Dim, Sym
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
-from gpu_engine.ir.ops import Concat, Expand, Gather, Map, Pad, Reduce, Reshape, Slice, Transpose
+from gpu_engine.ir.ops import Attention, Concat, Expand, Gather, Map, MatMul, Pad, Reduce, Reshape, Slice, Transpose
 from gpu_engine.passes.casts import without_needless_casts
 from gpu_engine.passes.operands import emit_fewest, fewest, operand_shape, tidy
 
@@ -126,11 +126,21 @@ def _unexpanded(value: Value, builder: Builder) -> Value:
     return inner.inputs[0] if inner is not None and isinstance(inner.op, Expand) else value
 
 
+def _product(node: Node, builder: Builder) -> Value | None:
+    """A product or attention that broadcasts its operands itself, instead of an Expand."""
+    inputs = list(node.inputs)
+    for i, value in enumerate(node.inputs):
+        inputs[i] = _unexpanded(value, builder)
+        if inputs[i].rank < 2 or node.op.infer(*(operand.type for operand in inputs))[0] != node.outputs[0].type:
+            inputs[i] = value
+    return None if tuple(inputs) == node.inputs else builder.emit(node.op, *inputs)
+
+
 def nonzero(dim: Dim) -> bool:
     return isinstance(dim, Sym) or dim != 0
 
 
 RULES: dict[type, Callable[[Node, Builder], Value | None]] = {
     Reshape: _reshape, Transpose: _transpose, Expand: _expand, Concat: _concat, Slice: _slice, Pad: _pad,
-    Gather: _gather, Reduce: _reduce, Map: _map,
+    Gather: _gather, Reduce: _reduce, Map: _map, MatMul: _product, Attention: _product,
 }  # fmt: skip

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from gpu_engine.errors import InputError
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim, Sym
@@ -22,6 +20,7 @@ class Numbers:
         self.names = tuple(names)
         self._places: dict[Dim, int] = {}
         self._requirements: list[Requirement] = []
+        self._checks: list[tuple[int, int, bool]] = []
         self._evaluate: Callable[..., tuple[int, ...]] | None = None
 
     def __len__(self) -> int:
@@ -36,19 +35,11 @@ class Numbers:
         """Check these relations at every evaluation."""
         for requirement in requirements:
             self._requirements.append(requirement)
-            self.place(requirement.left), self.place(requirement.right)
+            self._checks.append((self.place(requirement.left), self.place(requirement.right), requirement.broadcast))
 
     def compile(self) -> None:
         """Generate the arithmetic; no dim can be added afterwards."""
         self._evaluate = evaluator(list(self._places), self.names)
-        self._left, self._right, self._may_be_one = (
-            np.array(column, kind)
-            for column, kind in (
-                ([self._places[r.left] for r in self._requirements], np.intp),
-                ([self._places[r.right] for r in self._requirements], np.intp),
-                ([r.broadcast for r in self._requirements], np.bool_),
-            )
-        )
 
     def evaluate(self, extents: Sequence[int]) -> tuple[int, ...]:
         """The value of every dim, by place; InputError if the extents contradict a requirement."""
@@ -57,24 +48,22 @@ class Numbers:
             values = self._evaluate(*extents)
         except (ValueError, ZeroDivisionError) as error:
             raise InputError(self._explain(extents, str(error))) from error
-        if self._requirements:
-            self._check(values, extents)
+        for left, right, may_be_one in self._checks:
+            if values[left] != values[right] and not (may_be_one and values[left] == 1):
+                raise InputError(self._contradiction(values, extents))
         return values
 
-    def _check(self, values: tuple[int, ...], extents: Sequence[int]) -> None:
-        numbers = np.array(values, np.int64)
-        left, right = numbers[self._left], numbers[self._right]
-        wrong = left != right
-        if not wrong.any():
-            return
-        wrong &= ~(self._may_be_one & (left == 1))
-        for i in np.flatnonzero(wrong):
-            requirement = self._requirements[i]
-            verb = "does not broadcast to" if requirement.broadcast else "should be"
-            raise InputError(
-                f"{requirement.source}: {requirement.what}: extent {left[i]} ({requirement.left}) {verb} {right[i]} "
-                f"({requirement.right}) with {self._bound(extents)}"
-            )
+    def _contradiction(self, values: tuple[int, ...], extents: Sequence[int]) -> str:
+        """Names the first requirement that does not hold."""
+        for requirement, (left, right, may_be_one) in zip(self._requirements, self._checks, strict=True):
+            a, b = values[left], values[right]
+            if a != b and not (may_be_one and a == 1):
+                verb = "does not broadcast to" if may_be_one else "should be"
+                return (
+                    f"{requirement.source}: {requirement.what}: extent {a} ({requirement.left}) {verb} {b} "
+                    f"({requirement.right}) with {self._bound(extents)}"
+                )
+        raise AssertionError("every requirement holds")
 
     def _explain(self, extents: Sequence[int], message: str) -> str:
         """Names the first requirement whose extents cannot be computed."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_engine.ir import dims
+from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.plan.plan import Buffer, Plan, root
 
 ALIGNMENT = 64
@@ -141,12 +142,19 @@ def buffer_nbytes(buffer: Buffer) -> dims.Dim:
     return dims.product(buffer.shape) * buffer.dtype.itemsize
 
 
-def typical_nbytes(buffer: Buffer, symbol: str | None) -> int:
-    """A size to plan with: the batch extent `symbol` counts 4, every other unknown extent 256."""
-    size = buffer_nbytes(buffer)
-    values: dict[str, dims.Dim] = {name: 4 if name == symbol else 256 for name in dims.symbols(size)}
+def typical_nbytes(buffers: Sequence[Buffer], symbol: str | None) -> list[int]:
+    """Sizes to plan with: the batch extent `symbol` counts 4, every other unknown extent 256."""
+    sizes = [buffer_nbytes(buffer) for buffer in buffers]
+    names = sorted(set().union(*map(dims.symbols, sizes)))
+    values = [4 if name == symbol else 256 for name in names]
     try:
-        typical = dims.substitute(size, values)
-    except ValueError:
+        return list(evaluator(sizes, names)(*values))
+    except (ValueError, ZeroDivisionError):
+        return [_typical(size, names, values) for size in sizes]
+
+
+def _typical(size: dims.Dim, names: Sequence[str], values: Sequence[int]) -> int:
+    try:
+        return evaluator([size], names)(*values)[0]
+    except (ValueError, ZeroDivisionError):
         return 1 << 20
-    return typical if isinstance(typical, int) else 1 << 20

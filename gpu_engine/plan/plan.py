@@ -79,7 +79,8 @@ class Requirement:
 class Plan:
     """Steps over numbered buffers; `symbols` are the extents that the inputs' shapes bind, in binding order.
 
-    `output_structures` as in ir.graph.Graph. `program` is what the device that lowered the plan prepared for binding it, of no meaning to anyone else.
+    `output_structures` as in ir.graph.Graph. `program` is what the device that lowered the plan prepared for binding
+    it, of no meaning to anyone else.
     """
 
     steps: tuple[Step, ...]

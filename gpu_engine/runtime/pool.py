@@ -129,7 +129,8 @@ class Pool:
     def close(self, drain: bool, timeout_s: float | None) -> None:
         """Refuse new requests, run or fail those that wait, wait for those in flight, end all threads.
 
-        What has not finished after `timeout_s` fails with EngineClosed.
+        What has not finished after `timeout_s` fails with EngineClosed. In a callback on one of our own threads nothing
+        is waited for: what waits is run there, and the threads end when they are done.
         """
         ends = None if timeout_s is None else clock() + timeout_s
         worker = self._by_thread.get(threading.get_ident())
@@ -142,18 +143,22 @@ class Pool:
         while drain and worker is not None and self._serve_one(worker):
             pass
         with self._mutex:
-            if drain:
+            if drain and worker is None:
                 self.batcher.flush()
                 self._call_workers()
                 self._quiet.wait_for(lambda: self._is_quiet() and not self.batcher.size, _left(ends))
             waiting = self.batcher.clear()
         _fail(waiting, EngineClosed(_CLOSED))
         with self._mutex:
-            if not self._quiet.wait_for(self._is_quiet, _left(ends)):
-                waiting = self._in_flight()
+            quiet = worker is not None or self._quiet.wait_for(self._is_quiet, _left(ends))
+            late = [] if quiet else self._in_flight()
             self._stopped = True
-        _fail(waiting, EngineClosed(f"{_CLOSED} and this request did not finish in time"))
-        self._end_threads(ends)
+        _fail(late, EngineClosed(f"{_CLOSED} and this request did not finish in time"))
+        for each in self._workers:
+            each.tokens.put(None)
+        for each in self._workers:
+            if each.thread is not None and worker is None:
+                each.thread.join(_left(ends))
         self._release_streams()
 
     def abandon(self) -> None:
@@ -312,18 +317,11 @@ class Pool:
             raise RequestTimeout(f"{_EXPIRED} while the queue was full")
 
     def _is_quiet(self) -> bool:
-        """Whether no slot is owned, but for the one whose thread asks."""
-        return len(self._idle) + (threading.get_ident() in self._by_thread) >= len(self._workers)
+        """Whether no slot is owned."""
+        return len(self._idle) == len(self._workers)
 
     def _in_flight(self) -> list[Request]:
         return [part[0] for worker in self._workers if worker.batch for part in worker.batch.parts]
-
-    def _end_threads(self, ends: float | None) -> None:
-        for worker in self._workers:
-            worker.tokens.put(None)
-        for worker in self._workers:
-            if worker.thread is not None and worker.thread is not threading.current_thread():
-                worker.thread.join(_left(ends))
 
     def _fail_abandoned(self) -> None:
         with self._mutex:
@@ -333,7 +331,7 @@ class Pool:
 
     def _release_streams(self) -> None:
         """Close the device's streams, once, after the last thread is gone and the last slot is back."""
-        if self._by_thread or len(self._idle) < len(self._workers):
+        if self._by_thread or not self._is_quiet():
             return
         while self._open:
             with contextlib.suppress(IndexError):

@@ -76,9 +76,9 @@ def load_digits() -> Digits:
 def run_demo(device: str, streams: int, requests: int, seconds: float, start: Start) -> Report:
     """Both passes, each of about `seconds`; `start(title, items)` returns what is told about items done."""
     digits = load_digits()
-    with gpu_engine.compile(digits.model, device=device, streams=1, requests=1, batch=1) as engine:
+    with _engine(digits, device=device, streams=1, requests=1, batch=1) as engine:
         single = _measure("one by one", digits, seconds, start, lambda images: _one_by_one(engine, images))
-    with gpu_engine.compile(digits.model, device=device, streams=streams, requests=requests) as engine:
+    with _engine(digits, device=device, streams=streams, requests=requests) as engine:
         title = f"{requests} requests in flight"
         batched = _measure(title, digits, seconds, start, lambda images: _in_flight(engine, images, requests))
         plan, counts = engine.explain_batching(), engine.statistics()
@@ -94,6 +94,12 @@ def run_demo(device: str, streams: int, requests: int, seconds: float, start: St
             limiting_factor=plan.limiting_factor,
             mean_batch=counts.mean_batch,
         )
+
+
+def _engine(digits: Digits, device: str, streams: int, requests: int, batch: int | None = None) -> gpu_engine.Engine:
+    engine = gpu_engine.compile(digits.model, device=device, streams=streams, requests=requests, batch=batch)
+    assert isinstance(engine, gpu_engine.Engine)
+    return engine
 
 
 def _measure(title: str, digits: Digits, seconds: float, start: Start, run: Callable[[Any], Iterator[int]]) -> Pass:

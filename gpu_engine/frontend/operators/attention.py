@@ -65,7 +65,9 @@ def attention(
         offset = emit_map(b, lambda n, s: n - s, nonpad_kv_seqlen, b.shape_constant([q.shape[2]]))
     positions = Positions(bool(is_causal), left_window_size, right_window_size, offset, nonpad_kv_seqlen)
     biased = _masked(b, capped, attn_mask, positions)
-    probabilities = _probabilities(b, biased, from_onnx(softmax_precision) if softmax_precision else q.dtype, q.dtype)
+    hides = attn_mask is not None or nonpad_kv_seqlen is not None or max(left_window_size, right_window_size) >= 0
+    precision = from_onnx(softmax_precision) if softmax_precision else q.dtype
+    probabilities = _probabilities(b, biased, precision, q.dtype, may_hide_all=hides)
     y = _weighted(b, probabilities, v)
     if packed:
         y = b.emit(ops.Transpose((0, 2, 1, 3)), y)
@@ -91,7 +93,7 @@ def flex_attention(
     scores = emit_map(b, lambda s: cast(s, precision), _scores(b, q, k, scale))
     if score_mod is not None:
         scores = _modified(bodies, score_mod, scores)
-    probabilities = _probabilities(b, scores, precision, precision)
+    probabilities = _probabilities(b, scores, precision, precision, may_hide_all=score_mod is not None)
     if prob_mod is not None:
         probabilities = _modified(bodies, prob_mod, probabilities)
     return _weighted(b, emit_map(b, lambda p: cast(p, q.dtype), probabilities), v)
@@ -214,8 +216,10 @@ def _padded_mask(b: Builder, mask: Value, columns: Dim) -> Value:
     return b.emit(ops.Pad((*none, 0), (*none, missing)), mask, hidden)
 
 
-def _probabilities(b: Builder, scores: Value, precision: DType, dtype: DType) -> Value:
-    """The softmax along the keys; a key at -inf has probability 0 also where all are."""
+def _probabilities(b: Builder, scores: Value, precision: DType, dtype: DType, *, may_hide_all: bool) -> Value:
+    """The softmax along the keys; with `may_hide_all`, a key at -inf has probability 0 also where all are."""
     precise = emit_map(b, lambda s: cast(s, precision), scores) if scores.dtype != precision else scores
     soft = b.emit(ops.Softmax(3), precise)
-    return emit_map(b, lambda p, s: cast(where(equal(s, -np.inf), 0.0, p), dtype), soft, precise)
+    if may_hide_all:
+        return emit_map(b, lambda p, s: cast(where(equal(s, -np.inf), 0.0, p), dtype), soft, precise)
+    return soft if precision == dtype else emit_map(b, lambda p: cast(p, dtype), soft)

@@ -70,6 +70,8 @@ def range_(b: Builder, start: Value, limit: Value, delta: Value, *, stash_type: 
     if count is None:
         kind = TensorType(start.dtype, (b.fresh_dim(),))
         return emit_array(b, count_up, lambda b, *_: kind, (start, limit, delta), {})[0]
+    if _is_only(start, 0) and _is_only(delta, 1):
+        return b.emit(Iota(count, start.dtype))
     index = b.emit(Iota(count, INT64))
     wide = compute_dtype(start.dtype)
     return emit_map(
@@ -92,6 +94,10 @@ def _known_count(start: Value, limit: Value, delta: Value) -> Dim | None:
         return None
     steps = dims.ceil_div(last - first, step) if step > 0 else dims.ceil_div(first - last, -step)
     return dims.maximum(0, steps)
+
+
+def _is_only(value: Value, number: int) -> bool:
+    return value.constant is not None and bool((value.constant == number).all())
 
 
 def range_count(start: float, limit: float, delta: float) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import InvalidModel, UnsupportedModel
-from gpu_engine.frontend.extents import extents_of
+from gpu_engine.frontend.extents import extents_of, told, unless_known, whole_numbers
 from gpu_engine.frontend.registry import emit_array, normal_axis, operator
 from gpu_engine.frontend.windows import per_axis, split_pads
 from gpu_engine.ir import dims, ops
@@ -111,15 +111,17 @@ def col2im(
     known = block_shape.known is not None
     channels = dims.floor_div(x.shape[1], dims.product(block)) if known else b.fresh_dim()
     attributes = {
-        "windows": (per_axis(strides, rank, "strides"), per_axis(dilations, rank, "dilations"), before, after)
+        "windows": (per_axis(strides, rank, "strides"), per_axis(dilations, rank, "dilations"), before, after),
+        "extents": (told(image_shape), told(block_shape)),
     }
     kind = TensorType(x.dtype, (x.shape[0], channels, *image))
-    (result,) = emit_array(b, _col2im, lambda *_, **__: kind, (x, image_shape, block_shape), attributes)
+    operands = (x, unless_known(image_shape), unless_known(block_shape))
+    (result,) = emit_array(b, _col2im, lambda *_, **__: kind, operands, attributes)
     return result
 
 
-def _col2im(xp: Any, x: Any, image_shape: Any, block_shape: Any, *, windows: Any) -> Any:
-    image, block = [int(extent) for extent in image_shape], [int(extent) for extent in block_shape]
+def _col2im(xp: Any, x: Any, image_shape: Any, block_shape: Any, *, windows: Any, extents: Any) -> Any:
+    image, block = (whole_numbers(*pair) or () for pair in zip(extents, (image_shape, block_shape), strict=True))
     strides, dilations, before, after = windows
     padded = [low + extent + high for low, extent, high in zip(before, image, after, strict=True)]
     counts = [

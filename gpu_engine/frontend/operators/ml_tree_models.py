@@ -19,7 +19,9 @@ from gpu_engine.ir.graph import Builder, Value
 from gpu_engine.ir.ops import ArgReduce, Reshape
 
 Array = NDArray[Any]
-Ints, Floats, Strings = tuple[int, ...], tuple[float, ...], tuple[str, ...]
+Ints = tuple[int, ...]
+Floats = tuple[float, ...]
+Strings = tuple[str, ...]
 AGGREGATES = ("AVERAGE", "SUM", "MIN", "MAX")
 """In the order of TreeEnsemble's numbers for them."""
 

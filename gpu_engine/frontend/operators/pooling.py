@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import InvalidModel
-from gpu_engine.frontend.extents import extents_of
+from gpu_engine.frontend.extents import extents_of, told, unless_known, whole_numbers
 from gpu_engine.frontend.registry import emit_array, emit_map, operator
 from gpu_engine.frontend.windows import Windows, split_pads, windows
 from gpu_engine.ir import ops
@@ -198,7 +198,8 @@ def max_unpool(
         if len(shape) != x.rank:
             raise InvalidModel(f"output_shape {list(shape)} for {x.type}")
     kind = TensorType(x.dtype, tuple(shape))
-    (result,) = emit_array(b, _unpool, lambda *_, **__: kind, (x, indices, output_shape), {"smallest": smallest})
+    attributes = {"smallest": smallest, "shape": told(output_shape)}
+    (result,) = emit_array(b, _unpool, lambda *_, **__: kind, (x, indices, unless_known(output_shape)), attributes)
     return result
 
 
@@ -209,8 +210,8 @@ def _unpooled(spatial: Sequence[Dim], found: Windows, before: Sequence[Dim], aft
     )
 
 
-def _unpool(xp: Any, x: Any, indices: Any, output_shape: Any, *, smallest: tuple[int, ...]) -> Any:
-    shape = smallest if output_shape is None else tuple(int(extent) for extent in output_shape)
+def _unpool(xp: Any, x: Any, indices: Any, output_shape: Any, *, smallest: tuple[int, ...], shape: Any) -> Any:
+    shape = whole_numbers(shape, output_shape) or smallest
     if tuple(smallest) != shape:
         coordinates = xp.unravel_index(indices.ravel(), smallest)
         indices = xp.ravel_multi_index(coordinates, shape)

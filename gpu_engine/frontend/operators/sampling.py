@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import InvalidModel
-from gpu_engine.frontend.extents import extents_of
+from gpu_engine.frontend.extents import extents_of, told, unless_known, whole_numbers
 from gpu_engine.frontend.registry import emit_array, operator
 from gpu_engine.ir.dtypes import compute_dtype
 from gpu_engine.ir.graph import Builder, TensorType, Value
@@ -136,12 +136,13 @@ def affine_grid(b: Builder, theta: Value, size: Value, *, align_corners: int = 0
     if theta.rank != 3 or len(extents) not in (4, 5):
         raise InvalidModel(f"theta {theta.type} for a grid of {len(extents) - 2} axes")
     kind = TensorType(theta.dtype, (theta.shape[0], *extents[2:], len(extents) - 2))
-    (grid,) = emit_array(b, _affine_grid, lambda *_, **__: kind, (theta, size), {"align": bool(align_corners)})
+    attributes = {"align": bool(align_corners), "extents": told(size)}
+    (grid,) = emit_array(b, _affine_grid, lambda *_, **__: kind, (theta, unless_known(size)), attributes)
     return grid
 
 
-def _affine_grid(xp: Any, theta: Any, size: Any, *, align: bool) -> Any:
-    spatial = [int(extent) for extent in size[2:]]
+def _affine_grid(xp: Any, theta: Any, size: Any, *, align: bool, extents: Any) -> Any:
+    spatial = (whole_numbers(extents, size) or ())[2:]
     axes = []
     for extent in spatial:
         steps = xp.arange(extent, dtype=theta.dtype)

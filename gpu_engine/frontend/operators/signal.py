@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import InvalidModel
-from gpu_engine.frontend.extents import extents_of
+from gpu_engine.frontend.extents import extents_of, told, unless_known, whole_numbers
 from gpu_engine.frontend.registry import emit_array, normal_axis, operator
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
@@ -62,17 +62,20 @@ def _emit_dft(
     b: Builder, x: Value, length: Value | None, axis: Value | None, shape: tuple[Dim, ...], attributes: dict[str, Any]
 ) -> Value:
     kind = TensorType(x.dtype, shape)
-    (result,) = emit_array(b, _transformed, lambda *_, **__: kind, (x, length, axis), attributes)
+    operands = (x, unless_known(length), axis)
+    (result,) = emit_array(b, _transformed, lambda *_, **__: kind, operands, {**attributes, "size": told(length)})
     return result
 
 
-def _transformed(xp: Any, x: Any, length: Any, axis: Any, *, inverse: bool, onesided: bool, at: int = 0) -> Any:
+def _transformed(
+    xp: Any, x: Any, length: Any, axis: Any, *, size: Any, inverse: bool, onesided: bool, at: int = 0
+) -> Any:
     axis = at if axis is None else normal_axis(int(axis.ravel()[0]), x.ndim)
     signal = _complex(xp, x)
+    default = 2 * (x.shape[axis] - 1) if onesided and inverse else x.shape[axis]
+    (count,) = whole_numbers(size, length) or (default,)
     if onesided and inverse:
-        count = 2 * (x.shape[axis] - 1) if length is None else int(length.ravel()[0])
         return xp.fft.irfft(signal, n=count, axis=axis)[..., None]
-    count = x.shape[axis] if length is None else int(length.ravel()[0])
     if inverse:
         return _parts(xp, xp.fft.ifft(signal, n=count, axis=axis))
     transform = xp.fft.rfft if onesided and x.shape[-1] == 1 else xp.fft.fft
@@ -112,15 +115,18 @@ def stft(
         frames = dims.floor_div(signal.shape[1] - length, step) + 1  # type: ignore[assignment]
         bins = dims.floor_div(length, 2) + 1 if onesided else length  # type: ignore[assignment]
     kind = TensorType(signal.dtype, (signal.shape[0], frames, bins, 2))
-    operands = (signal, frame_step, window, frame_length)
-    (result,) = emit_array(b, _short_time, lambda *_, **__: kind, operands, {"onesided": bool(onesided)})
+    operands = (signal, unless_known(frame_step), window, unless_known(frame_length))
+    attributes = {"onesided": bool(onesided), "steps": (told(frame_step), told(frame_length))}
+    (result,) = emit_array(b, _short_time, lambda *_, **__: kind, operands, attributes)
     return result
 
 
-def _short_time(xp: Any, signal: Any, frame_step: Any, window: Any, frame_length: Any, *, onesided: bool) -> Any:
-    step = int(frame_step.ravel()[0])
-    length = signal.shape[1] if window is None else window.shape[0]
-    length = length if frame_length is None else int(frame_length.ravel()[0])
+def _short_time(
+    xp: Any, signal: Any, frame_step: Any, window: Any, frame_length: Any, *, onesided: bool, steps: Any
+) -> Any:
+    (step,) = whole_numbers(steps[0], frame_step) or (1,)
+    default = signal.shape[1] if window is None else window.shape[0]
+    (length,) = whole_numbers(steps[1], frame_length) or (default,)
     frames = max(0, (signal.shape[1] - length) // step + 1)
     values = _complex(xp, signal)
     places = xp.arange(frames)[:, None] * step + xp.arange(length)

@@ -1,0 +1,65 @@
+"""Lowers one node by hand, for any target, and runs its native steps in poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cpu_fallback.calls import Native
+from cpu_fallback.native import Target
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import DType
+from gpu_engine.ir.evaluation import evaluator
+from gpu_engine.ir.graph import Node, Op, TensorType, Value
+from gpu_engine.plan.lower import Lowering
+from tests.kernel_runner import Array, guarded, guards_hold, run_native
+
+Emit = Callable[[Lowering, Any, Node, tuple[int, ...], tuple[int, ...], Target], bool]
+
+
+def run_node(
+    emit: Emit,
+    op: Op,
+    operands: Sequence[Array],
+    target: Target,
+    *,
+    threads: int = 1,
+    constants: Collection[int] = (),
+    shapes: Mapping[int, tuple[Dim, ...]] | None = None,
+    values: Mapping[str, int] | None = None,
+    result: DType | None = None,
+) -> Array:
+    """The first result of `op`, lowered by `emit`; fails if a step writes outside its buffers.
+
+    Operands named by `constants` are known when lowering; `shapes` gives symbolic shapes to others, `values` their
+    symbols. All memory that steps write is full of poison before.
+    """
+    kinds = [TensorType(array.dtype, (shapes or {}).get(i, array.shape)) for i, array in enumerate(operands)]
+    inputs = tuple(
+        Value(kind, array if i in constants else None) for i, (kind, array) in enumerate(zip(kinds, operands, strict=True))
+    )  # fmt: skip
+    outputs = tuple(map(Value, op.infer(*kinds)))
+    node = Node(op, inputs, outputs, "a node")
+    lowering = Lowering()
+    numbers = tuple(map(lowering.number, inputs))
+    out = lowering.number(outputs[0])
+    assert emit(lowering, op, node, numbers, (out,), target), f"{op} of {kinds} has no native form"
+    memories = []
+    arrays = dict(zip(numbers, map(np.ascontiguousarray, operands), strict=True))
+    for i, buffer in enumerate(lowering.buffers):
+        if i not in arrays and buffer.constant is not None:
+            arrays[i] = buffer.constant
+        elif i not in arrays:
+            extents = evaluator(list(buffer.shape), list(values or {}))(*(values or {}).values())
+            arrays[i], memory = guarded(extents, buffer.dtype)
+            memories.append(memory)
+    before = [operand.copy() for operand in operands]
+    for step in lowering.steps:
+        assert isinstance(step.kernel, Native)
+        run_native(step.kernel, arrays, target, threads, values)  # type: ignore[arg-type]
+    assert all(map(guards_hold, memories)), "a step wrote outside its buffers"
+    for own, copy in zip(operands, before, strict=True):
+        np.testing.assert_array_equal(own, copy)
+    return arrays[out]

@@ -1,0 +1,59 @@
+"""However requests are batched, each gets what it would get alone: the matrix of streams, requests and batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.recording_device import MakeEngine, RecordingDevice, double, plain, plan_of, rows
+
+BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)
+DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
+
+
+@pytest.mark.parametrize("timeout_ms", [0, 1])
+@pytest.mark.parametrize("requests", [1, 3, 8, 9, 16, 64])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_every_result_is_that_of_the_request_alone(
+    recorder: RecordingDevice, make_engine: MakeEngine, streams: int, requests: int, timeout_ms: float
+) -> None:
+    for batch in BATCHES:
+        engine = make_engine(recorder, plain(), streams=streams, batch=batch, batch_timeout_ms=timeout_ms)
+        futures = [engine.submit(rows(i)) for i in range(requests)]
+        for i, future in enumerate(futures):
+            np.testing.assert_array_equal(future.result(30), double(rows(i))[0])
+        counts = engine.statistics()
+        assert counts.inference_count == requests and max(counts.batch_sizes) <= batch
+        assert sum(counts.close_reasons.values()) == counts.execution_count
+        engine.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_dtype(recorder: RecordingDevice, make_engine: MakeEngine, dtype: str, shared: bool) -> None:
+    """With `shared`, all requests are views of one array that is neither contiguous nor writable."""
+
+    def model(x: Any) -> list[Any]:
+        return [x[:, ::-1], np.concatenate([x, x], axis=1)]
+
+    recorder.model = model
+    plan = plan_of({"x": (dtype, ("N", "w"))}, {"y": (dtype, ("N", "w")), "z": (dtype, ("N", "2*w"))})
+    engine = make_engine(recorder, plan, streams=2, batch=8)
+    everything = np.arange(40 * 6).reshape(40, 6).astype(dtype)[:, ::2]
+    everything.setflags(write=False)
+    inputs = [everything[i : i + 1] if shared else everything[i : i + 1].copy() for i in range(40)]
+    for x, (y, z) in zip(inputs, engine.map([x] for x in inputs), strict=True):
+        assert y.dtype == z.dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(y, x[:, ::-1])
+        np.testing.assert_array_equal(z, np.concatenate([x, x], axis=1))
+
+
+def test_strings(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
+    recorder.model = lambda x: [np.char.upper(x.astype(str)).astype(object)]
+    plan = plan_of({"x": (object, ("N", 2))}, {"y": (object, ("N", 2))})
+    engine = make_engine(recorder, plan, streams=1, batch=4)
+    inputs = [np.array([[f"a{i}", "é" * i]], object) for i in range(10)]
+    for x, y in zip(inputs, engine.map(inputs), strict=True):
+        assert y.tolist() == [[text.upper() for text in x[0]]]
