@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
@@ -33,7 +35,13 @@ def cap_threads(threads: int) -> Callable[[], None]:
     return release
 
 
+@lru_cache(maxsize=1)
+def _pools() -> list[Any]:
+    """NumPy loads its BLAS when it is imported, so looking once is enough."""
+    return list(ThreadpoolController().select(user_api="blas").lib_controllers)
+
+
 def _apply() -> None:
-    for library in ThreadpoolController().select(user_api="blas").lib_controllers:
+    for library in _pools():
         before = _BEFORE.setdefault(library.filepath, library.get_num_threads())
         library.set_num_threads(min([before, *_CAPS]))

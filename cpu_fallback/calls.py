@@ -35,8 +35,9 @@ class Native:
     words: tuple[Word, ...]
 
 
-ArrayFunction = Callable[[Any, Sequence[Array], Sequence[Array], Sequence[Array]], None]
-"""function(op, inputs, outputs, scratch): writes every element of `outputs`; `op` has ints for all its extents."""
+ArrayFunction = Callable[[Any, Sequence[Array], Sequence[Array], Sequence[Array]], object]
+"""function(op, inputs, outputs, scratch): writes every element of `outputs`; `op` has ints for all its extents. Of a
+step that binds extents it gets no outputs and gives them."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64
-from cpu_fallback.conv_tiles import TileShape, call_tile, define_tile, tile_shape
+from cpu_fallback.conv_tiles import LINE, TileShape, call_tile, define_tile, tile_shape
 from cpu_fallback.conv_windows import Geometry, Windows, define_copy
 from cpu_fallback.epilogues import CHANNEL, FULL, Epilogue, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
@@ -247,15 +247,21 @@ class _Writer:
         weights = code.at(self.w, plus(code, times(code, group, panels.group_nbytes), times(code, panel, panels.nbytes)))
         channel = plus(code, times(code, group, g.group_outputs), first)
 
+        coming = code.at(weights, panels.nbytes)
+        initial = code.compare("icmp eq", panel, i64(0))
+
         def tile(index: Reg, _: list[Reg]) -> list[Reg]:
             record = code.at(places, times(code, index, i64(24)))
             pixel, rows = (code.load("i64", code.at(record, i64(8 * i)), 8) for i in range(2))
             start = code.load("ptr", code.at(record, i64(16)), 8)
             cell = times(code, plus(code, times(code, pixel, g.outputs), channel), i64(4))
+            ahead = code.at(coming, times(code, index, tiling.segments, tiling.run, i64(LINE)))
+            if tiling.windows is None:
+                ahead = code.select(initial, code.at(start, tiling.tile_nbytes), ahead)
             arguments = [
                 rows, columns, start, tiling.pixel_nbytes, tiling.segments, tiling.segment_nbytes, tiling.run,
                 weights, code.at(self.out, cell), times(code, g.outputs, i64(4)),
-                *self._operands(channel, cell),
+                ahead, *self._operands(channel, cell),
             ]  # fmt: skip
             self._call(rows, columns, arguments)
             return []

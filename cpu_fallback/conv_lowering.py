@@ -54,7 +54,7 @@ def emit_direct(
     geometry = geometry_of(op, weights.shape, x.shape, out.shape, planar=planar)
     shape = tile_shape(target)
     packed = lowering.constant(packed_weights(weights, op.group, shape, planar=planar))
-    nbytes = _scratch_nbytes(source, shape, weights.shape)
+    nbytes = _scratch_nbytes(source, shape, weights.shape, op.group)
     scratch, slots = thread_scratch(lowering, nbytes)
     buffers = (x.buffer, packed, out.buffer, *(extra.buffer for extra in extras), scratch)
     words = (*map(Address, buffers), nbytes, slots, *geometry)
@@ -68,14 +68,11 @@ def thread_scratch(lowering: Lowering, nbytes: int) -> tuple[int, int]:
     return lowering.buffer(UINT8, (slots * nbytes,)), slots
 
 
-def _scratch_nbytes(source: str, shape: TileShape, weights: Sequence[int]) -> int:
+def _scratch_nbytes(source: str, shape: TileShape, weights: Sequence[int], group: int) -> int:
     """Room for the windows of a tile at least, a multiple of a cache line."""
-    depth = int(np.prod(weights[1:]))
-    least = shape.rows * depth * 4 + SLACK
-    if source == IN_PLACE:
-        least *= 1
-        return -(-least // 64) * 64
-    return -(-max(least, SCRATCH) // 64) * 64
+    elements = weights[1] * group if source == IN_PLACE else int(np.prod(weights[1:]))
+    nbytes = shape.rows * elements * 4 + SLACK
+    return -(-(nbytes if source == IN_PLACE else max(nbytes, SCRATCH)) // 64) * 64
 
 
 def _is_pointwise(op: Conv, kernel: Sequence[int]) -> bool:

@@ -16,7 +16,13 @@ from cpu_fallback.loops import lane_mask, splat
 from cpu_fallback.native import Target, attributes
 from cpu_fallback.vector_math import mangled
 
-FIXED = "i64 %rows, i64 %columns, ptr %a, i64 %a_row, i64 %segments, i64 %segment_step, i64 %run, ptr %w, ptr %c, i64 %c_row"  # fmt: skip
+FIXED = (
+    "i64 %rows, i64 %columns, ptr %a, i64 %a_row, i64 %segments, i64 %segment_step, i64 %run, ptr %w, "
+    "ptr %c, i64 %c_row, ptr %ahead"
+)
+
+
+LINE = 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ def define_tile(code: Code, target: Target, rows: int, vectors: int, epilogue: E
 
     C[rows, columns] = epilogue(A W): row r of A starts at a + r * a_row bytes; segment s of its depth starts
     s * segment_step bytes later and has `run` elements. W is [segments * run, vectors * lanes]. Rows of C are c_row
-    bytes apart. All `rows` of A must be readable, only those asked for are stored.
+    bytes apart. All `rows` of A must be readable, only those asked for are stored. A line from `ahead` on is prefetched
+    for every step of the depth.
     """
     shape = tile_shape(target)
     name = f"conv_tile{rows}x{vectors}_{shape.lanes}_{epilogue.digest}"
@@ -78,21 +85,24 @@ class _Tile:
     epilogue: Epilogue
 
     def write(self, code: Code) -> None:
-        count, columns, a, a_row, segments, step, run, w, c, c_row = (
+        count, columns, a, a_row, segments, step, run, w, c, c_row, ahead = (
             Reg(text.split()[1], text.split()[0]) for text in FIXED.split(", ")
         )
         operands = [Reg(f"%e{i}", "ptr") for i in range(len(self.epilogue.kinds))]
         lines = spaced(code, a, a_row, self.rows)
-        depth = code.binary("mul", run, i64(self._row_nbytes))
+        place = self._place(code, c, c_row, count, columns)
+        for line in spaced(code, c, c_row, self.rows):
+            for v in range(self.vectors):
+                prefetch(code, code.at(line, i64(4 * self.lanes * v)), write=True)
 
         def segment(index: Reg, sums: list[Reg]) -> list[Reg]:
             offset = code.binary("mul", index, step)
-            panel = code.at(w, code.binary("mul", index, depth))
-            return self._walk(code, [code.at(line, offset) for line in lines], panel, run, sums)
+            start = code.binary("mul", index, run)
+            return self._walk(code, [code.at(line, offset) for line in lines], w, ahead, start, run, sums)
 
         zero = [literal(self._kind, 0)] * (self.rows * self.vectors)
         sums = code.loop(i64(0), segments, i64(1), segment, zero)
-        self.epilogue.write_tile(code, self.target, self._place(code, c, c_row, count, columns), sums, operands)
+        self.epilogue.write_tile(code, self.target, place, sums, operands)
 
     @property
     def _kind(self) -> str:
@@ -109,13 +119,22 @@ class _Tile:
             mask = lane_mask(code, self.lanes, code.binary("sub", columns, i64((self.vectors - 1) * self.lanes)))
         return Place(c, c_row, count, columns, self.rows, self.vectors, self.lanes, mask)
 
-    def _walk(self, code: Code, lines: list[Reg], panel: Reg, run: Reg, sums: list[Reg]) -> list[Reg]:
-        """The sums after one segment."""
+    def _walk(
+        self, code: Code, lines: list[Reg], w: Reg, ahead: Reg, start: Reg, run: Reg, sums: list[Reg]
+    ) -> list[Reg]:
+        """The sums after one segment, whose depth is counted from `start`."""
+        panel = code.at(w, code.binary("mul", start, i64(self._row_nbytes)))
+        coming = code.at(ahead, code.binary("mul", start, i64(LINE)))
+
+        def steps(count: int, k: Reg, sums: list[Reg]) -> list[Reg]:
+            far = code.at(coming, code.binary("mul", k, i64(LINE)))
+            for step in range(count):
+                prefetch(code, code.at(far, i64(LINE * step)))
+            return self._steps(code, count, lines, panel, k, sums)
+
         whole = code.binary("and", run, i64(-self.unroll))
-        sums = code.loop(
-            i64(0), whole, i64(self.unroll), lambda k, x: self._steps(code, self.unroll, lines, panel, k, x), sums
-        )
-        return code.loop(whole, run, i64(1), lambda k, x: self._steps(code, 1, lines, panel, k, x), sums)
+        sums = code.loop(i64(0), whole, i64(self.unroll), lambda k, x: steps(self.unroll, k, x), sums)
+        return code.loop(whole, run, i64(1), lambda k, x: steps(1, k, x), sums)
 
     def _steps(self, code: Code, count: int, lines: list[Reg], panel: Reg, k: Reg, sums: list[Reg]) -> list[Reg]:
         nbytes = self.lanes * 4
@@ -134,6 +153,12 @@ class _Tile:
                     following.append(fma(code, spread, factor, sums[r * self.vectors + v]))
             sums = following
         return sums
+
+
+def prefetch(code: Code, place: Reg, *, write: bool = False) -> None:
+    """Ask for a cache line: into the second cache to read, into the first to write."""
+    hints = [Reg(str(hint), "i32") for hint in ((1, 3, 1) if write else (0, 2, 1))]
+    code.call("void", "llvm.prefetch.p0", place, *hints)
 
 
 def fma(code: Code, a: Reg, b: Reg, c: Reg) -> Reg:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall
-from cpu_fallback.linear import finish, product_buffer
 from cpu_fallback.copies import copy_inside, fill_borders
+from cpu_fallback.linear import finish, product_buffer
 from cpu_fallback.taps import lower_depthwise
 from gpu_engine.ir import dims
 from gpu_engine.ir.dtypes import FLOAT32, FLOAT64

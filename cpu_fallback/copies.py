@@ -13,7 +13,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import UINT8, UINT16, UINT32, UINT64, DType
 from gpu_engine.plan.lower import Lowering
 
-BITS = {1: UINT8, 2: UINT16, 4: UINT32, 8: UINT64}
+BITS: dict[int, DType] = {1: UINT8, 2: UINT16, 4: UINT32, 8: UINT64}
 
 
 def can_copy(dtype: DType) -> bool:

@@ -12,7 +12,8 @@ from cpu_fallback import packing
 from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Array, Native, Word
 from cpu_fallback.cores import usable_cores
-from cpu_fallback.gemm_kernels import BLOCK_TILES, FEW_PANELS, PACKED, PLAIN, TRANSPOSED, GemmKernel
+from cpu_fallback.gemm_driver import BLOCK_TILES, FEW_PANELS, PACKED, PLAIN, TRANSPOSED, Driver
+from cpu_fallback.gemm_kernels import GemmKernel
 from cpu_fallback.lanes import COMPUTED, is_supported
 from cpu_fallback.linear import lower_matmul
 from cpu_fallback.loops import STRIDED
@@ -115,41 +116,42 @@ def _emit(lowering: Lowering, product: _Product, out: int) -> None:
     axes = collapsed(product.shape[:-1], streams)
     m, rows = axes.pop() if axes and axes[-1][1][1] == 0 else (1, [0] * len(streams))
     accesses = tuple(inner_access(step[-1]) for step in steps)
+    packs = _packs(m, n, product.tile)
+    driver = Driver(product.dtype, product.form, packs, len(axes), sizes[2], caches())
     kernel = GemmKernel(
-        product.dtype, product.form, _heights(m, product.tile), _widths(n, product.tile), _packs(m, n, product.tile),
-        expr.text(product.root), accesses, len(axes), caches(), product.root,
+        driver, _heights(m, product.tile), _widths(n, product.tile), expr.text(product.root), accesses, product.root
     )  # fmt: skip
     batches = dims.product(extent for extent, _ in axes)
-    scratch, room = _scratch(lowering, product, kernel, batches, m)
-    buffers = (product.a.buffer, product.b.buffer, out, *(buffer for buffer, _ in product.extras), *scratch)
-    words: list[Word] = [Address(buffer) for buffer in buffers]
+    scratch, room = _scratch(lowering, product, packs, batches, m)
+    extras = [buffer for buffer, _ in product.extras]
+    words: list[Word] = [Address(buffer) for buffer in (product.a.buffer, product.b.buffer, out, *scratch)]
     words += [m, n, product.depth, rows[0] * size, product.a.inner * size, product.b.outer * size, *room, batches]
     words += [extent for extent, _ in axes[1:]]
-    for i, nbytes in enumerate(sizes):
-        words += [strides[i] * nbytes for _, strides in axes]
+    for i in range(3):
+        words += [strides[i] * sizes[i] for _, strides in axes]
+    words += map(Address, extras)
+    for i in range(3, len(sizes)):
+        words += [strides[i] * sizes[i] for _, strides in axes]
     words += [step * nbytes for step, nbytes in zip(rows[3:], sizes[3:], strict=True)]
-    words += [
-        step[-1] * nbytes
-        for step, nbytes, access in zip(steps, sizes[3:], accesses, strict=True)
-        if access == STRIDED
-    ]  # fmt: skip
+    for step, nbytes, access in zip(steps, sizes[3:], accesses, strict=True):
+        words += [step[-1] * nbytes] * (access == STRIDED)
     in_place = tuple(
         2 + i
         for i, (_, shape) in enumerate(product.extras)
         if shape == product.shape and sizes[3 + i] == sizes[2]
     )  # fmt: skip
-    inputs = (product.a.buffer, product.b.buffer, *(buffer for buffer, _ in product.extras))
+    inputs = (product.a.buffer, product.b.buffer, *extras)
     lowering.emit(Native(kernel, tuple(words)), inputs, (out,), scratch=scratch, in_place=in_place)
 
 
 def _scratch(
-    lowering: Lowering, product: _Product, kernel: GemmKernel, batches: Dim, m: Dim
+    lowering: Lowering, product: _Product, packs: bool, batches: Dim, m: Dim
 ) -> tuple[Buffers, tuple[Dim, ...]]:
     """Scratch buffers, and (threads that the scratch for A has room for, bytes for each)."""
     scratch: list[int] = []
     room: tuple[Dim, ...] = ()
     depth, size = product.depth, product.dtype.itemsize
-    if kernel.packs:
+    if packs:
         tile = depth * (packing.ROWS * size)
         most = dims.minimum(tile * BLOCK_TILES[1], caches().l2 // 2)
         block = dims.maximum(tile * BLOCK_TILES[0], most)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from cpu_fallback.movement import (
 from cpu_fallback.reductions import lower_reduce
 from cpu_fallback.rows import lower_layer_norm, lower_softmax
 from cpu_fallback.taps import lower_pool
-from gpu_engine.ir.graph import Node
+from gpu_engine.ir.graph import Node, Op
 from gpu_engine.ir.ops import (
     Attention,
     Concat,
@@ -88,6 +88,6 @@ def lower_node(lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers
         lowering.emit(ArrayCall(evaluate_into, node.op), inputs, outputs)
 
 
-def evaluate_all(op: Any, inputs: list[Array], outputs: list[Array], scratch: list[Array]) -> tuple[Array, ...]:
+def evaluate_all(op: Op, inputs: Sequence[Array], outputs: Sequence[Array], scratch: Sequence[Array]) -> object:
     """The reference of a step whose extents only running tells: it gives its results instead of writing them."""
     return tuple(op.evaluate(np, *inputs))

@@ -109,8 +109,9 @@ def parameters(text: str) -> list[Reg]:
     return [Reg(word.split()[1], word.split()[0]) for word in text.split(", ")]
 
 
-def call(code: Code, name: str, *arguments: Reg) -> None:
-    code.do(f"call void @{name}({', '.join(map(str, arguments))})")
+def call(code: Code, function: str, *arguments: Reg) -> None:
+    """Call "@name" or a pointer in a register."""
+    code.do(f"call void {function}({', '.join(map(str, arguments))})")
 
 
 @dataclass(frozen=True)

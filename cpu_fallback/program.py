@@ -70,6 +70,7 @@ class Segment:
     table: Table
     make: Maker
     array_steps: tuple[int | None, ...]
+    only_native: bool
     binds: int | None
 
 
@@ -135,7 +136,10 @@ class _Builder:
         last = self.plan.steps[self.steps[-1]] if self.steps else None
         table = Table(np.array(functions, np.int64), np.array(blocks, np.int64) * 8, gather, statics, foreign, shifts)
         binds = self.steps[-1] if last is not None and last.binds else None
-        return Segment(self.names, self.numbers, arena, ports, table, binder.compile(), tuple(array_steps), binds)
+        return Segment(
+            self.names, self.numbers, arena, ports, table, binder.compile(), tuple(array_steps),
+            all(step is None for step in array_steps), binds,
+        )  # fmt: skip
 
     def _exposed(self) -> list[int]:
         """Buffers whose arrays the slot asks for: inputs, outputs, what the step before this segment gave."""
@@ -245,7 +249,7 @@ def bind(segment: Segment, extents: tuple[int, ...], allocate: Allocate, before:
     addresses = np.concatenate([arena + address_of(memory[0]), ports + address_of(memory[1])])
     table = _filled(segment.table, numbers, addresses, before)
     arrays, calls = segment.make(values, arena.tolist(), ports.tolist(), *memory, before, address_of(table))
-    located = {}
+    located: dict[int, tuple[Array, int]] = {}
     if segment.binds is not None:
         for zone, piece, offsets in ((segment.arena, memory[0], arena), (segment.ports, memory[1], ports)):
             located |= {buffer: (piece, start) for buffer, start in zip(zone.owned, offsets.tolist(), strict=True)}

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
 from cpu_fallback.calls import Array
 from cpu_fallback.cores import free_memory
-from cpu_fallback.program import Bound, Program, bind
+from cpu_fallback.program import Bound, Program, Segment, bind
 from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
 from gpu_engine.plan.binding import solve_binds
 from gpu_engine.plan.memory import ALIGNMENT
@@ -25,17 +24,17 @@ CHECKED_NBYTES = 1 << 20
 
 
 class Area:
-    """A piece of memory that grows on demand; `generation` counts how often it has moved."""
+    """A piece of memory that grows on demand; `moves` counts how often pieces of its kind have moved."""
 
-    def __init__(self) -> None:
+    def __init__(self, moves: list[int]) -> None:
         self.array: Array = np.empty(0, np.uint8)
-        self.generation = 0
+        self._moves = moves
 
     def reserve(self, nbytes: int) -> Array:
         """At least `nbytes`, aligned; OutOfMemory before allocating what cannot fit."""
-        if nbytes > self.array.nbytes or not self.generation:
+        if nbytes > self.array.nbytes:
             self.array = allocate(max(nbytes, min(nbytes * 5 // 4, nbytes + CHECKED_NBYTES)))
-            self.generation += 1
+            self._moves[0] += 1
         return self.array
 
 
@@ -54,17 +53,17 @@ def allocate(nbytes: int) -> Array:
 class CpuSlot:
     """Room for one batch in flight: staged inputs, results, and bindings of the shapes seen last."""
 
-    def __init__(self, plan: Plan, arenas: Sequence[Area]) -> None:
-        self._plan, self._arenas = plan, arenas
+    def __init__(self, plan: Plan, arenas: Sequence[Area], arena_moves: list[int]) -> None:
+        self._plan, self._arenas, self._arena_moves = plan, arenas, arena_moves
         self._program: Program = plan.program
-        self._ports = [Area() for _ in arenas]
+        self._port_moves = [0]
+        self._ports = [Area(self._port_moves) for _ in arenas]
+        self._moves = 0
         self._cache: dict[tuple[int, tuple[int, ...]], Bound] = {}
-        self._generation: tuple[int, ...] = ()
         self._bound: Bound | None = None
         self._inputs: list[Array] = []
         self._outputs: list[Array] = []
         self._error: BaseException | None = None
-        self._only_native = [all(step is None for step in s.array_steps) for s in self._program.segments]
 
     def stage(self, extents: tuple[int, ...]) -> Sequence[Array]:
         """See `runtime.device.Slot`. InputError if the extents contradict each other inside the model."""
@@ -82,7 +81,10 @@ class CpuSlot:
         assert self._bound is not None, "launch without stage"
         self._error = None
         try:
-            self._run(self._bound)
+            if len(self._program.segments) == 1:
+                self._call(self._program.segments[0], self._bound)
+            else:
+                self._run(self._bound)
         except BaseException as error:
             self._error = error
             if not isinstance(error, Exception):
@@ -94,9 +96,10 @@ class CpuSlot:
         return self._outputs
 
     def _run(self, bound: Bound) -> None:
+        """Segment after segment: what one gives binds the next."""
         chain = [bound]
         for index, segment in enumerate(self._program.segments):
-            results = self._call(index, chain[index])
+            results = self._call(segment, chain[index])
             if segment.binds is None:
                 continue
             step = self._plan.steps[segment.binds]
@@ -105,24 +108,24 @@ class CpuSlot:
             for buffer, result in zip(step.outputs, results, strict=True):
                 np.copyto(following.arrays[buffer], result, casting="unsafe")
             chain.append(following)
-        if len(chain) > 1:
-            self._outputs = self._results(chain)
+        self._outputs = self._results(chain)
 
-    def _call(self, index: int, bound: Bound) -> object:
+    def _call(self, segment: Segment, bound: Bound) -> object:
         """Make the calls of one segment; what the last one gives."""
-        quiet: AbstractContextManager[object] = np.errstate(all="ignore")
-        if self._only_native[index]:
-            quiet = nullcontext()
+        if segment.only_native:
+            for function, arguments in bound.calls:
+                function(*arguments)
+            return None
         done, result = 0, None
         try:
-            with quiet:
+            with np.errstate(all="ignore"):
                 for function, arguments in bound.calls:
                     result = function(*arguments)
                     done += 1
         except GpuEngineError:
             raise
         except Exception as error:
-            position = self._program.segments[index].array_steps[done]
+            position = segment.array_steps[done]
             assert position is not None, "native code does not raise"
             raise _failure(self._plan.steps[position], bound.calls[done][1][1], error) from error
         return result
@@ -139,29 +142,31 @@ class CpuSlot:
         return tuple(found.get(name, known.get(name, 0)) for name in following)
 
     def _bind(self, index: int, extents: tuple[int, ...], chain: list[Bound]) -> Bound:
+        """From the cache, or new; whatever moves makes all older bindings void."""
         if self._moved():
             self._cache.clear()
-        key = (index, extents)
-        bound = self._cache.pop(key, None)
+        bound = self._cache.pop((index, extents), None)
         if bound is None:
-            segment = self._program.segments[index]
-            bound = bind(segment, extents, self._reserving(index), chain)
-            if self._moved():
-                self._cache.clear()
-            self._generation = self._current()
-            while len(self._cache) >= CACHED_BINDINGS * len(self._ports):
-                del self._cache[next(iter(self._cache))]
-        self._cache[key] = bound
+            bound = bind(self._program.segments[index], extents, self._reserving(index), chain)
+            self._drop(index, extents)
+        self._moves = self._arena_moves[0] + self._port_moves[0]
+        self._cache[index, extents] = bound
         return bound
+
+    def _drop(self, index: int, extents: tuple[int, ...]) -> None:
+        """Forget what the new binding voids, and the one not used for longest if there are too many."""
+        if self._moved():
+            self._cache.clear()
+        for key in [key for key in self._cache if key[0] > index and key[1][: len(extents)] == extents]:
+            del self._cache[key]
+        if len(self._cache) >= CACHED_BINDINGS * len(self._ports):
+            del self._cache[next(iter(self._cache))]
 
     def _reserving(self, index: int) -> Callable[[int, int], tuple[Array, Array]]:
         return lambda arena, ports: (self._arenas[index].reserve(arena), self._ports[index].reserve(ports))
 
-    def _current(self) -> tuple[int, ...]:
-        return (*[area.generation for area in self._arenas], *[area.generation for area in self._ports])
-
     def _moved(self) -> bool:
-        return self._generation != self._current()
+        return self._moves != self._arena_moves[0] + self._port_moves[0]
 
     def _results(self, chain: list[Bound]) -> list[Array]:
         return [next(bound.arrays[i] for bound in reversed(chain) if i in bound.arrays) for i in self._plan.outputs]
@@ -179,8 +184,9 @@ class CpuStream:
 
     def __init__(self, plan: Plan, slots: int, cores: Sequence[int], release: Callable[[], None]) -> None:
         self.cores = tuple(cores)
-        arenas = [Area() for _ in plan.program.segments]
-        self.slots = [CpuSlot(plan, arenas) for _ in range(slots)]
+        moves = [0]
+        arenas = [Area(moves) for _ in plan.program.segments]
+        self.slots = [CpuSlot(plan, arenas, moves) for _ in range(slots)]
         self._release = release
 
     def enter(self) -> None:

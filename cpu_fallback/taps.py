@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall
-from cpu_fallback.maps import Shape, Walked, broadcast_strides, contiguous_strides, walk_call
 from cpu_fallback.copies import Padding, emit_pad
+from cpu_fallback.maps import Shape, Walked, broadcast_strides, contiguous_strides, walk_call
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, is_float, limits
@@ -67,7 +67,7 @@ def lower_pool(lowering: Lowering, op: Pool, node: Node, inputs: Buffers, output
     source, shape, pads = _padded(lowering, inputs[0], x.shape, op.before, after)
     operands = _tap_walks(source, x.dtype, shape, taps, op.strides, op.dilations)
     terms = [expr.arg(i, x.dtype) for i in range(len(taps))]
-    root = reduce(expr.maximum, terms) if op.kind == "max" else reduce(lambda a, b: a + b, terms)  # type: ignore[arg-type]
+    root = reduce(expr.maximum, terms) if op.kind == "max" else reduce(lambda a, b: a + b, terms)
     if op.kind == "average" and pads is None:
         root = root / float(len(taps))
     elif op.kind == "average":

@@ -40,7 +40,13 @@ class TileShape:
 
     @property
     def width(self) -> int:
+        """Elements of a row."""
         return self.vectors * self.lanes
+
+    @property
+    def line(self) -> int:
+        """Bytes of a row."""
+        return self.width * self.nbytes
 
     def height(self, rows: int) -> int:
         """Rows of the tile that computes `rows` rows."""
@@ -78,15 +84,15 @@ def tile_table(code: Code, target: Target, shape: TileShape, rows: Iterable[int]
     return name
 
 
-def call_tile(code: Code, table: str, shape: TileShape, rows: Reg, vectors: Reg, *arguments: Reg) -> None:
+def call_tile(code: Code, table: Reg, shape: TileShape, rows: Reg, vectors: Reg, *arguments: Reg) -> None:
     """C = start + A B for a tile of `rows` and `vectors`; `arguments` are those of PARAMETERS behind the first.
 
     All steps are in bytes: `a_row` from row to row of A, `a_step` from one step of the depth to the next, the others
-    from row to row. Rows of vectors of B, `start` and C are contiguous. The sums begin with what is at `start`.
+    from row to row. Rows of vectors of B, `start` and C are contiguous.
     """
     place = code.binary("add", code.binary("mul", rows, i64(shape.vectors)), vectors)
     place = code.binary("sub", place, i64(shape.vectors + 1))
-    function = code.load("ptr", code.at(Reg(f"@{table}", "ptr"), code.binary("shl", place, i64(3))), 8)
+    function = code.load("ptr", code.at(table, code.binary("shl", place, i64(3))), 8)
     code.do(f"call void {function.name}({', '.join(map(str, (rows, *arguments)))})")
 
 
@@ -117,8 +123,7 @@ class _Tile:
         rows = [least(code, i64(i), last) if i else i64(0) for i in range(self.height)]
         cells = self.height * self.width
         chains = min(4, 1 << (-(-SUMS // cells) - 1).bit_length())
-        first = [code.load(self._kind, place, self.shape.nbytes) for place in self._cells(code, rows, start, start_row)]
-        sums = first + [literal(self._kind, 0)] * cells * (chains - 1)
+        sums = [literal(self._kind, 0)] * cells * chains
         lines = [_moved(code, a, a_row, row) for row in rows]
 
         def steps(count: int, index: Reg, carried: list[Reg]) -> list[Reg]:
@@ -137,9 +142,10 @@ class _Tile:
         if chains > 1:
             end = code.binary("mul", depth, a_step)
             carried = code.loop(whole, end, a_step, lambda i, x: steps(1, i, x), carried)
-        for i, place in enumerate(self._cells(code, rows, c, c_row)):
-            total, *rest = carried[1 + i :: cells]
-            for part in rest:
+        starts, places = (self._cells(code, rows, base, step) for base, step in ((start, start_row), (c, c_row)))
+        for i, (begin, place) in enumerate(zip(starts, places, strict=True)):
+            total = code.load(self._kind, begin, self.shape.nbytes)
+            for part in carried[1 + i :: cells]:
                 total = add(code, total, part)
             code.store(total, place, self.shape.nbytes)
 

@@ -37,13 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if surprises or not verdicts else 0
 
 
-def surprise(groups: manifest.Groups, verdict: Verdict) -> str:
+def surprise(groups: Sequence[manifest.Group], verdict: Verdict) -> str:
     """A line if the verdict is not what the manifest says, else empty."""
-    excluded = manifest.reason(groups, verdict.case)
-    if verdict.error and not excluded:
+    group = manifest.group_of(groups, verdict.case)
+    if verdict.error and group is None:
         return f"UNEXPECTED FAILURE {verdict.case.label}: {verdict.error}"
-    if excluded and not verdict.error:
-        return f"UNEXPECTED PASS {verdict.case.label}: the manifest says: {excluded}"
+    if group is not None and not verdict.error and not group.varies:
+        return f"UNEXPECTED PASS {verdict.case.label}: the manifest says: {group.reason}"
     return ""
 
 

@@ -18,7 +18,8 @@ LOCATIONS = (
     "/etc/passwd", "/dev/zero", "/proc/self/environ", "/proc/self/mem", "file:///etc/passwd", "..\\secret.bin",
     "w.bin\0/../../secret.bin", "~/.profile", "$HOME/.profile", "a" * 300, "/".join(["sub"] * 3000), "m.onnx",
 )  # fmt: skip
-SYSTEM = ("/sys/fs/cgroup/", "/sys/devices/system/cpu/", "/proc/meminfo", "/proc/self/cgroup", "/proc/self/mountinfo")
+SYSTEM = ("/sys/fs/cgroup/", "/sys/devices/system/cpu/", "/proc/meminfo", "/proc/self/cgroup", "/proc/self/mountinfo",
+          "/proc/self/maps")  # fmt: skip
 """Where the engine itself looks for cores, caches and memory."""
 
 

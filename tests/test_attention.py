@@ -11,6 +11,7 @@ import pytest
 from gpu_engine.ir import dims, expr, ops
 from gpu_engine.ir.dtypes import BOOL, FLOAT16, FLOAT32, DType
 from gpu_engine.ir.graph import Builder, Graph, Value, verify
+from gpu_engine.ir.ops.attention import BLOCK_NBYTES
 from gpu_engine.passes.expansion import expand
 from gpu_engine.passes.pipeline import optimize
 from tests.reference import assert_same, graph_of, kinds, optimized, pointwise, random_inputs, run_graph
@@ -138,3 +139,11 @@ def test_attention_over_no_keys_and_no_rows() -> None:
     graph = graph_of({"q": (2, S, 4), "k": (2, N, 4), "v": (2, N, 3)}, lambda b, *v: b.emit(ops.Attention(1.0), *v))
     assert not run_graph(graph, random_inputs(graph, N=0, S=3))["y"].any()
     assert run_graph(graph, random_inputs(graph, N=3, S=0))["y"].shape == (2, 0, 3)
+
+
+def test_long_attention_is_computed_in_blocks_of_queries() -> None:
+    op = ops.Attention(0.5, causal=True)
+    graph = graph_of({"q": (1, S, 4), "k": (1, 700, 4), "v": (1, 700, 2)}, lambda b, *values: b.emit(op, *values))
+    assert BLOCK_NBYTES < 700 * 700 * 4
+    expanded = expand(graph, lambda found: isinstance(found, ops.Attention))
+    assert_same(graph, expanded, random_inputs(graph, S=700))

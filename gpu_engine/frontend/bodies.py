@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from gpu_engine.errors import DependsOnValues
 from gpu_engine.frontend.model import ModelGraph
 from gpu_engine.frontend.sequences import AbsentValue, Emitted, SequenceValue
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value
@@ -23,8 +24,26 @@ class Body:
     captured: tuple[Value, ...]
 
 
+class RankConflict(DependsOnValues):
+    """The branches of an If give values of different ranks or dtypes, and nothing says yet which one is meant."""
+
+
+class Branches:
+    """Which branch is meant by each If whose branches differ in rank, in the order in which they are met."""
+
+    def __init__(self, choices: Sequence[bool] = ()) -> None:
+        self._choices = iter(choices)
+
+    def pick(self) -> bool | None:
+        """The choice for the next such If; None if there is none yet."""
+        return next(self._choices, None)
+
+
 class Bodies(Protocol):
     """Emits graph attributes where an operator stands."""
+
+    @property
+    def branches(self) -> Branches: ...
 
     def inline(self, graph: ModelGraph, inputs: Sequence[Emitted]) -> tuple[Emitted, ...]:
         """The outputs of the graph emitted in place."""

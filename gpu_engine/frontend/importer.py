@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from gpu_engine.errors import DependsOnValues, InvalidModel, UnsupportedModel
 from gpu_engine.frontend import operators
-from gpu_engine.frontend.bodies import Body, BodyNames, Feed
+from gpu_engine.frontend.bodies import Body, BodyNames, Branches, Feed, RankConflict
 from gpu_engine.frontend.legacy import OLDEST_OPSET, upgrade
 from gpu_engine.frontend.model import (
     AttributeReference,
@@ -37,6 +38,7 @@ from gpu_engine.ir.structure import Known, Structure, flat_names
 
 MAX_INLINE_DEPTH = 64
 MAX_BODY_DEPTH = 32
+MAX_CHOICES = 8
 
 
 class FunctionBodies(Protocol):
@@ -57,6 +59,7 @@ class Scope:
     functions: Mapping[tuple[str, str], ModelFunction]
     bodies: FunctionBodies
     attributes: Mapping[str, Any]
+    branches: Branches
     depth: int = 0
     nesting: int = 0
 
@@ -68,17 +71,38 @@ def import_model(model: Model, bodies: FunctionBodies, structures: Mapping[str, 
     contradicts the specification.
     """
     refuse_unsupported(model, bodies)
+    return _with_choices(lambda choices: _import(model, bodies, structures or {}, Branches(choices)), ())
+
+
+def _with_choices(attempt: Callable[[tuple[bool, ...]], Graph], choices: tuple[bool, ...]) -> Graph:
+    """The graph where each If whose branches differ in rank stands for the only branch that the rest can work with.
+
+    Exporters write a squeeze whose extent they could not know as such an If. RankConflict if both branches work.
+    """
+    try:
+        return attempt(choices)
+    except RankConflict as conflict:
+        found = []
+        for choice in (True, False) if len(choices) < MAX_CHOICES else ():
+            with suppress(InvalidModel):
+                found.append(_with_choices(attempt, (*choices, choice)))
+        if len(found) != 1:
+            raise conflict
+        return found[0]
+
+
+def _import(model: Model, bodies: FunctionBodies, structures: Mapping[str, Structure], branches: Branches) -> Graph:
     builder, values = Builder(), {}  # type: tuple[Builder, dict[str, Emitted]]
     for name, array in model.graph.initializers.items():
         values[name] = builder.constant(array, name)
     inputs: list[Value] = []
     for info in caller_inputs(model):
-        structure = (structures or {}).get(info.name, ())
+        structure = structures.get(info.name, ())
         if isinstance(structure, Known):
             values[info.name] = builder.constant(structure.array, info.name)
         else:
             values[info.name] = input_value(info, structure, inputs) if is_open(info) else tensor_input(info, inputs)
-    scope = Scope(values, model.opsets, model.functions, bodies, {})
+    scope = Scope(values, model.opsets, model.functions, bodies, {}, branches)
     emit_nodes(builder, model.graph.nodes, scope)
     builder.source = "the graph's outputs"
     missing = [info.name for info in model.graph.outputs if info.name not in values]
@@ -246,6 +270,10 @@ class ScopedBodies:
 
     builder: Builder
     scope: Scope
+
+    @property
+    def branches(self) -> Branches:
+        return self.scope.branches
 
     def inline(self, graph: ModelGraph, inputs: Sequence[Emitted]) -> tuple[Emitted, ...]:
         values = copy(self.scope.values)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from gpu_engine.errors import DependsOnValues, InvalidModel
-from gpu_engine.frontend.bodies import Bodies, Body, Capture, share_captured
+from gpu_engine.frontend.bodies import Bodies, Body, Capture, RankConflict, share_captured
 from gpu_engine.frontend.model import ModelGraph
 from gpu_engine.frontend.registry import normal_axis, operator
 from gpu_engine.frontend.sequences import Emitted, SequenceValue
@@ -16,7 +17,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import BOOL, INT64
 from gpu_engine.ir.graph import Builder, TensorType, Value
 from gpu_engine.ir.ops import Gather, Reshape, Slice, Transpose
-from gpu_engine.ir.ops.array import unbound_symbols
+from gpu_engine.ir.ops.array import Array, unbound_symbols
 from gpu_engine.ir.ops.control import If, Loop, bound_inside, free_symbols
 
 MAX_UNROLLED = 4096
@@ -33,6 +34,8 @@ def if_(
         return bodies.inline(then_branch if bool(known.reshape(-1)[0]) else else_branch, ())
     then, other = bodies.emit(then_branch, ()), bodies.emit(else_branch, ())
     inside = bound_inside(then.graph) | bound_inside(other.graph)
+    if any(not _same_kind(one, two) for one, two in zip(then.graph.outputs, other.graph.outputs, strict=True)):
+        return _only_branch(b, bodies, condition, then_branch, else_branch)
     outputs = tuple(
         joined_type(b, one.type, two.type, inside)
         for one, two in zip(then.graph.outputs, other.graph.outputs, strict=True)
@@ -42,6 +45,39 @@ def if_(
     inputs = tuple(b.materialize(value) for value in (condition, *captured))
     op = If(then_graph, else_graph, outputs, names, tuple(map(dims.symbol, names)), new_symbols(outputs, names, inputs))
     return b.emit_all(op, *inputs)
+
+
+def _same_kind(one: Value, two: Value) -> bool:
+    return (one.dtype, one.rank) == (two.dtype, two.rank)
+
+
+def _only_branch(
+    b: Builder, bodies: Bodies, condition: Value, then_branch: ModelGraph, else_branch: ModelGraph
+) -> Sequence[Emitted]:
+    """The branch that the importer chose, in place; running it fails where the condition says the other one."""
+    choice = bodies.branches.pick()
+    if choice is None:
+        raise RankConflict(f"{b.source}: its branches give values of different ranks or dtypes")
+    required = _require_choice if choice else _require_other
+    checked = []
+    for value in bodies.inline(then_branch if choice else else_branch, ()):
+        if not isinstance(value, Value):
+            raise DependsOnValues(f"{b.source}: a sequence or optional that one branch gives")
+        value = b.materialize(value)
+        checked.append(b.emit(Array(required, (value.type,)), value, b.materialize(condition)))
+    return checked
+
+
+def _require_choice(xp: Any, x: Any, condition: Any) -> Any:
+    if not bool(np.asarray(condition).reshape(())):
+        raise ValueError("only its then_branch gives what the rest of the graph can take, and the condition is false")
+    return x
+
+
+def _require_other(xp: Any, x: Any, condition: Any) -> Any:
+    if bool(np.asarray(condition).reshape(())):
+        raise ValueError("only its else_branch gives what the rest of the graph can take, and the condition is true")
+    return x
 
 
 def joined_type(b: Builder, one: TensorType, two: TensorType, inside: set[str]) -> TensorType:

@@ -41,7 +41,7 @@ def depth_of(forest: Forest) -> int:
     """How many steps lead from a root to the farthest leaf; InvalidModel if a walk never ends."""
     places, depth = np.unique(forest.roots), 0
     while True:
-        inner = places[forest.yes[places] != places]
+        inner = places[(forest.yes[places] != places) | (forest.no[places] != places)]
         if not inner.size:
             return depth
         places, depth = np.unique(np.concatenate((forest.yes[inner], forest.no[inner]))), depth + 1
@@ -53,7 +53,8 @@ def emit_scores(b: Builder, forest: Forest, x: Value, aggregate: str, dtype: DTy
     """The aggregated weights [N, targets] of the leaves that the rows of x [N, features] (or [features]) reach."""
     rows = x if x.rank == 2 else b.emit(Reshape((1, *x.shape)), x)
     kind = TensorType(dtype, (rows.shape[0], forest.weights.shape[1]))
-    modes = tuple(MODES[i] for i in sorted(set(forest.mode[forest.yes != np.arange(len(forest.yes))])))
+    inner = (forest.yes != np.arange(len(forest.yes))) | (forest.no != np.arange(len(forest.yes)))
+    modes = tuple(MODES[i] for i in sorted(set(forest.mode[inner]))) or MODES[:1]
     tables = [getattr(forest, name) for name in TABLES]
     if isinstance(x.shape[-1], int) and forest.feature.max(initial=0) >= x.shape[-1]:
         raise InvalidModel(f"a tree reads feature {forest.feature.max()} of {x.type}")
@@ -127,6 +128,8 @@ def forest_of_nodes(
         no[i] = _place(places, trees[i], nodes["falsenodeids"][i])
     children = np.zeros(count, bool)
     children[yes[~is_leaf]] = children[no[~is_leaf]] = True
+    if sorted(trees[i] for i in own[~children]) != sorted(set(trees)):
+        raise InvalidModel("a tree has no root, or more than one")
     table, given = np.zeros((count, targets), FLOAT64), np.zeros((count, targets), bool)
     for tree, node, target, weight in zip(*leaves, weights, strict=True):
         if not 0 <= target < targets:

@@ -20,10 +20,10 @@ BLOCK_NBYTES = 1 << 20
 class Attention:
     """q [..., S, D], k [..., T, D], v [..., T, E] and optionally mask [..., S, T] make [..., S, E].
 
-    Leading axes broadcast. The score of query i and key j is `scale` times their product, plus the mask if that is floating. A boolean mask
-    says which pairs attend: the others score `fill`. With `causal`, pairs with j > i score -inf after that. A row
-    without any finite score is NaN, or counts as all zero weights with `zero_nan` (as every NaN weight then does).
-    Scores and softmax are computed in at least float32.
+    Leading axes broadcast. The score of query i and key j is `scale` times their product, plus the mask if that is
+    floating. A boolean mask says which pairs attend: the others score `fill`. With `causal`, pairs with j > i score
+    -inf after that. A row without any finite score is NaN, or counts as all zero weights with `zero_nan` (as every NaN
+    weight then does). Scores and softmax are computed in at least float32.
     """
 
     scale: float
