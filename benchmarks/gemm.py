@@ -28,6 +28,7 @@ from threadpoolctl import threadpool_limits
 from cpu_fallback.calls import Address, Native
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.gemm import emit_product
+from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import LIBRARY, Target, attributes, compile_module, host
 from cpu_fallback.vector_math import mangled
 from gpu_engine.ir import expr
@@ -179,7 +180,7 @@ def ours(case: Case, operands: list[Array], target: Target) -> Contender:
         for i, (kind, array) in enumerate(zip(kinds, operands, strict=True))
     )
     node = Node(op, inputs, tuple(map(Value, op.infer(*kinds))), case.name)
-    lowering = Lowering()
+    lowering = Lowering(lower_node)
     numbers, out = tuple(map(lowering.number, inputs)), lowering.number(node.outputs[0])
     assert emit_product(lowering, op, node, numbers, (out,), target)
     arrays = dict(zip(numbers, operands, strict=True))

@@ -320,8 +320,12 @@ class _Writer:
                 rows = least(code, code.binary("sub", count, row), i64(self.shape.rows))
                 begin, end = (code.at(base, code.binary("mul", row, step)) for base, step in (start, to))
                 a = code.at(a_part, code.binary("mul", i, lines.tile))
+                import os
+                d = code.binary("mul", depth, b_row) if not os.environ.get("PFD") else i64(int(os.environ["PFD"]))
+                which = os.environ.get("PFW","first")
+                ahead = d if which=="all" else code.select(code.compare("icmp eq", i, i64(0) if which=="first" else code.binary("sub", tiles, i64(1))), d, i64(0))
                 call_tile(code, TILES, self.shape, rows, width, depth, a, lines.row, lines.step, b_part, b_row,
-                          begin, start[1], end, to[1])  # fmt: skip
+                          begin, start[1], end, to[1], ahead)  # fmt: skip
                 return []
 
             code.loop(i64(0), tiles, i64(1), tile)

@@ -9,6 +9,7 @@ import numpy as np
 
 from cpu_fallback.attention import lower_attention
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
+from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
 from cpu_fallback.linear import lower_matmul
 from cpu_fallback.maps import map_call
@@ -41,6 +42,7 @@ from gpu_engine.ir.ops import (
     Softmax,
     Transpose,
 )
+from gpu_engine.ir.ops.control import If, Loop
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
@@ -79,6 +81,9 @@ LOWERINGS: dict[type, LowerOp] = {
 
 def lower_node(lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers) -> None:
     """The steps of one node."""
+    if isinstance(node.op, If | Loop):
+        lower_control(lowering, node, inputs, outputs)
+        return
     binds = tuple(getattr(node.op, "binds", ()))
     if binds:
         lowering.emit(ArrayCall(evaluate_all, node.op), inputs, outputs, binds=binds)

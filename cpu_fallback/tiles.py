@@ -17,7 +17,7 @@ from cpu_fallback.vector_math import mangled
 
 PARAMETERS = (
     "i64 %rows, i64 %depth, ptr %a, i64 %a_row, i64 %a_step, ptr %b, i64 %b_row, "
-    "ptr %start, i64 %start_row, ptr %c, i64 %c_row"
+    "ptr %start, i64 %start_row, ptr %c, i64 %c_row, i64 %ahead"
 )
 NBYTES = {"float": 4, "double": 8, "i32": 4, "i64": 8}
 HEIGHTS = (1, 2, 4, 6, 8)
@@ -116,7 +116,7 @@ class _Tile:
     width: int
 
     def write(self, code: Code) -> None:
-        count, depth, a, a_row, a_step, b, b_row, start, start_row, c, c_row = (
+        count, depth, a, a_row, a_step, b, b_row, start, start_row, c, c_row, ahead = (
             Reg(text.split()[1], text.split()[0]) for text in PARAMETERS.split(", ")
         )
         last = code.binary("sub", count, i64(1))
@@ -132,6 +132,10 @@ class _Tile:
                 chain = step * cells
                 places = [code.at(line, index) for line in lines]
                 sums[chain : chain + cells] = self._multiplied(code, places, b_line, sums[chain : chain + cells])
+                import os
+                if os.environ.get("PF","1") != "0":
+                    for place in self._vectors(code, code.at(b_line, ahead)):
+                        code.call("void", "llvm.prefetch.p0", place, Reg("0","i32"), Reg(os.environ.get("PFL","2"), "i32"), Reg("1","i32"))
                 b_line = code.at(b_line, b_row)
                 index = code.binary("add", index, a_step) if step + 1 < count else index
             return [b_line, *sums]

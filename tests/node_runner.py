@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cpu_fallback.calls import Native
+from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import Target
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType
@@ -42,7 +43,7 @@ def run_node(
     )  # fmt: skip
     outputs = tuple(map(Value, op.infer(*kinds)))
     node = Node(op, inputs, outputs, "a node")
-    lowering = Lowering()
+    lowering = Lowering(lower_node)
     numbers = tuple(map(lowering.number, inputs))
     out = lowering.number(outputs[0])
     assert emit(lowering, op, node, numbers, (out,), target), f"{op} of {kinds} has no native form"

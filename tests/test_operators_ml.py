@@ -139,7 +139,7 @@ def test_membership_in_sets() -> None:
 
 def test_what_is_no_tree_is_refused() -> None:
     leaves = {"target_treeids": [0], "target_nodeids": [2], "target_ids": [0], "target_weights": [1.0]}
-    for place, target, reason in ((1, 1, "root"), (2, 0, "root"), (0, 99, "no node 99")):
+    for place, target, reason in ((1, 1, "cycle"), (2, 0, "root"), (0, 99, "no node 99")):
         made = forest(1, 2, 2, 1, True)["nodes"]
         made["truenodeids"][place] = target
         attributes = {f"nodes_{key}": value for key, value in made.items()}

@@ -95,6 +95,8 @@ def test_powers_take_the_dtype_of_the_base() -> None:
     same(run("Pow", {"x": base, "y": np.array([2.0], np.float32)}, known=("y",)), base**2)
     same(run("Pow", {"x": base, "y": np.array([0.5], np.float32)}, known=("y",)), np.sqrt(base).astype(np.int32))
     same(run("Pow", {"x": base, "y": np.array([3], np.int64)}), base**3)
+    signed, powers = np.array([-1, -1, 1, 2, 0, -3], np.int32), np.array([-3, -2, -1, -1, -2, 3], np.int32)
+    same(run("Pow", {"x": signed, "y": powers}), np.array([-1, 1, 1, 0, 0, -27], np.int32))
     wide = np.array([-2.0, 0.5, 3.0], np.float32)
     same(run("Pow", {"x": wide, "y": np.array([3, -2, 0], np.int64)}), np.array([-8, 4, 1], np.float32), 1e-6)
 

@@ -214,6 +214,15 @@ def _truncated_div(a: Any, b: Any) -> Any:
     return quotient + ((np.remainder(a, b) != 0) & ((np.less(a, 0)) != np.less(b, 0))).astype(quotient.dtype)
 
 
+def _power(a: Any, b: Any) -> Any:
+    """a ** b; an integer to a negative power is truncated: 0 but for 1 and -1."""
+    if np.asarray(b).dtype.kind != "i":
+        return np.power(a, b)
+    whole = np.power(a, np.maximum(b, 0))
+    unit = np.where(np.equal(a, 1) | np.equal(np.bitwise_and(b, 1), 0), 1, -1)
+    return np.where(np.less(b, 0), np.where(np.equal(np.abs(a), 1), unit, 0), whole).astype(whole.dtype)
+
+
 def _logical(bitwise: Callable[..., Any], logical: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *x: logical(*x) if np.asarray(x[0]).dtype == BOOL else bitwise(*x)
 
@@ -228,7 +237,7 @@ def _shift(function: Callable[..., Any]) -> Callable[..., Any]:
 
 NUMPY: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _truncated_div, "mod": np.remainder,
-    "fmod": np.fmod, "pow": np.power, "min": np.minimum, "max": np.maximum, "neg": np.negative, "abs": np.abs,
+    "fmod": np.fmod, "pow": _power, "min": np.minimum, "max": np.maximum, "neg": np.negative, "abs": np.abs,
     "sign": np.sign, "floor": np.floor, "ceil": np.ceil, "round": np.rint, "sqrt": np.sqrt, "exp": np.exp,
     "log": np.log, "sin": np.sin, "cos": np.cos, "tan": np.tan, "asin": np.arcsin, "acos": np.arccos,
     "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh, "tanh": np.tanh, "asinh": np.arcsinh, "acosh": np.arccosh,
@@ -237,8 +246,8 @@ NUMPY: dict[str, Callable[..., Any]] = {
     "or": _logical(np.bitwise_or, np.logical_or), "xor": _logical(np.bitwise_xor, np.logical_xor),
     "not": _logical(np.bitwise_not, np.logical_not), "shl": _shift(np.left_shift), "shr": _shift(np.right_shift),
 }  # fmt: skip
-"""Every operation but arg, const and cast, over arrays of the compute dtype. Integer division truncates; mod takes
-the divisor's sign; min and max propagate NaN; round is half to even."""
+"""Every operation but arg, const and cast, over arrays of the compute dtype. Integer division truncates, as a negative
+integer power does; mod takes the divisor's sign; min and max propagate NaN; round is half to even."""
 
 
 def walk(expr: Expr) -> list[Expr]:

@@ -20,7 +20,8 @@ from gpu_engine.plan.requirements import node_requirements
 class Lowering:
     """Numbers buffers and appends steps; handed to a device's lowering of each node."""
 
-    def __init__(self) -> None:
+    def __init__(self, lower_node: LowerNode) -> None:
+        self._lower_node = lower_node
         self.buffers: list[Buffer] = []
         self.steps: list[Step] = []
         self.requirements: list[Requirement] = []
@@ -61,7 +62,11 @@ class Lowering:
             self._numbers[value] = found
         return found
 
-    def lower(self, node: Node, lower_node: LowerNode) -> None:
+    def body(self, graph: Graph, names: tuple[str, ...]) -> Plan:
+        """The plan of a body: the values of `names` come first among its symbols, then what its inputs' shapes bind."""
+        return lower_graph(graph, NOT_BATCHED, self._lower_node, names)
+
+    def lower(self, node: Node) -> None:
         """Append the node's steps; a Reshape is an alias and has none."""
         self.source = node.source
         self.requirements += node_requirements(node)
@@ -69,7 +74,7 @@ class Lowering:
         if isinstance(node.op, Reshape):
             self._numbers[node.outputs[0]] = self.alias(inputs[0], node.outputs[0].shape)
             return
-        lower_node(self, node, inputs, tuple(map(self.number, node.outputs)))
+        self._lower_node(self, node, inputs, tuple(map(self.number, node.outputs)))
 
     def _add(self, buffer: Buffer) -> int:
         self.buffers.append(buffer)
@@ -80,12 +85,18 @@ LowerNode = Callable[[Lowering, Node, tuple[int, ...], tuple[int, ...]], None]
 """lower_node(lowering, node, input buffers, output buffers): appends the steps of one node."""
 
 
-def lower_graph(graph: Graph, batching: Batching, lower_node: LowerNode) -> Plan:
-    """The plan of `graph` for the device whose lowering of one node is `lower_node`."""
-    lowering = Lowering()
+NOT_BATCHED = Batching(None, (), (), "a body")
+
+
+def lower_graph(graph: Graph, batching: Batching, lower_node: LowerNode, names: tuple[str, ...] = ()) -> Plan:
+    """The plan of `graph` for the device whose lowering of one node is `lower_node`.
+
+    `names` are symbols that binding gets the values of before those that the inputs' shapes bind.
+    """
+    lowering = Lowering(lower_node)
     inputs = tuple(map(lowering.number, graph.inputs))
     for node in graph.nodes:
-        lowering.lower(node, lower_node)
+        lowering.lower(node)
     outputs = tuple(map(lowering.number, graph.outputs))
     return Plan(
         steps=tuple(lowering.steps),
@@ -94,7 +105,7 @@ def lower_graph(graph: Graph, batching: Batching, lower_node: LowerNode) -> Plan
         outputs=outputs,
         input_ports=_ports(graph.input_names, graph.inputs),
         output_ports=_ports(graph.output_names, graph.outputs),
-        symbols=_input_symbols(graph),
+        symbols=tuple(dict.fromkeys((*names, *_input_symbols(graph)))),
         batching=batching,
         requirements=tuple(dict.fromkeys(lowering.requirements)),
         output_structures=graph.output_structures,

@@ -38,15 +38,22 @@ class Forest:
 
 
 def depth_of(forest: Forest) -> int:
-    """How many steps lead from a root to the farthest leaf; InvalidModel if a walk never ends."""
-    places, depth = np.unique(forest.roots), 0
+    """How many steps lead from a root to the farthest leaf; InvalidModel if a walk never ends, or a test is below no
+    root."""
+    own = np.arange(len(forest.feature))
+    inner = (forest.yes != own) | (forest.no != own)
+    places, depth, reached = np.unique(forest.roots), 0, np.zeros(len(own), bool)
     while True:
-        inner = places[(forest.yes[places] != places) | (forest.no[places] != places)]
-        if not inner.size:
-            return depth
-        places, depth = np.unique(np.concatenate((forest.yes[inner], forest.no[inner]))), depth + 1
-        if depth > len(forest.feature):
+        reached[places] = True
+        places = places[inner[places]]
+        if not places.size:
+            break
+        places, depth = np.unique(np.concatenate((forest.yes[places], forest.no[places]))), depth + 1
+        if depth > len(own):
             raise InvalidModel("a tree has a cycle")
+    if not reached[inner].all():
+        raise InvalidModel("a tree has nodes below no root")
+    return depth
 
 
 def emit_scores(b: Builder, forest: Forest, x: Value, aggregate: str, dtype: DType) -> Value:
@@ -128,8 +135,6 @@ def forest_of_nodes(
         no[i] = _place(places, trees[i], nodes["falsenodeids"][i])
     children = np.zeros(count, bool)
     children[yes[~is_leaf]] = children[no[~is_leaf]] = True
-    if sorted(trees[i] for i in own[~children]) != sorted(set(trees)):
-        raise InvalidModel("a tree has no root, or more than one")
     table, given = np.zeros((count, targets), FLOAT64), np.zeros((count, targets), bool)
     for tree, node, target, weight in zip(*leaves, weights, strict=True):
         if not 0 <= target < targets:
