@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64
-from cpu_fallback.conv_tiles import LINE, TileShape, call_tile, define_tile, tile_shape
+from cpu_fallback.conv_tiles import LINE, RECORD, TileShape, call_tiles, define_tiles, tile_shape
 from cpu_fallback.conv_windows import Geometry, Windows, define_copy
-from cpu_fallback.epilogues import CHANNEL, FULL, Epilogue, stack
+from cpu_fallback.epilogues import SCALAR, Epilogue, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
 from cpu_fallback.loops import THREAD, THREADS, Words
 from cpu_fallback.native import Target
@@ -99,16 +99,17 @@ class _Writer:
         tiles, columns = self._shares(tiling.count, times(code, panels.count, g.groups))
         fitting = code.binary("udiv", code.binary("sub", self.room, i64(SLACK)), most(code, tiling.tile_nbytes, i64(1)))
         block = i64(BLOCK) if tiling.windows is None else clamp(code, fitting, i64(1), i64(BLOCK))
-        places = stack(code, 24 * BLOCK)
+        lists = (stack(code, RECORD * BLOCK), stack(code, RECORD * BLOCK))
 
         def some_tiles(first: Reg, _: list[Reg]) -> list[Reg]:
             count = code.binary("sub", least(code, plus(code, first, block), tiles[1]), first)
 
             def group(index: Reg, _: list[Reg]) -> list[Reg]:
-                self._prepare(tiling, index, first, count, places)
+                counts = self._prepare(tiling, index, first, count, lists)
                 base = times(code, index, panels.count)
                 span = [clamp(code, code.binary("sub", end, base), i64(0), panels.count) for end in columns]
-                code.loop(*span, i64(1), lambda panel, _: self._panel(tiling, panels, index, panel, count, places))
+                tiles = list(zip(lists, counts, strict=True))
+                code.loop(*span, i64(1), lambda panel, _: self._panel(tiling, panels, index, panel, count, tiles))
                 return []
 
             groups = code.binary("udiv", columns[0], panels.count), ceil_div(code, columns[1], panels.count)
@@ -179,19 +180,22 @@ class _Writer:
         count = ceil_div(code, g.group_outputs, i64(self._shape.width))
         return _Panels(count, times(code, depth, i64(self._shape.width)), times(code, depth, padded))
 
-    def _prepare(self, tiling: _Tiling, group: Reg, first: Reg, count: Reg, places: Reg) -> None:
-        """For `count` tiles from `first` on: the first pixel, how many, and where they are read, into `places`."""
-        code = self.code
+    def _prepare(self, tiling: _Tiling, group: Reg, first: Reg, count: Reg, lists: tuple[Reg, Reg]) -> list[Reg]:
+        """Lists the `count` tiles from `first` on, those with few pixels in the second list; the lengths of both."""
+        code, g = self.code, self.geometry
 
-        def tile(index: Reg, _: list[Reg]) -> list[Reg]:
+        def tile(index: Reg, lengths: list[Reg]) -> list[Reg]:
             pixel, rows = self._pixels(tiling, plus(code, first, index))
             place = self._place(tiling, group, index, pixel, rows)
-            record = code.at(places, times(code, index, i64(24)))
-            for i, value in enumerate((pixel, rows, place)):
+            few = code.compare("icmp sle", rows, i64(self._shape.few))
+            length = code.select(few, lengths[1], lengths[0])
+            record = code.at(code.select(few, lists[1], lists[0]), times(code, length, i64(RECORD)))
+            for i, value in enumerate((place, rows, times(code, pixel, g.outputs, i64(4)))):
                 code.store(value, code.at(record, i64(8 * i)), 8)
-            return []
+            more = code.convert("zext", few, "i64")
+            return [code.binary("sub", plus(code, lengths[0], i64(1)), more), plus(code, lengths[1], more)]
 
-        code.loop(i64(0), count, i64(1), tile)
+        return code.loop(i64(0), count, i64(1), tile, [i64(0), i64(0)])
 
     def _pixels(self, tiling: _Tiling, tile: Reg) -> tuple[Reg, Reg]:
         """(first pixel, number of pixels) of a tile."""
@@ -204,13 +208,16 @@ class _Writer:
         left = code.binary("sub", code.select(rows, g.out_w, g.pixels), start)
         return plus(code, base, start), least(code, left, height)
 
+    def _source(self, tiling: _Tiling) -> Reg:
+        return self.x if tiling.windows is None else self.scratch
+
     def _place(self, tiling: _Tiling, group: Reg, index: Reg, pixel: Reg, rows: Reg) -> Reg:
-        """Where a tile is read, after its windows are copied."""
-        code, g = self.code, self.geometry
-        if tiling.windows is None:
+        """Where a tile starts in `_source`, after its windows are copied."""
+        code, windows = self.code, tiling.windows
+        if windows is None:
             return self._whole_rows(tiling, group, pixel, rows)
-        start = code.at(self.scratch, times(code, index, tiling.tile_nbytes))
-        windows = tiling.windows
+        offset = times(code, index, tiling.tile_nbytes)
+        start = code.at(self.scratch, offset)
         single = code.compare("icmp sgt", tiling.in_row, i64(0))
 
         def part(i: Reg, _: list[Reg]) -> list[Reg]:
@@ -218,14 +225,12 @@ class _Writer:
             return []
 
         code.loop(i64(0), code.select(single, i64(1), rows), i64(1), part)
-        del g
-        return start
+        return offset
 
     def _whole_rows(self, tiling: _Tiling, group: Reg, pixel: Reg, rows: Reg) -> Reg:
         """Pixels in place, or copied where fewer are left than a tile reads."""
         code, g = self.code, self.geometry
-        offset = plus(code, times(code, pixel, g.channels), times(code, group, g.group_channels))
-        own = code.at(self.x, times(code, offset, i64(4)))
+        offset = times(code, plus(code, times(code, pixel, g.channels), times(code, group, g.group_channels)), i64(4))
         few = code.compare("icmp sle", rows, i64(self._shape.few))
         enough = code.select(few, i64(self._shape.few), i64(self._shape.rows))
 
@@ -233,61 +238,57 @@ class _Writer:
             name = define_copy(code, self.target)
             step = tiling.pixel_nbytes
             reach = plus(code, times(code, code.binary("sub", rows, i64(1)), g.channels), g.group_channels)
-            arguments = [self.scratch, own, i64(0), i64(1), reach, step, i64(0)]
+            arguments = [self.scratch, code.at(self.x, offset), i64(0), i64(1), reach, step, i64(0)]
             code.do(f"call void @{name}({', '.join(map(str, arguments))})")
-            return [self.scratch]
+            ends = [code.convert("ptrtoint", end, "i64") for end in (self.scratch, self.x)]
+            return [code.binary("sub", *ends)]
 
-        return code.either(code.compare("icmp eq", rows, enough), lambda: [own], copied)[0]
+        return code.either(code.compare("icmp eq", rows, enough), lambda: [offset], copied)[0]
 
-    def _panel(self, tiling: _Tiling, panels: _Panels, group: Reg, panel: Reg, count: Reg, places: Reg) -> list[Reg]:
-        """Every tile with one panel."""
+    def _panel(
+        self, tiling: _Tiling, panels: _Panels, group: Reg, panel: Reg, count: Reg, tiles: list[tuple[Reg, Reg]]
+    ) -> list[Reg]:
+        """Every listed tile with one panel."""
         code, g, width = self.code, self.geometry, self._shape.width
         first = times(code, panel, i64(width))
         columns = least(code, code.binary("sub", g.group_outputs, first), i64(width))
         weights = code.at(self.w, plus(code, times(code, group, panels.group_nbytes), times(code, panel, panels.nbytes)))
-        channel = plus(code, times(code, group, g.group_outputs), first)
-
-        coming = code.at(weights, panels.nbytes)
-        initial = code.compare("icmp eq", panel, i64(0))
-
-        def tile(index: Reg, _: list[Reg]) -> list[Reg]:
-            record = code.at(places, times(code, index, i64(24)))
-            pixel, rows = (code.load("i64", code.at(record, i64(8 * i)), 8) for i in range(2))
-            start = code.load("ptr", code.at(record, i64(16)), 8)
-            cell = times(code, plus(code, times(code, pixel, g.outputs), channel), i64(4))
-            ahead = code.at(coming, times(code, index, tiling.segments, tiling.run, i64(LINE)))
-            if tiling.windows is None:
-                ahead = code.select(initial, code.at(start, tiling.tile_nbytes), ahead)
-            arguments = [
-                rows, columns, start, tiling.pixel_nbytes, tiling.segments, tiling.segment_nbytes, tiling.run,
-                weights, code.at(self.out, cell), times(code, g.outputs, i64(4)),
-                ahead, *self._operands(channel, cell),
-            ]  # fmt: skip
-            self._call(rows, columns, arguments)
-            return []
-
-        code.loop(i64(0), count, i64(1), tile)
-        return []
-
-    def _operands(self, channel: Reg, cell: Reg) -> list[Reg]:
-        code, offsets = self.code, {CHANNEL: times(self.code, channel, i64(4)), FULL: cell}
-        return [
-            code.at(operand, offsets[kind]) if kind in offsets else operand
+        channel = times(code, plus(code, times(code, group, g.group_outputs), first), i64(4))
+        ahead = self._ahead(tiling, panels, panel, weights, count, tiles[0][0])
+        operands = [
+            operand if kind == SCALAR else code.at(operand, channel)
             for kind, operand in zip(self.kernel.epilogue.kinds, self.operands, strict=True)
         ]
+        reading = (self._source(tiling), tiling.pixel_nbytes, tiling.segments, tiling.segment_nbytes, tiling.run)
+        writing = (code.at(self.out, channel), times(code, g.outputs, i64(4)))
+        for (records, length), rows in zip(tiles, (self._shape.rows, self._shape.few), strict=True):
+            arguments = [length, records, columns, *reading, weights, *writing, *ahead, *operands]
+            self._call(rows, columns, arguments)
+        return []
 
-    def _call(self, rows: Reg, columns: Reg, arguments: list[Reg]) -> None:
-        """The tile function for so many rows and columns."""
-        code, shape = self.code, self._shape
+    def _ahead(
+        self, tiling: _Tiling, panels: _Panels, panel: Reg, weights: Reg, count: Reg, records: Reg
+    ) -> tuple[Reg, Reg, Reg]:
+        """What tiles prefetch: the next tile where the image is read first, else their share of the next panel."""
+        code = self.code
+        share = code.binary("udiv", i64(2 * LINE), count)
+        own = (code.at(weights, panels.nbytes), times(code, tiling.segments, tiling.run, share), share)
+        if tiling.windows is not None:
+            return own
+        step = i64(4 * self._shape.rows)
+        first = code.at(self.x, plus(code, code.load("i64", records, 8), tiling.tile_nbytes))
+        following = (first, tiling.tile_nbytes, step)
+        initial = code.compare("icmp eq", panel, i64(0))
+        chosen = [code.select(initial, a, b) for a, b in zip(following, own, strict=True)]
+        return chosen[0], chosen[1], chosen[2]
 
-        def with_rows(height: int) -> list[Reg]:
-            def with_vectors(vectors: int) -> list[Reg]:
-                name = define_tile(code, self.target, height, vectors, self.kernel.epilogue)
-                call_tile(code, name, arguments)
-                return []
+    def _call(self, rows: int, columns: Reg, arguments: list[Reg]) -> None:
+        """The tile function for panels of so many columns."""
 
-            wide = code.compare("icmp sgt", columns, i64(shape.lanes))
-            return code.either(wide, lambda: with_vectors(2), lambda: with_vectors(1))
+        def with_vectors(vectors: int) -> list[Reg]:
+            name = define_tiles(self.code, self.target, rows, vectors, self.kernel.epilogue)
+            call_tiles(self.code, name, arguments)
+            return []
 
-        many = code.compare("icmp sgt", rows, i64(shape.few))
-        code.either(many, lambda: with_rows(shape.rows), lambda: with_rows(shape.few))
+        wide = self.code.compare("icmp sgt", columns, i64(self._shape.lanes))
+        self.code.either(wide, lambda: with_vectors(2), lambda: with_vectors(1))

@@ -50,9 +50,12 @@ class Epilogue:
         """The result for sums `value` and operands in registers of as many lanes."""
         return write_expr(code, self.expr, dict(enumerate((value, *operands))), lanes)
 
-    def write_tile(
-        self, code: Code, target: Target, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]
-    ) -> None:
+    def moved(self, code: Code, operands: Sequence[Reg], nbytes: Reg) -> list[Reg]:
+        """The addresses of the operands for a cell `nbytes` further in the result."""
+        pairs = zip(self.kinds, operands, strict=True)
+        return [code.at(operand, nbytes) if kind == FULL else operand for kind, operand in pairs]
+
+    def write_tile(self, code: Code, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> None:
         """Store the epilogue of a tile of sums, row by row; `operands` are addresses for its first cell."""
         if place.mask is None:
             full = code.compare("icmp sge", place.columns, i64(place.vectors * place.lanes))

@@ -15,14 +15,15 @@ from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.lanes import COMPUTED
 from cpu_fallback.loops import THREAD, THREADS, Words, least, row_offsets, thread_share
 from cpu_fallback.native import Target, attributes
-from cpu_fallback.tiles import call_tile, tile_shape
+from cpu_fallback.tiles import LINE, call_tile, tile_shape
 from gpu_engine.ir.dtypes import DType
 
 PACKED, PLAIN, TRANSPOSED = "packed", "plain", "transposed"
 PARAMETERS = "ptr %block, i64 %thread, i64 %threads, ptr %tiles, ptr %finish, i1 %direct"
 FINISH = "ptr %block, i64 %batch, i64 %row, i64 %column, i64 %rows, i64 %columns, ptr %sums"
 TILES, EPILOGUE, DIRECT = Reg("%tiles", "ptr"), Reg("%finish", "ptr"), Reg("%direct", "i1")
-BLOCK_TILES = (4, 16)
+import os
+BLOCK_TILES = (4, 32)
 """The least and the greatest number of tiles of rows in a block."""
 DEPTH = 384
 """Products that one sum takes: sums of sums keep the error from growing with the depth, and parts of panels small."""
@@ -165,8 +166,8 @@ class _Writer:
         """Tiles of rows in a block: half the second cache, within limits."""
         code = self.code
         tile = code.binary("mul", self.k, i64(packing.ROWS * self.shape.nbytes))
-        fits = code.binary("udiv", i64(self.driver.caches.l2 // 2), code.binary("or", tile, i64(1)))
-        return most(code, least(code, fits, i64(BLOCK_TILES[1])), BLOCK_TILES[0])
+        fits = code.binary("udiv", i64(self.driver.caches.l2 * int(os.environ.get('L2F','2')) // 4), code.binary("or", tile, i64(1)))
+        return most(code, least(code, fits, i64(int(os.environ.get('BT','16')))), BLOCK_TILES[0])
 
     def _lines(self, a: Reg, row: Reg, count: Reg, panels: tuple[Reg, Reg]) -> _Rows:
         """Where the block's rows are: packed first if enough panels use them, else in place."""
@@ -299,12 +300,13 @@ class _Writer:
     def _multiply(
         self, lines: _Rows, panel: tuple[Reg, Reg], width: Reg, count: Reg, result: tuple[Reg, Reg]
     ) -> None:  # fmt: skip
-        """All tiles of a block with a panel, by parts of the depth."""
+        """All tiles of a block with a panel, by parts of the depth. The first tiles fetch the next part of B."""
         code, (b, b_row), line = self.code, panel, i64(self.shape.line)
-        parts = most(code, packing.ceil_div(code, self.k, DEPTH), 1)
+        parts = most(code, packing.ceil_div(code, self.k, int(os.environ.get('DEPTH','384'))), 1)
         size = code.binary("udiv", code.binary("add", self.k, code.binary("sub", parts, i64(1))), parts)
         tiles = packing.ceil_div(code, count, self.shape.rows)
         final = code.binary("sub", parts, i64(1))
+        many = code.compare("icmp sgt", tiles, i64(1))
 
         def part(index: Reg, _: list[Reg]) -> list[Reg]:
             k = code.binary("mul", index, size)
@@ -320,12 +322,10 @@ class _Writer:
                 rows = least(code, code.binary("sub", count, row), i64(self.shape.rows))
                 begin, end = (code.at(base, code.binary("mul", row, step)) for base, step in (start, to))
                 a = code.at(a_part, code.binary("mul", i, lines.tile))
-                import os
-                d = code.binary("mul", depth, b_row) if not os.environ.get("PFD") else i64(int(os.environ["PFD"]))
-                which = os.environ.get("PFW","first")
-                ahead = d if which=="all" else code.select(code.compare("icmp eq", i, i64(0) if which=="first" else code.binary("sub", tiles, i64(1))), d, i64(0))
-                call_tile(code, TILES, self.shape, rows, width, depth, a, lines.row, lines.step, b_part, b_row,
-                          begin, start[1], end, to[1], ahead)  # fmt: skip
+                later = code.binary("add", code.binary("mul", depth, b_row), code.binary("mul", i, i64(LINE)))
+                far = code.select(code.compare("icmp slt", i, width), later, i64(0))
+                call_tile(code, TILES, self.shape, many, rows, width, depth, a, lines.row, lines.step, b_part, b_row,
+                          begin, start[1], end, to[1], far)  # fmt: skip
                 return []
 
             code.loop(i64(0), tiles, i64(1), tile)

@@ -315,6 +315,13 @@ def _integer_clipped(x: Num, source: DType, target: DType) -> Num:
 
 
 def _saturated(x: Num, target: DType) -> Num:
+    """NaN becomes 0. Bounds of at most 16 bits are floats, so that clipping first is exact, and fast."""
+    if target.itemsize <= 2:
+        low, high = (float(bound) for bound in limits(target))
+        number = x.test("olt", low).select(low, x)
+        number = number.test("ogt", high).select(high, number)
+        number = x.test("uno", x).select(0.0, number)
+        return number.cast("fptosi", "i32").cast("trunc", COMPUTED[target])
     name = "fptosi" if target.kind == "i" else "fptoui"
     kind = retyped(x.kind, COMPUTED[target])
     full = f"llvm.{name}.sat.{vector_math.mangled(kind)}.{vector_math.mangled(x.kind)}"

@@ -21,6 +21,7 @@ from cpu_fallback.movement import (
     lower_slice,
     lower_transpose,
 )
+from cpu_fallback.recurrent import lower_recurrent
 from cpu_fallback.reductions import lower_reduce
 from cpu_fallback.rows import lower_layer_norm, lower_softmax
 from cpu_fallback.taps import lower_pool
@@ -37,6 +38,7 @@ from gpu_engine.ir.ops import (
     MatMul,
     Pad,
     Pool,
+    Recurrent,
     Reduce,
     Slice,
     Softmax,
@@ -72,6 +74,7 @@ LOWERINGS: dict[type, LowerOp] = {
     MatMul: lower_matmul,
     Pad: lower_pad,
     Pool: lower_pool,
+    Recurrent: lower_recurrent,
     Reduce: lower_reduce,
     Slice: lower_slice,
     Softmax: lower_softmax,

@@ -1,4 +1,8 @@
-"""Native code: the host's vector features, the one function that compiles, and the process-wide cache of kernels."""
+"""Native code: the host's vector features, the one function that compiles, and the process-wide cache of kernels.
+
+All kernels of a plan are one module: llvmlite holds a lock of its own around every call into LLVM, so that compiling
+several modules on threads would gain nothing.
+"""
 
 from __future__ import annotations
 

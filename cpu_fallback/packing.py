@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
 from cpu_fallback.calls import Array
 from cpu_fallback.code import Code, Reg, i64, lane_count, vector
 from cpu_fallback.loops import lane_mask, least, literal_zero
 from cpu_fallback.native import Target, attributes
+from cpu_fallback.pages import PAGES
 from cpu_fallback.tiles import NBYTES, TileShape
 from cpu_fallback.vector_math import mangled
 from gpu_engine.ir import dims
@@ -43,7 +42,7 @@ def padded(n: Dim, lanes: int) -> Dim:
 def pack_panels(b: Array, shape: TileShape, dtype: Any) -> Array:
     """b [..., K, N] as panels [..., K * padded(N)] of `dtype`."""
     *lead, depth, n = b.shape
-    packed = np.zeros((*lead, depth * dims.number(padded(n, shape.lanes))), dtype)
+    packed = PAGES.zeros((*lead, depth * dims.number(padded(n, shape.lanes))), dtype)
     stops = accumulate(width * shape.lanes for width in panel_widths(n, shape))
     start = 0
     for stop in stops:

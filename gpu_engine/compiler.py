@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from gpu_engine.errors import DependsOnValues, DeviceError
+from gpu_engine.errors import DependsOnValues, DeviceError, GpuEngineError, OutOfMemory, UnsupportedModel
 from gpu_engine.frontend.importer import caller_inputs, import_model, is_open, refuse_unsupported
 from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
 from gpu_engine.ir.structure import Structure
@@ -65,8 +66,9 @@ def compile(
     parsed = read(model)
 
     def build(structures: Mapping[str, Structure] | None = None) -> Engine:
-        graph = optimize(import_model(parsed, SpecificationFunctions(), structures))
-        return Engine(opened.lower(graph, prove(graph)), opened, options, reason)
+        with typed_errors():
+            graph = optimize(import_model(parsed, SpecificationFunctions(), structures))
+            return Engine(opened.lower(graph, prove(graph)), opened, options, reason)
 
     given = caller_inputs(parsed)
     open_inputs = [OpenInput(info.name, info.dtype, bool(info.wrappers)) for info in given]
@@ -78,6 +80,21 @@ def compile(
     except DependsOnValues as error:
         _LOGGER.warning("the model is compiled for every value of its small integer inputs: %s", error)
         return StructuredEngine(open_inputs, build, by_value=True)
+
+
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """What Python says about models too large to compile, in our terms."""
+    try:
+        yield
+    except GpuEngineError:
+        raise
+    except MemoryError as error:
+        raise OutOfMemory(f"no memory is left to compile the model: {error}") from error
+    except RecursionError as error:
+        raise UnsupportedModel("the model nests too deeply") from error
+    except OverflowError as error:
+        raise UnsupportedModel(f"a number of the model does not fit 64 bits: {error}") from error
 
 
 def open_device(choice: DeviceChoice, fallback: str | None = None) -> tuple[Device, str]:

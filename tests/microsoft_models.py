@@ -70,20 +70,26 @@ def agree(
     atol: float = 2e-5,
     steps: int = 0,
     opset: int = 1,
+    fixed: Sequence[str] = (),
     expected: Sequence[Array] | None = None,
     **attributes: Any,
 ) -> None:
     """onnxruntime (or `expected`) and the node give the same: with the extents of the inputs given and left open, with
-    `known` inputs as initializers, as imported and as optimised. Integers may differ by `steps`."""
+    `known` inputs as initializers or not, with those in `fixed` always, as imported and as optimised. Integers may
+    differ by `steps`."""
     given = {key: array for key, array in inputs.items() if array is not None}
-    fed = {key: array for key, array in given.items() if key not in known}
+
+    def fed(held: Sequence[str]) -> dict[str, Array]:
+        return {key: array for key, array in given.items() if key not in held}
+
     if expected is None:
-        expected = onnxruntime_exactly(node_model(name, inputs, attributes, outputs, known, (), opset), fed)
-    for held, free in ((known, ()), (known, tuple(fed)), ((), ()), (tuple(given), ())):
+        model = node_model(name, inputs, attributes, outputs, fixed, (), opset)
+        expected = onnxruntime_exactly(model, fed(fixed))
+    known = (*fixed, *known)
+    for held, free in ((known, ()), (known, tuple(fed(known))), (fixed, ()), (tuple(given), ())):
         graph = graph_of(node_model(name, inputs, attributes, outputs, held, free, opset))
-        feed = {key: array for key, array in given.items() if key not in held}
         for form in (graph, optimize(graph)):
-            for actual, wanted in zip(run_graph(form, feed).values(), expected, strict=True):
+            for actual, wanted in zip(run_graph(form, fed(held)).values(), expected, strict=True):
                 close(actual, wanted, rtol, atol, steps)
 
 

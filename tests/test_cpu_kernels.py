@@ -80,7 +80,22 @@ def assert_equal(actual: Array, expected: Array, tolerance: float = 0.0) -> None
 
 
 BINARY = ("add", "sub", "mul", "div", "mod", "fmod", "min", "max", "lt", "le", "eq")
-FLOAT_UNARY = ("neg", "abs", "sign", "floor", "ceil", "round", "sqrt", "isnan", "exp", "log", "tanh", "erf", "sin", "cos")
+FLOAT_UNARY = (
+    "neg",
+    "abs",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+    "sqrt",
+    "isnan",
+    "exp",
+    "log",
+    "tanh",
+    "erf",
+    "sin",
+    "cos",
+)
 INTEGER_UNARY = ("neg", "abs", "sign", "not")
 TOLERANCE = {FLOAT32: 5e-7, FLOAT64: 1e-14, FLOAT16: 1e-3, BFLOAT16: 8e-3}
 
@@ -115,7 +130,9 @@ def test_shifts_lose_all_bits_beyond_the_width(dtype: DType, target: Target) -> 
     for op in ("shl", "shr"):
         root = expr.apply(op, expr.arg(0, dtype), expr.arg(1, dtype))
         assert_equal(run_map(root, [a, b], target), expr.evaluate(root, [a, b]))
-    assert (run_map(expr.shift_left(expr.arg(0, UINT8), expr.arg(1, UINT8)), [np.uint8([255]), np.uint8([8])], target) == 0).all()
+    assert (
+        run_map(expr.shift_left(expr.arg(0, UINT8), expr.arg(1, UINT8)), [np.uint8([255]), np.uint8([8])], target) == 0
+    ).all()
 
 
 @by_target
@@ -207,7 +224,10 @@ def test_the_inner_axis_may_turn_out_to_be_one() -> None:
 
 
 def test_literals_do_not_make_kernels() -> None:
-    calls = [map_call(X * scale + shift, [(0, (dims.symbol("n"),))], 1, (dims.symbol("n"),)) for scale, shift in ((0.3, 0.7), (0.2, 9.1))]
+    calls = [
+        map_call(X * scale + shift, [(0, (dims.symbol("n"),))], 1, (dims.symbol("n"),))
+        for scale, shift in ((0.3, 0.7), (0.2, 9.1))
+    ]
     kernels = [call[0].kernel for call in calls if call is not None]
     assert len(kernels) == 2 and kernels[0] == kernels[1]
     assert run_map(X * 0.3 + 0.7, [np.float32([2])], host()) == np.float32(2) * np.float32(0.3) + np.float32(0.7)
@@ -240,7 +260,11 @@ def test_unsupported_types_run_as_arrays() -> None:
     check_op(Map(expr.arg(0, complex64) * expr.arg(1, complex64)), [x, x], native=False)
     e4m3 = np.dtype(__import__("ml_dtypes").float8_e4m3fn)
     check_op(Map(expr.cast(expr.arg(0, FLOAT32), e4m3)), [np.linspace(-5, 5, 9, dtype=np.float32)], native=False)
-    check_op(Map(expr.apply("pow", expr.arg(0, INT32), expr.arg(1, INT32))), [np.int32([2, 3]), np.int32([5, 2])], native=False)
+    check_op(
+        Map(expr.apply("pow", expr.arg(0, INT32), expr.arg(1, INT32))),
+        [np.int32([2, 3]), np.int32([5, 2])],
+        native=False,
+    )
 
 
 def test_nan_is_neither_less_nor_lost() -> None:
@@ -248,12 +272,19 @@ def test_nan_is_neither_less_nor_lost() -> None:
     y = np.array([1, np.nan, np.nan, 3], np.float32)
     for target in targets():
         for function in (expr.minimum, expr.maximum):
-            assert np.isnan(run_map(function(X, expr.arg(1, FLOAT32)), [x, y], target)).tolist() == [True, True, True, False]
+            assert np.isnan(run_map(function(X, expr.arg(1, FLOAT32)), [x, y], target)).tolist() == [
+                True,
+                True,
+                True,
+                False,
+            ]
             assert np.isnan(run_map(function(X, 0.0), [x], target)).tolist() == [True, False, True, False]
 
 
 def _expressions(leaves: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
-    unary = st.sampled_from([expr.exp, expr.tanh, expr.sqrt, expr.erf, expr.sin, abs, expr.floor, expr.sigmoid, expr.sign])
+    unary = st.sampled_from(
+        [expr.exp, expr.tanh, expr.sqrt, expr.erf, expr.sin, abs, expr.floor, expr.sigmoid, expr.sign]
+    )
     binary = st.sampled_from(["add", "sub", "mul", "div", "min", "max"])
 
     def grown(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
@@ -261,7 +292,11 @@ def _expressions(leaves: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
             st.builds(lambda f, x: f(x), unary, inner),
             st.builds(expr.apply, binary, inner, inner),
             st.builds(lambda a, b, yes, no: expr.where(a < b, yes, no), inner, inner, inner, inner),
-            st.builds(lambda x, dtype: expr.cast(expr.cast(x, dtype), FLOAT32), inner, st.sampled_from([FLOAT64, FLOAT16, BOOL])),
+            st.builds(
+                lambda x, dtype: expr.cast(expr.cast(x, dtype), FLOAT32),
+                inner,
+                st.sampled_from([FLOAT64, FLOAT16, BOOL]),
+            ),
         )
 
     return st.recursive(leaves, grown, max_leaves=7)

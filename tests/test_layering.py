@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield (full if full in MODULES else str(node.module)), node.lineno
 
 
+@cache
 def parsed(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text())
 
@@ -148,8 +150,8 @@ def is_import_call(node: ast.AST) -> bool:
 
 
 def test_late_imports_are_few_and_known() -> None:
-    places = [place.split(":")[0] for place in late_imports()]
-    assert sorted(places) == sorted(LATE)
+    late = late_imports()
+    assert [place.split(":")[0] for place in late] == sorted(LATE), late
 
 
 def test_no_file_is_too_long() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gpu_engine.errors import InvalidModel, UnsupportedModel
+from gpu_engine.passes.batchability import prove
 from tests.one_node import FORMS, Array, graph_of, model_of, onnxruntime_of, run, same
 
 RNG = np.random.default_rng(0)
@@ -293,6 +294,21 @@ def test_matrix_products() -> None:
 def test_determinants(shape: tuple[int, ...]) -> None:
     x = normal(*shape)
     same(run("Det", {"x": x}), np.linalg.det(x), 1e-5)
+
+
+@pytest.mark.parametrize("axis, apart", [(1, True), (0, False)])
+def test_rows_of_a_batch_stay_apart_along_other_axes(axis: int, apart: bool) -> None:
+    x, index = normal(2, 4), np.array([[0, 1], [1, 0]])
+    for name, inputs, attributes in (
+        ("TopK", {"x": x, "k": ints(1)}, {"axis": axis}), ("CumSum", {"x": x, "axis": np.array(axis)}, {}),
+        ("ScatterElements", {"x": x, "i": index, "u": normal(2, 2)}, {"axis": axis}),
+        ("ReverseSequence", {"x": x, "l": ints(1, 2)}, {"time_axis": axis, "batch_axis": 1 - axis}),
+    ):  # fmt: skip
+        known = tuple(key for key in inputs if key in ("k", "axis"))
+        model = model_of(name, inputs, attributes, 17, 2 if name == "TopK" else 1, known)
+        for port in model.graph.input:
+            port.type.tensor_type.shape.dim[0].dim_param = "rows"
+        assert (prove(graph_of(model)).symbol == "rows") == apart, name
 
 
 def test_forms_that_cannot_be_are_refused() -> None:

@@ -18,8 +18,8 @@ Array = NDArray[Any]
 X, Y = expr.arg(0, FLOAT32), expr.arg(1, FLOAT32)
 GENERATOR = np.random.default_rng(0)
 SPECIAL = np.array(
-    [0.0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1.1754944e-38, 3.4e38, -3.4e38, 88.7, 88.8, -87.4, -103.9,
-     -104.1, 47999.9, 48000.1, 1e30], np.float32,
+    [0.0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1.1754944e-38, 3.4e38, -3.4e38, 88.7, 88.8, -87.4,
+     -103.9, -104.1, 47999.9, 48000.1, 1e30], np.float32,
 )  # fmt: skip
 
 
@@ -82,7 +82,8 @@ def test_pow_within_its_bound(target: Target) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["exp", "log", "tanh", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"]
+    "name",
+    ["exp", "log", "tanh", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"],
 )
 def test_the_library_serves_every_lane(name: str) -> None:
     x64 = np.concatenate([GENERATOR.uniform(-3, 3, 101), [0.0, np.inf, -np.inf, np.nan, 1e300]])
@@ -92,4 +93,6 @@ def test_the_library_serves_every_lane(name: str) -> None:
         for dtype, tolerance in ((FLOAT64, 1e-14), (FLOAT32, 3e-7)):
             x = x64.astype(dtype)
             actual = run_map(expr.apply(name, expr.arg(0, dtype)), [x], targets()[0])
-            np.testing.assert_allclose(actual, function(x.astype(np.float64)).astype(dtype), rtol=tolerance, atol=1e-300)
+            np.testing.assert_allclose(
+                actual, function(x.astype(np.float64)).astype(dtype), rtol=tolerance, atol=1e-300
+            )

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from gpu_engine.errors import DependsOnValues
 from gpu_engine.frontend.model import ModelGraph
-from gpu_engine.frontend.sequences import AbsentValue, Emitted, SequenceValue
+from gpu_engine.frontend.sequences import AbsentValue, Emitted, MapsValue, SequenceValue
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value
 
 Capture = Callable[[Value], Value]
@@ -72,6 +72,8 @@ class BodyNames(dict[str, Emitted]):
     def capture_any(self, outer: Emitted) -> Emitted:
         if isinstance(outer, SequenceValue):
             return SequenceValue(tuple(map(self.capture, outer.elements)))
+        if isinstance(outer, MapsValue):
+            return MapsValue(self.capture(outer.rows), outer.keys)
         return outer if isinstance(outer, AbsentValue) else self.capture(outer)
 
     def capture(self, outer: Value) -> Value:

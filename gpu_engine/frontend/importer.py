@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from gpu_engine.errors import DependsOnValues, InvalidModel, UnsupportedModel
+from gpu_engine.errors import DependsOnValues, GpuEngineError, InvalidModel, OutOfMemory, UnsupportedModel
 from gpu_engine.frontend import operators
 from gpu_engine.frontend.bodies import Body, BodyNames, Branches, Feed, RankConflict
 from gpu_engine.frontend.legacy import OLDEST_OPSET, upgrade
@@ -27,6 +27,7 @@ from gpu_engine.frontend.registry import Operator, bind_attributes, lookup
 from gpu_engine.frontend.sequences import (
     AbsentValue,
     Emitted,
+    MapsValue,
     SequenceValue,
     structure_of_emitted,
     tensors_of,
@@ -39,6 +40,7 @@ from gpu_engine.ir.structure import Known, Structure, flat_names
 MAX_INLINE_DEPTH = 64
 MAX_BODY_DEPTH = 32
 MAX_CHOICES = 8
+MAX_EXPANSION = 300_000
 
 
 class FunctionBodies(Protocol):
@@ -47,6 +49,18 @@ class FunctionBodies(Protocol):
     def has(self, domain: str, name: str, version: int) -> bool: ...
 
     def body(self, node: ModelNode, version: int, types: Sequence[TensorType | None]) -> ModelFunction | None: ...
+
+
+class Expansion:
+    """How many nodes functions and bodies have grown to: a few lines can call for more than any machine holds."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def grow(self, count: int) -> None:
+        self.count += count
+        if self.count > MAX_EXPANSION:
+            raise InvalidModel(f"functions and bodies grow to more than {MAX_EXPANSION:,} nodes")
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class Scope:
     bodies: FunctionBodies
     attributes: Mapping[str, Any]
     branches: Branches
+    expansion: Expansion
     depth: int = 0
     nesting: int = 0
 
@@ -71,7 +86,8 @@ def import_model(model: Model, bodies: FunctionBodies, structures: Mapping[str, 
     contradicts the specification.
     """
     refuse_unsupported(model, bodies)
-    return _with_choices(lambda choices: _import(model, bodies, structures or {}, Branches(choices)), ())
+    expansion = Expansion()
+    return _with_choices(lambda choices: _import(model, bodies, structures or {}, Branches(choices), expansion), ())
 
 
 def _with_choices(attempt: Callable[[tuple[bool, ...]], Graph], choices: tuple[bool, ...]) -> Graph:
@@ -91,7 +107,13 @@ def _with_choices(attempt: Callable[[tuple[bool, ...]], Graph], choices: tuple[b
         return found[0]
 
 
-def _import(model: Model, bodies: FunctionBodies, structures: Mapping[str, Structure], branches: Branches) -> Graph:
+def _import(
+    model: Model,
+    bodies: FunctionBodies,
+    structures: Mapping[str, Structure],
+    branches: Branches,
+    expansion: Expansion,
+) -> Graph:
     builder, values = Builder(), {}  # type: tuple[Builder, dict[str, Emitted]]
     for name, array in model.graph.initializers.items():
         values[name] = builder.constant(array, name)
@@ -102,7 +124,7 @@ def _import(model: Model, bodies: FunctionBodies, structures: Mapping[str, Struc
             values[info.name] = builder.constant(structure.array, info.name)
         else:
             values[info.name] = input_value(info, structure, inputs) if is_open(info) else tensor_input(info, inputs)
-    scope = Scope(values, model.opsets, model.functions, bodies, {}, branches)
+    scope = Scope(values, model.opsets, model.functions, bodies, {}, branches, expansion)
     emit_nodes(builder, model.graph.nodes, scope)
     builder.source = "the graph's outputs"
     missing = [info.name for info in model.graph.outputs if info.name not in values]
@@ -197,7 +219,11 @@ def refuse_unsupported(model: Model, bodies: FunctionBodies) -> None:
 
 
 def emit_nodes(builder: Builder, nodes: Sequence[ModelNode], scope: Scope) -> None:
-    """Emit `nodes` in an order that respects their names, adding what they make to `scope.values`."""
+    """Emit `nodes` in an order that respects their names, adding what they make to `scope.values`.
+
+    Whatever an operator makes of numbers it did not expect is an InvalidModel.
+    """
+    scope.expansion.grow(len(nodes) if scope.depth or scope.nesting else 0)
     for node in sort_nodes(nodes, scope.values):
         outer, label = builder.source, f"{node.op_type} {node.name!r}" if node.name else node.op_type
         if scope.depth == 0:
@@ -208,6 +234,12 @@ def emit_nodes(builder: Builder, nodes: Sequence[ModelNode], scope: Scope) -> No
             if builder.source in str(error):
                 raise
             raise InvalidModel(f"{builder.source}: {error}") from error
+        except GpuEngineError:
+            raise
+        except MemoryError as error:
+            raise OutOfMemory(f"{builder.source}: {error or 'no memory is left'}") from error
+        except Exception as error:
+            raise InvalidModel(f"{builder.source} does not work: {type(error).__name__}: {error}") from error
         builder.source = outer if scope.depth else builder.source
 
 
@@ -261,7 +293,7 @@ def call_operator(
         raise InvalidModel(f"{entry.name} takes {len(entry.inputs)} inputs, got {len(inputs)}")
     keywords = bind_attributes(entry, attributes) | {name: special[name] for name in entry.special}
     results = entry.emit(builder, *inputs, **keywords)
-    return (results,) if isinstance(results, (Value, SequenceValue, AbsentValue)) else results
+    return (results,) if isinstance(results, (Value, SequenceValue, AbsentValue, MapsValue)) else results
 
 
 @dataclass(frozen=True)

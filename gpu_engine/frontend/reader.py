@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
-from gpu_engine.errors import InvalidModel, ModelError, UnsupportedModel
+from gpu_engine.errors import InvalidModel, ModelError, OutOfMemory, UnsupportedModel
 from gpu_engine.frontend.external_data import ExternalData
 from gpu_engine.frontend.model import (
     AttributeReference,
@@ -29,6 +30,7 @@ from gpu_engine.ir.graph import TensorType
 
 ModelSource: TypeAlias = str | bytes | os.PathLike[str] | ModelProto
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
+MAX_DENSE_NBYTES = 1 << 30
 Array = NDArray[Any]
 
 
@@ -43,8 +45,10 @@ def read(source: ModelSource) -> Model:
         return _model(proto, ExternalData(folder))
     except ModelError:
         raise
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, UnicodeDecodeError) as error:
-        raise InvalidModel(f"the model is malformed: {error}") from error
+    except MemoryError as error:
+        raise OutOfMemory(f"no memory is left to read the model: {error}") from error
+    except Exception as error:
+        raise InvalidModel(f"the model is malformed: {type(error).__name__}: {error}") from error
 
 
 def _parse(source: ModelSource) -> tuple[ModelProto, Path | None]:
@@ -78,15 +82,26 @@ def _model(proto: ModelProto, external: ExternalData) -> Model:
     return Model(
         graph=_graph(proto.graph, external),
         opsets=opsets,
-        functions={(_domain(f.domain), f.name): _function(f, external) for f in proto.functions},
-        metadata={entry.key: entry.value for entry in proto.metadata_props},
+        functions={(_domain(f.domain), _name(f.name)): _function(f, external) for f in proto.functions},
+        metadata={_name(entry.key): _name(entry.value) for entry in proto.metadata_props},
         ir_version=proto.ir_version,
         producer=f"{proto.producer_name} {proto.producer_version}".strip(),
     )
 
 
-def _domain(domain: str) -> str:
-    return "" if domain == "ai.onnx" else domain
+def _name(text: str | bytes) -> str:
+    """A string of the file; protobuf gives bytes where they are no text."""
+    if isinstance(text, bytes):
+        raise InvalidModel(f"{text[:80]!r} is not text in UTF-8")
+    return text
+
+
+def _names(texts: Iterable[str | bytes]) -> tuple[str, ...]:
+    return tuple(map(_name, texts))
+
+
+def _domain(domain: str | bytes) -> str:
+    return "" if domain == "ai.onnx" else _name(domain)
 
 
 def _opsets(imports: Any) -> dict[str, int]:
@@ -94,40 +109,41 @@ def _opsets(imports: Any) -> dict[str, int]:
 
 
 def _graph(proto: GraphProto, external: ExternalData) -> ModelGraph:
-    initializers = {tensor.name: tensor_array(tensor, external) for tensor in proto.initializer}
+    initializers = {_name(tensor.name): tensor_array(tensor, external) for tensor in proto.initializer}
     for sparse in proto.sparse_initializer:
-        initializers[sparse.values.name] = _dense(sparse, external)
+        initializers[_name(sparse.values.name)] = _dense(sparse, external)
     return ModelGraph(
         nodes=tuple(_node(node, external) for node in proto.node),
         inputs=tuple(map(_tensor_info, proto.input)),
         outputs=tuple(map(_tensor_info, proto.output)),
         initializers=initializers,
-        name=proto.name,
+        name=_name(proto.name),
     )
 
 
 def _node(proto: NodeProto, external: ExternalData) -> ModelNode:
-    attributes = {attribute.name: _attribute(attribute, external) for attribute in proto.attribute}
+    attributes = {_name(attribute.name): _attribute(attribute, external) for attribute in proto.attribute}
     return ModelNode(
-        proto.op_type, _domain(proto.domain), tuple(proto.input), tuple(proto.output), attributes, proto.name
-    )
+        _name(proto.op_type), _domain(proto.domain), _names(proto.input), _names(proto.output), attributes,
+        _name(proto.name),
+    )  # fmt: skip
 
 
 def _function(proto: onnx.FunctionProto, external: ExternalData) -> ModelFunction:
     return ModelFunction(
         domain=_domain(proto.domain),
-        name=proto.name,
-        inputs=tuple(proto.input),
-        outputs=tuple(proto.output),
+        name=_name(proto.name),
+        inputs=_names(proto.input),
+        outputs=_names(proto.output),
         nodes=tuple(_node(node, external) for node in proto.node),
         opsets=_opsets(proto.opset_import),
-        defaults={attribute.name: _attribute(attribute, external) for attribute in proto.attribute_proto},
+        defaults={_name(attribute.name): _attribute(attribute, external) for attribute in proto.attribute_proto},
     )
 
 
 def _attribute(proto: AttributeProto, external: ExternalData) -> Any:
     if proto.ref_attr_name:
-        return AttributeReference(proto.ref_attr_name)
+        return AttributeReference(_name(proto.ref_attr_name))
     match proto.type:
         case AttributeProto.FLOAT:
             return proto.f
@@ -171,11 +187,14 @@ def _tensor_info(proto: ValueInfoProto) -> TensorInfo:
     kind = declared.tensor_type
     shape: tuple[DimText, ...] | None = None
     if kind.HasField("shape"):
-        shape = tuple(
-            (dim.dim_value if dim.dim_value >= 0 else None) if dim.HasField("dim_value") else dim.dim_param or None
-            for dim in kind.shape.dim
-        )
-    return TensorInfo(proto.name, from_onnx(kind.elem_type) if kind.elem_type else None, shape, tuple(wrappers))
+        shape = tuple(map(_extent, kind.shape.dim))
+    return TensorInfo(_name(proto.name), from_onnx(kind.elem_type) if kind.elem_type else None, shape, tuple(wrappers))
+
+
+def _extent(dim: onnx.TensorShapeProto.Dimension) -> DimText:
+    if dim.HasField("dim_value"):
+        return dim.dim_value if dim.dim_value >= 0 else None
+    return _name(dim.dim_param) or None
 
 
 def tensor_array(proto: TensorProto, external: ExternalData) -> Array:
@@ -184,7 +203,7 @@ def tensor_array(proto: TensorProto, external: ExternalData) -> Array:
     if any(extent < 0 for extent in shape):
         raise InvalidModel(f"tensor {proto.name!r} has the extents {list(shape)}")
     if proto.data_location == TensorProto.EXTERNAL:
-        fields = {entry.key: entry.value for entry in proto.external_data}
+        fields = {_name(entry.key): _name(entry.value) for entry in proto.external_data}
         return external.array(fields, dtype, shape, proto.name)
     array = numpy_helper.to_array(proto)
     if dtype == STRING:
@@ -195,6 +214,11 @@ def tensor_array(proto: TensorProto, external: ExternalData) -> Array:
 
 def _dense(proto: onnx.SparseTensorProto, external: ExternalData) -> Array:
     values, indices = tensor_array(proto.values, external), tensor_array(proto.indices, external)
+    nbytes = math.prod(proto.dims) * values.dtype.itemsize
+    if not 0 <= nbytes <= MAX_DENSE_NBYTES or (indices < 0).any():
+        raise InvalidModel(
+            f"a sparse tensor of the extents {list(proto.dims)}, {nbytes:,} bytes, or of negative indices"
+        )
     dense = np.zeros(tuple(proto.dims), values.dtype)
     if indices.ndim == 2:
         dense[tuple(indices.T)] = values

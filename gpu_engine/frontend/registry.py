@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from gpu_engine.errors import InvalidModel
+from gpu_engine.frontend.attributes import kind_of, of_kind
 from gpu_engine.frontend.sequences import Emitted
 from gpu_engine.ir import expr
 from gpu_engine.ir.dims import Dim
@@ -39,13 +40,14 @@ SPECIAL = ("output_count", "opset", "bodies")
 
 @dataclass(frozen=True)
 class Operator:
-    """A registered operator: how it reads inputs and attributes, and the function that emits it."""
+    """A registered operator: how it reads inputs and attributes, what emits it, and the function it is written as."""
 
     domain: str
     name: str
     since: int
     lowering: str
     emit: Emit
+    function: Callable[..., Any]
     inputs: tuple[str, ...]
     required: int
     variadic: bool
@@ -74,10 +76,12 @@ def operator(name: str, *, since: int, domain: str = "") -> Callable[[Emitter], 
     return register
 
 
-def pointwise(name: str, *, since: int, domain: str = "") -> Callable[[Callable[..., expr.Expr]], Callable[..., Any]]:
+def pointwise(
+    name: str, *, since: int, domain: str = ""
+) -> Callable[[Callable[..., expr.Expr]], Callable[..., expr.Expr]]:
     """Register a function of Exprs; inputs broadcast and the result is one Map."""
 
-    def register(function: Callable[..., expr.Expr]) -> Callable[..., Any]:
+    def register(function: Callable[..., expr.Expr]) -> Callable[..., expr.Expr]:
         def emit(b: Builder, *inputs: Value | None, **attributes: Any) -> Value:
             return emit_map(b, function, *inputs, **attributes)
 
@@ -122,6 +126,7 @@ def emit_array(
     host: bool = False,
     deterministic: bool = True,
     mixes: tuple[int, ...] | None = None,
+    aligned: int = 1,
 ) -> tuple[Value, ...]:
     """One Array node of `function`, with the output types that `infer` tells."""
     types = infer(b, *inputs, **attributes)
@@ -136,6 +141,7 @@ def emit_array(
         deterministic=deterministic,
         host=host or any(value.dtype == STRING for value in given),
         mixes=mixes,
+        aligned=aligned,
     )
     return b.emit_all(op, *given)
 
@@ -199,6 +205,7 @@ def _register(
         since=since,
         lowering=lowering,
         emit=emit,
+        function=function,
         inputs=tuple(p.name for p in positional),
         required=sum(p.default is p.empty for p in positional),
         variadic=any(p.kind is p.VAR_POSITIONAL for p in parameters),
@@ -214,11 +221,14 @@ def _register(
 
 
 def bind_attributes(entry: Operator, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments for `entry.emit`; InvalidModel for an attribute it lacks or misses."""
+    """The keyword arguments for `entry.emit`; InvalidModel for an attribute it lacks or misses, or of another kind."""
     unknown = sorted(set(given) - set(entry.attributes))
     if unknown:
         raise InvalidModel(f"attribute {', '.join(unknown)} is not one of {entry.name} (opset {entry.since})")
     missing = [n for n, default in entry.attributes.items() if default is inspect.Parameter.empty and n not in given]
     if missing:
         raise InvalidModel(f"{entry.name} needs the attribute {', '.join(missing)}")
+    for attribute, value in given.items():
+        if not of_kind(entry.function, attribute, value):
+            raise InvalidModel(f"attribute {attribute} of {entry.name} is {kind_of(value)}, which it cannot be")
     return dict(given)

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.ir.graph import Value
-from gpu_engine.ir.structure import Structure
+from gpu_engine.ir.structure import Maps, Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,18 @@ class AbsentValue:
         raise InvalidModel(f"an empty optional where a tensor is wanted: it has no {name}")
 
 
-Emitted = Value | SequenceValue | AbsentValue
+@dataclass(frozen=True, eq=False)
+class MapsValue:
+    """A sequence of maps: a tensor with a row for each and a column for each key."""
+
+    rows: Value
+    keys: tuple[int, ...] | tuple[str, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        raise InvalidModel(f"a sequence of maps where a tensor is wanted: it has no {name}")
+
+
+Emitted = Value | SequenceValue | AbsentValue | MapsValue
 """What a name can mean while nodes are emitted."""
 
 
@@ -36,6 +47,8 @@ def structure_of_emitted(value: Emitted) -> Structure:
     """How callers see it."""
     if isinstance(value, AbsentValue):
         return None
+    if isinstance(value, MapsValue):
+        return Maps(value.keys)
     return tuple(element.rank for element in value.elements) if isinstance(value, SequenceValue) else value.rank
 
 
@@ -43,4 +56,6 @@ def tensors_of(value: Emitted) -> tuple[Value, ...]:
     """The tensors it consists of, in order."""
     if isinstance(value, AbsentValue):
         return ()
+    if isinstance(value, MapsValue):
+        return (value.rows,)
     return value.elements if isinstance(value, SequenceValue) else (value,)

@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,22 @@ class Expr:
 
     def __repr__(self) -> str:
         return text(self)
+
+    @cached_property
+    def below(self) -> tuple[Expr, ...]:
+        """Every distinct subexpression but itself, operands before users."""
+        order: dict[Expr, None] = {}
+        stack = [(child, False) for child in reversed(self.args)]
+        while stack:
+            node, ready = stack.pop()
+            if node in order:
+                continue
+            if ready:
+                order[node] = None
+            else:
+                stack.append((node, True))
+                stack.extend((child, False) for child in reversed(node.args))
+        return tuple(order)
 
 
 def arg(index: int, dtype: DType) -> Expr:
@@ -250,20 +267,9 @@ NUMPY: dict[str, Callable[..., Any]] = {
 integer power does; mod takes the divisor's sign; min and max propagate NaN; round is half to even."""
 
 
-def walk(expr: Expr) -> list[Expr]:
+def walk(expr: Expr) -> Sequence[Expr]:
     """Every distinct subexpression, operands before users."""
-    order: dict[Expr, None] = {}
-    stack = [(expr, False)]
-    while stack:
-        node, ready = stack.pop()
-        if node in order:
-            continue
-        if ready:
-            order[node] = None
-        else:
-            stack.append((node, True))
-            stack.extend((child, False) for child in reversed(node.args))
-    return list(order)
+    return (*expr.below, expr)
 
 
 def text(expr: Expr) -> str:
@@ -294,7 +300,7 @@ def replace(expr: Expr, replacements: Mapping[Expr, Expr]) -> Expr:
     for node in walk(expr):
         if node in replacements:
             built[node] = replacements[node]
-        elif node.args:
+        elif any(built[child] is not child for child in node.args):
             args = tuple(built[child] for child in node.args)
             built[node] = cast(args[0], node.dtype, saturate=node.value) if node.op == "cast" else apply(node.op, *args)
         else:

@@ -286,7 +286,7 @@ class Builder:
         operands = [np.asarray(value.known, object) for value in inputs]
         try:
             arrays = op.evaluate(np, *operands)
-        except (dims.Undecided, TypeError):
+        except (dims.Undecided, TypeError, ArithmeticError):
             return None
         return tuple(self.shape_constant(array, kind.dtype) for kind, array in zip(types, arrays, strict=True))
 

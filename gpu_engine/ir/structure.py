@@ -25,7 +25,14 @@ class Known:
         return np.frombuffer(self.data, self.dtype).reshape(self.shape)
 
 
-Structure = int | None | Known | tuple[Any, ...]
+@dataclass(frozen=True)
+class Maps:
+    """A sequence of maps, as a tensor with a row for each map and a column for each of their keys."""
+
+    keys: tuple[int, ...] | tuple[str, ...]
+
+
+Structure = int | None | Known | Maps | tuple[Any, ...]
 """The rank of a tensor, None for an optional that holds nothing, a tuple of structures for a sequence."""
 
 
@@ -53,7 +60,9 @@ def flat_names(name: str, structure: Structure) -> list[str]:
 
 
 def nest(structure: Structure, tensors: Iterator[Any]) -> Any:
-    """The value of this structure, its tensors taken from the iterator; sequences are lists."""
+    """The value of this structure, its tensors taken from the iterator; sequences are lists, maps dicts."""
     if structure is None:
         return None
+    if isinstance(structure, Maps):
+        return [dict(zip(structure.keys, row, strict=True)) for row in next(tensors).tolist()]
     return [nest(item, tensors) for item in structure] if isinstance(structure, tuple) else next(tensors)

@@ -148,10 +148,8 @@ def carried(node: Node, operands: list[Operand], name: str) -> int | tuple[int, 
             return resized(op, shape, axis)
         case Recurrent():
             return recurred(op, operands)
-        case Array(mixes=tuple(mixed)):
-            if any(place is not None for _, place in operands[1:]):
-                raise Mixed("takes the rows of the batch as a parameter")
-            return (apart(axis, mixed, "works along the rows of the batch"),) * len(node.outputs)
+        case Array():
+            return (kept_apart(op, operands),) * len(node.outputs)
     raise Mixed(f"is not known to keep the rows of the batch apart ({type(op).__name__})")
 
 
@@ -267,6 +265,18 @@ def resized(op: Resize, shape: Shape, axis: int | None) -> int:
     at = apart(axis, (), "")
     if not keeps_axis(op, at, shape[at]):
         raise Mixed("resizes the axis of the batch")
+    return at
+
+
+def kept_apart(op: Array, operands: list[Operand]) -> int:
+    (shape, axis), *others = operands
+    if op.mixes is None:
+        raise Mixed(f"is not known to keep the rows of the batch apart ({type(op).__name__})")
+    at = apart(axis, op.mixes, "works along the rows of the batch")
+    if any(place != at or extents[at] != shape[at] for extents, place in others[: op.aligned - 1]):
+        raise Mixed("combines operands whose rows of the batch lie along different axes")
+    if any(place is not None for _, place in others[op.aligned - 1 :]):
+        raise Mixed("takes the rows of the batch as a parameter")
     return at
 
 

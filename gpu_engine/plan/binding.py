@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from gpu_engine.errors import InputError
+from gpu_engine.errors import InputError, OutOfMemory
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim, Sym
 from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.ir.graph import Op, op_dims
-from gpu_engine.plan.plan import Requirement
+from gpu_engine.plan.plan import LARGEST, Requirement
 
 
 class Numbers:
@@ -42,12 +42,15 @@ class Numbers:
         self._evaluate = evaluator(list(self._places), self.names)
 
     def evaluate(self, extents: Sequence[int]) -> tuple[int, ...]:
-        """The value of every dim, by place; InputError if the extents contradict a requirement."""
+        """The value of every dim, by place; InputError if the extents contradict a requirement, OutOfMemory beyond
+        what any machine holds."""
         assert self._evaluate is not None
         try:
             values = self._evaluate(*extents)
         except (ValueError, ZeroDivisionError) as error:
             raise InputError(self._explain(extents, str(error))) from error
+        if values and not -LARGEST <= min(values) <= max(values) <= LARGEST:
+            raise OutOfMemory(f"a tensor of more than {LARGEST:,} bytes is needed with {self._bound(extents)}")
         for left, right, may_be_one in self._checks:
             if values[left] != values[right] and not (may_be_one and values[left] == 1):
                 raise InputError(self._contradiction(values, extents))
@@ -127,6 +130,6 @@ def solve_binds(
     for shape, actual in zip(shapes, found, strict=True):
         for dim, extent in zip(shape, actual, strict=True):
             expected = dims.substitute(dim, {**known, **values})
-            if expected != extent:
+            if not isinstance(expected, int) or max(expected, 0) != extent:
                 raise ValueError(f"a result of shape {list(actual)} where {list(map(str, shape))} was declared")
     return values

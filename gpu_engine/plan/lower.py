@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from gpu_engine.errors import GpuEngineError
+from gpu_engine.errors import GpuEngineError, OutOfMemory
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING, DType
-from gpu_engine.ir.graph import Graph, Node, Value
+from gpu_engine.ir.graph import Graph, Node, TensorType, Value
 from gpu_engine.ir.ops import Reshape
-from gpu_engine.plan.plan import Batching, Buffer, Plan, Port, Requirement, Step
+from gpu_engine.plan.plan import LARGEST, Batching, Buffer, Plan, Port, Requirement, Step
 from gpu_engine.plan.requirements import node_requirements
 
 
@@ -30,6 +30,9 @@ class Lowering:
 
     def buffer(self, dtype: DType, shape: tuple[Dim, ...]) -> int:
         """A new tensor that steps write: an output or scratch."""
+        nbytes = dims.product(shape) * dtype.itemsize
+        if any(isinstance(number, int) and number > LARGEST for number in (nbytes, *shape)):
+            raise OutOfMemory(f"{self.source}: no machine holds {TensorType(dtype, shape)}")
         return self._add(Buffer(dtype, shape))
 
     def constant(self, array: Any) -> int:

@@ -9,6 +9,9 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.structure import Structure
 
+LARGEST = 1 << 47
+"""No tensor has more bytes, no extent is greater: what processors address, and many of them still add up in int64."""
+
 
 @dataclass(frozen=True)
 class Port:

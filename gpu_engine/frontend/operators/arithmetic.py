@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 
-from gpu_engine.frontend.registry import pointwise
+from gpu_engine.errors import InvalidModel
+from gpu_engine.frontend.registry import emit_map, operator, pointwise
 from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, is_float
 from gpu_engine.ir.expr import Expr, cast
+from gpu_engine.ir.graph import Builder, Value
 
+MOST_OPERANDS = 8
 FLOAT32_LIMIT = 3.4028234663852886e38
 
 
@@ -133,31 +136,35 @@ def clip(x: Expr, min: Expr | None = None, max: Expr | None = None) -> Expr:
     return x if max is None else expr.minimum(x, max)
 
 
-@pointwise("Max", since=6)
-def max_(*xs: Expr) -> Expr:
+@operator("Max", since=6)
+def max_(b: Builder, *xs: Value) -> Value:
     """https://onnx.ai/onnx/operators/onnx__Max.html"""
-    return _fold(expr.maximum, xs)
+    return folded(b, expr.maximum, xs)
 
 
-@pointwise("Min", since=6)
-def min_(*xs: Expr) -> Expr:
+@operator("Min", since=6)
+def min_(b: Builder, *xs: Value) -> Value:
     """https://onnx.ai/onnx/operators/onnx__Min.html"""
-    return _fold(expr.minimum, xs)
+    return folded(b, expr.minimum, xs)
 
 
-@pointwise("Sum", since=6)
-def sum_(*xs: Expr) -> Expr:
+@operator("Sum", since=6)
+def sum_(b: Builder, *xs: Value) -> Value:
     """https://onnx.ai/onnx/operators/onnx__Sum.html"""
-    return _fold(Expr.__add__, xs)
+    return folded(b, Expr.__add__, xs)
 
 
-@pointwise("Mean", since=6)
-def mean(*xs: Expr) -> Expr:
+@operator("Mean", since=6)
+def mean(b: Builder, *xs: Value) -> Value:
     """https://onnx.ai/onnx/operators/onnx__Mean.html"""
-    return _fold(Expr.__add__, xs) / len(xs)
+    return emit_map(b, lambda total: total / len(xs), folded(b, Expr.__add__, xs))
 
 
-def _fold(function: Callable[[Expr, Expr], Expr], xs: tuple[Expr, ...]) -> Expr:
+def folded(b: Builder, function: Callable[[Expr, Expr], Expr], xs: Sequence[Value]) -> Value:
+    """All of `xs` joined by `function`, few in a kernel, because a model may give thousands."""
     if not xs:
-        raise TypeError("at least one input is needed")
-    return reduce(function, xs)
+        raise InvalidModel("at least one input is needed")
+    while len(xs) > 1:
+        groups = [xs[i : i + MOST_OPERANDS] for i in range(0, len(xs), MOST_OPERANDS)]
+        xs = [emit_map(b, lambda *group: reduce(function, group), *group) for group in groups]
+    return xs[0]

@@ -53,12 +53,12 @@ def attention(
 ) -> Sequence[Value]:
     """https://onnx.ai/onnx/operators/onnx__Attention.html"""
     packed = q.rank == 3
-    q, k, v = _heads(b, q, q_num_heads), _heads(b, k, kv_num_heads), _heads(b, v, kv_num_heads)
+    q, k, v = split_heads(b, q, q_num_heads), split_heads(b, k, kv_num_heads), split_heads(b, v, kv_num_heads)
     past: Dim = 0
     if past_key is not None and past_value is not None:
         past = past_key.shape[2]
         k, v = b.emit(ops.Concat(2), past_key, k), b.emit(ops.Concat(2), past_value, v)
-    raw = _scores(b, q, k, scale)
+    raw = scores_of(b, q, k, scale)
     capped = emit_map(b, lambda s: softcap * tanh(s / softcap), raw) if softcap > 0 else raw
     offset = b.shape_constant([past])
     if nonpad_kv_seqlen is not None:
@@ -67,8 +67,8 @@ def attention(
     biased = _masked(b, capped, attn_mask, positions)
     hides = attn_mask is not None or nonpad_kv_seqlen is not None or max(left_window_size, right_window_size) >= 0
     precision = from_onnx(softmax_precision) if softmax_precision else q.dtype
-    probabilities = _probabilities(b, biased, precision, q.dtype, may_hide_all=hides)
-    y = _weighted(b, probabilities, v)
+    probabilities = probabilities_of(b, biased, precision, q.dtype, may_hide_all=hides)
+    y = weighted(b, probabilities, v)
     if packed:
         y = b.emit(ops.Transpose((0, 2, 1, 3)), y)
         y = b.emit(ops.Reshape((*y.shape[:2], y.shape[2] * y.shape[3])), y)
@@ -90,13 +90,13 @@ def flex_attention(
 ) -> Value:
     """https://onnx.ai/onnx/operators/onnx_ai_onnx_preview_FlexAttention.html"""
     precision = from_onnx(softmax_precision) if softmax_precision else FLOAT64 if q.dtype == FLOAT64 else FLOAT32
-    scores = emit_map(b, lambda s: cast(s, precision), _scores(b, q, k, scale))
+    scores = emit_map(b, lambda s: cast(s, precision), scores_of(b, q, k, scale))
     if score_mod is not None:
         scores = _modified(bodies, score_mod, scores)
-    probabilities = _probabilities(b, scores, precision, precision, may_hide_all=score_mod is not None)
+    probabilities = probabilities_of(b, scores, precision, precision, may_hide_all=score_mod is not None)
     if prob_mod is not None:
         probabilities = _modified(bodies, prob_mod, probabilities)
-    return _weighted(b, emit_map(b, lambda p: cast(p, q.dtype), probabilities), v)
+    return weighted(b, emit_map(b, lambda p: cast(p, q.dtype), probabilities), v)
 
 
 def _modified(bodies: Bodies, graph: ModelGraph, value: Value) -> Value:
@@ -106,7 +106,7 @@ def _modified(bodies: Bodies, graph: ModelGraph, value: Value) -> Value:
     return result
 
 
-def _heads(b: Builder, x: Value, heads: int) -> Value:
+def split_heads(b: Builder, x: Value, heads: int) -> Value:
     """x [B, S, H*D] as [B, H, S, D]; four axes stay."""
     if x.rank == 4:
         return x
@@ -116,7 +116,7 @@ def _heads(b: Builder, x: Value, heads: int) -> Value:
     return b.emit(ops.Transpose((0, 2, 1, 3)), split)
 
 
-def _scores(b: Builder, q: Value, k: Value, scale: float | None) -> Value:
+def scores_of(b: Builder, q: Value, k: Value, scale: float | None) -> Value:
     """q k^T * scale as [B, H, S, T]; narrow floats share the scale between the operands, lest the product overflow."""
     factor = _factor(b, q, scale)
     if q.dtype.itemsize < 4:
@@ -139,7 +139,7 @@ def _factor(b: Builder, q: Value, scale: float | None) -> Value:
     return emit_map(b, lambda s: 1 / expr.sqrt(cast(s, wide)), b.shape_constant([size]))
 
 
-def _weighted(b: Builder, probabilities: Value, v: Value) -> Value:
+def weighted(b: Builder, probabilities: Value, v: Value) -> Value:
     v = emit_map(b, lambda e: cast(e, probabilities.dtype), v) if v.dtype != probabilities.dtype else v
     shape = (*probabilities.shape[:3], v.shape[3])
     product = b.emit(ops.MatMul(), *_grouped(b, probabilities, v))
@@ -216,7 +216,7 @@ def _padded_mask(b: Builder, mask: Value, columns: Dim) -> Value:
     return b.emit(ops.Pad((*none, 0), (*none, missing)), mask, hidden)
 
 
-def _probabilities(b: Builder, scores: Value, precision: DType, dtype: DType, *, may_hide_all: bool) -> Value:
+def probabilities_of(b: Builder, scores: Value, precision: DType, dtype: DType, *, may_hide_all: bool) -> Value:
     """The softmax along the keys; with `may_hide_all`, a key at -inf has probability 0 also where all are."""
     precise = emit_map(b, lambda s: cast(s, precision), scores) if scores.dtype != precision else scores
     soft = b.emit(ops.Softmax(3), precise)

@@ -16,9 +16,9 @@ class Array:
 
     `outputs` are the types; a symbol among them that no operand has is data-dependent: it is bound when the step has
     run, to the extent that came out. `present` says which of the function's operands are given. With `host`, the
-    function takes NumPy arrays on every device (strings, decoding). `mixes` are the axes of the first operand that the
-    function works along: along any other axis a place of every output depends on the same place of the first operand
-    alone. None: nothing is said.
+    function takes NumPy arrays on every device (strings, decoding). `mixes` are the axes that the function works
+    along: along any other axis a place of every output depends on the same place of the first `aligned` operands
+    alone, which have the same extent there. None: nothing is said.
     """
 
     function: Callable[..., Any]
@@ -29,6 +29,7 @@ class Array:
     deterministic: bool = True
     host: bool = False
     mixes: tuple[int, ...] | None = None
+    aligned: int = 1
 
     def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
         return self.outputs

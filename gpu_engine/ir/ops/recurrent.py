@@ -134,6 +134,7 @@ def _quantised_product(xp: Any, weights: Any, own: State) -> Callable[[Any, slic
         zero = xp.clip(xp.rint(-low / scale), 0, 255)
         whole = xp.clip(xp.rint(h / scale) + zero, 0, 255) - zero
         total = xp.matmul(whole.astype(np.float64), columns[:, part])
-        return total.astype(h.dtype) * (scale * own["scale"])
+        factors = own["scale"][part] if own["scale"].ndim else own["scale"]
+        return total.astype(h.dtype) * (scale * factors)
 
     return product

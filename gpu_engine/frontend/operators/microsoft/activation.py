@@ -114,7 +114,7 @@ def bias_softmax(b: Builder, x: Value, bias: Value, *, is_inner_broadcast: int, 
 @pointwise("GatedAdd", since=1, domain=MICROSOFT)
 def gated_add(x: Expr, y: Expr, gate: Expr) -> Expr:
     """https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GatedAdd"""
-    return x + _rounded(y * gate)
+    return x + cast(cast(y, FLOAT32) * cast(gate, FLOAT32), y.dtype)
 
 
 @pointwise("ScaledSiLU", since=1, domain=MICROSOFT)
@@ -123,11 +123,6 @@ def scaled_silu(x: Expr, scale: Expr | None = None, *, alpha: float = 1.0) -> Ex
     factor = expr.const(alpha, FLOAT32) if scale is None else cast(scale, FLOAT32)
     scaled = cast(factor * cast(x, FLOAT32), x.dtype)
     return scaled * cast(sigmoid(cast(scaled, FLOAT32)), x.dtype)
-
-
-def _rounded(x: Expr) -> Expr:
-    """x rounded to its own dtype before the next operation, which happens in float32."""
-    return cast(cast(x, FLOAT32), x.dtype)
 
 
 @operator("IsAllFinite", since=1, domain=MICROSOFT)
@@ -141,7 +136,5 @@ def is_all_finite(b: Builder, *inputs: Value, isinf_only: int = 0, isnan_only: i
             return ~expr.isnan(x)
         return expr.not_equal(abs(x), math.inf) if isinf_only else abs(x) < math.inf
 
-    found = [
-        b.emit(Reduce("min", tuple(range(x.rank)), False, before=passes(expr.arg(0, x.dtype))), x) for x in inputs
-    ]
+    found = [b.emit(Reduce("min", tuple(range(x.rank)), False, before=passes(expr.arg(0, x.dtype))), x) for x in inputs]
     return reduce(lambda left, right: emit_map(b, lambda p, q: p & q, left, right), found)

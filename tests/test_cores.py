@@ -1,0 +1,111 @@
+"""Cores and memory that a process may use, from files as systems write them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cpu_fallback import cores
+from cpu_fallback.blas import cap_threads
+from cpu_fallback.cores import cpu_quota, group_folders, partition, usable_cores
+
+V1 = """31 23 0:28 / {root} rw - tmpfs tmpfs rw
+32 31 0:29 {top} {root}/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+34 31 0:31 / {root}/cpuset rw - cgroup cgroup rw,cpuset
+36 31 0:33 / {root}/memory rw - cgroup cgroup rw,memory
+"""
+V2 = "41 31 0:38 {top} {root}/unified rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "streams", "sizes"),
+    [
+        (16, 3, [6, 5, 5]),
+        (16, 4, [4, 4, 4, 4]),
+        (5, 4, [2, 1, 1, 1]),
+        (1, 1, [1]),
+        (2, 3, [1, 1, 1]),
+        (1, 4, [1, 1, 1, 1]),
+    ],
+)
+def test_partition(count: int, streams: int, sizes: list[int]) -> None:
+    shares = partition(range(10, 10 + count), streams)
+    assert [len(share) for share in shares] == sizes
+    if streams <= count:
+        assert [core for share in shares for core in share] == list(range(10, 10 + count))
+
+
+def test_version_2_quota_of_an_ancestor(tmp_path: Path) -> None:
+    mounts, groups = V2.format(top="/", root=tmp_path), "0::/outer/inner\n"
+    folders = group_folders("cpu", mounts, groups)
+    assert folders == [tmp_path / "unified" / name for name in ("outer/inner", "outer", "")]
+    write(tmp_path / "unified/outer/inner", cpu__max="max 100000\n")
+    assert cpu_quota(folders) is None
+    write(tmp_path / "unified/outer", cpu__max="250000 100000\n")
+    assert cpu_quota(folders) == 2.5
+    write(tmp_path / "unified/outer/inner", cpu__max="50000 100000\n")
+    assert cpu_quota(folders) == 0.5
+
+
+def test_version_1_controllers_are_names_not_substrings(tmp_path: Path) -> None:
+    mounts = V1.format(top="/", root=tmp_path)
+    groups = "9:name=systemd:/\n4:memory:/jobs/a\n3:cpuset:/wrong\n2:cpu,cpuacct:/jobs/a\n"
+    folders = group_folders("cpu", mounts, groups)
+    assert folders == [tmp_path / "cpu,cpuacct" / name for name in ("jobs/a", "jobs", "")]
+    write(tmp_path / "cpu,cpuacct/jobs/a", cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
+    assert cpu_quota(folders) is None
+    write(tmp_path / "cpu,cpuacct/jobs", cpu__cfs_quota_us="150000\n", cpu__cfs_period_us="100000\n")
+    assert cpu_quota(folders) == 1.5
+    assert group_folders("memory", mounts, groups)[0] == tmp_path / "memory/jobs/a"
+
+
+def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
+    """The mount shows the hierarchy from the container's group on."""
+    mounts = V2.format(top="/docker/abc", root=tmp_path)
+    assert group_folders("cpu", mounts, "0::/docker/abc/job\n")[0] == tmp_path / "unified/job"
+    assert group_folders("cpu", mounts, "0::/docker/abc\n") == [tmp_path / "unified"]
+
+
+def test_quotas_round_down_and_leave_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    affinity = len(os.sched_getaffinity(0))
+    for quota, count in ((None, affinity), (0.5, 1), (1.9, 1), (1e6, affinity)):
+        monkeypatch.setattr(cores, "cpu_quota", lambda _, quota=quota: quota)
+        found = usable_cores()
+        assert len(found.numbers) == count and found.affinity == affinity
+        assert ("no quota" in str(found)) == (quota is None)
+
+
+def test_memory_is_what_the_tightest_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a", memory__max="1000\n", memory__current="900\n", memory__stat="anon 1\ninactive_file 50\n")
+    write(tmp_path / "b", memory__max="max\n", memory__current="900\n")
+    write(tmp_path / "c", memory__limit_in_bytes="5000\n", memory__usage_in_bytes="100\n")
+    for names, free in (("a", 150), ("ab", 150), ("c", 4900), ("abc", 150)):
+        monkeypatch.setattr(cores, "group_folders", lambda _, names=names: [tmp_path / name for name in names])
+        assert cores.free_memory() == free
+    monkeypatch.setattr(cores, "group_folders", lambda _: [tmp_path / "b"])
+    assert cores.free_memory() > 1 << 20
+
+
+def blas_threads() -> list[int]:
+    from threadpoolctl import threadpool_info
+
+    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+
+def test_the_least_cap_holds_and_leaves_no_trace() -> None:
+    before = blas_threads()
+    release_two, release_one = cap_threads(2), cap_threads(1)
+    assert set(blas_threads()) == {1}
+    release_one()
+    release_one()
+    assert blas_threads() == [min(2, count) for count in before]
+    release_two()
+    assert blas_threads() == before
