@@ -30,6 +30,7 @@ from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.gemm import emit_product
 from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import LIBRARY, Target, attributes, compile_module, host
+from cpu_fallback.pages import PAGES
 from cpu_fallback.vector_math import mangled
 from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32
@@ -152,7 +153,11 @@ def operands_of(case: Case) -> list[Array]:
     extras = epilogue_of(case.epilogue, case.n)[1]
     if case.epilogue == "residual":
         extras.append(random.standard_normal((case.batch, case.m, case.n), dtype=np.float32))
-    return [a / np.float32(math.sqrt(case.k)), b, *extras]
+    arrays = [a / np.float32(math.sqrt(case.k)), b, *extras]
+    placed = [PAGES.zeros(array.shape, np.float32) for array in arrays]
+    for place, array in zip(placed, arrays, strict=True):
+        place[...] = array
+    return placed
 
 
 def exact(case: Case, operands: Sequence[Array]) -> Array:
@@ -187,7 +192,7 @@ def ours(case: Case, operands: list[Array], target: Target) -> Contender:
     for i, buffer in enumerate(lowering.buffers):
         if i not in arrays or buffer.constant is not None:
             shape = evaluator(list(buffer.shape), [])()
-            arrays[i] = aligned(shape) if buffer.constant is None else buffer.constant
+            arrays[i] = PAGES.zeros(shape, np.float32) if buffer.constant is None else buffer.constant
     started = time.thread_time()
     calls = []
     for step in lowering.steps:
@@ -209,13 +214,6 @@ def ours(case: Case, operands: list[Array], target: Target) -> Contender:
     contender = Contender("ours", run, keep=arrays)
     contender.compile_s = compile_s  # type: ignore[attr-defined]
     return contender
-
-
-def aligned(shape: Sequence[int]) -> Array:
-    count = math.prod(shape)
-    raw = np.zeros(count + 16, np.float32)
-    start = (-raw.ctypes.data % 64) // 4
-    return raw[start : start + count].reshape(shape)
 
 
 def numpy_contender(case: Case, operands: list[Array]) -> Contender:

@@ -1,8 +1,8 @@
 """The thread pool of NumPy's BLAS, held to the cores of a stream while streams are open.
 
-threadpoolctl does the talking: it finds whichever BLAS NumPy was built with (OpenBLAS, MKL, BLIS, Accelerate's absence)
-and knows each one's entry points, which a few lines of ctypes would know for one build of one library. The setting is
-process-wide, as BLAS pools are; the least cap of all open engines holds, and closing the last restores what was.
+threadpoolctl does the talking: it finds whichever BLAS NumPy was built with (OpenBLAS, MKL, BLIS) and knows the entry
+points of each, which a few lines of ctypes would know for one build of one library. The setting is process-wide, as
+BLAS pools are; the least cap of all open engines holds, and closing the last restores what was.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.conv_tiles import LINE, RECORD, TileShape, call_tiles, define_tiles, tile_shape
-from cpu_fallback.conv_windows import Geometry, Windows, define_copy
+from cpu_fallback.conv_windows import SLACK, Geometry, Windows, define_copy
 from cpu_fallback.epilogues import SCALAR, Epilogue, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
 from cpu_fallback.loops import THREAD, THREADS, Words
@@ -19,8 +19,6 @@ from cpu_fallback.native import Target
 
 BLOCK = 16
 """Tiles that share a panel of weights while it is in the first cache."""
-SLACK = 64
-"""Bytes behind windows that copies of whole vectors may overwrite."""
 IN_PLACE, WINDOWS, PLANAR = "in place", "windows", "planar windows"
 
 

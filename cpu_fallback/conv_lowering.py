@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native
-from cpu_fallback.conv_direct import IN_PLACE, PLANAR, SLACK, WINDOWS, ConvKernel
+from cpu_fallback.conv_direct import IN_PLACE, PLANAR, WINDOWS, ConvKernel
 from cpu_fallback.conv_tiles import TileShape, tile_shape
-from cpu_fallback.conv_windows import Geometry
+from cpu_fallback.conv_windows import SLACK, Geometry
+from cpu_fallback.conv_winograd import WinogradKernel, points, scratch_nbytes, transformed_weights
 from cpu_fallback.cores import usable_cores
 from cpu_fallback.epilogues import Epilogue
 from cpu_fallback.native import Target
@@ -60,6 +62,30 @@ def emit_direct(
     words = (*map(Address, buffers), nbytes, slots, *geometry)
     inputs = (x.buffer, packed, *(extra.buffer for extra in extras))
     lowering.emit(Native(ConvKernel(source, epilogue), words), inputs, (out.buffer,), scratch=(scratch,))
+
+
+def emit_winograd(
+    lowering: Lowering,
+    op: Conv,
+    weights: Floats,
+    x: Operand,
+    out: Operand,
+    extras: Sequence[Operand],
+    epilogue: Epilogue,
+    target: Target,
+    m: int,
+) -> None:
+    """The 3 x 3 convolution `op` of stride 1 by F(m x m, 3 x 3); it has at least as many channels as a vector lanes."""
+    shape = tile_shape(target)
+    geometry = geometry_of(op, weights.shape, x.shape, out.shape)
+    cut = [panels(matrix, shape) for matrix in transformed_weights(weights, m)]
+    packed = lowering.constant(aligned(np.concatenate([part.ravel() for panel in zip(*cut, strict=True) for part in panel])))
+    nbytes = -(-scratch_nbytes(m, weights.shape[1], shape, caches().l2 // 2) // 64) * 64
+    scratch, slots = thread_scratch(lowering, nbytes)
+    buffers = (x.buffer, packed, out.buffer, *(extra.buffer for extra in extras), scratch)
+    words = (*map(Address, buffers), nbytes, slots, *geometry)
+    inputs = (x.buffer, packed, *(extra.buffer for extra in extras))
+    lowering.emit(Native(WinogradKernel(m, epilogue), words), inputs, (out.buffer,), scratch=(scratch,))
 
 
 def thread_scratch(lowering: Lowering, nbytes: int) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from cpu_fallback.integers import ceil_div, least, most, plus, times
 from cpu_fallback.loops import lane_mask
 from cpu_fallback.native import Target, attributes
 
+SLACK = 64
+"""Bytes behind windows that copies of whole vectors may overwrite."""
 COPY = "ptr %to, ptr %from, i64 %left, i64 %pieces, i64 %count, i64 %step, i64 %right"
 
 

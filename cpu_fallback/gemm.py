@@ -153,7 +153,7 @@ def _scratch(
     depth, size = product.depth, product.dtype.itemsize
     if packs:
         tile = depth * (packing.ROWS * size)
-        most = dims.minimum(tile * BLOCK_TILES[1], caches().l2)
+        most = dims.minimum(tile * BLOCK_TILES[1], caches().l2 // 2)
         block = dims.maximum(tile * BLOCK_TILES[0], most)
         nbytes = dims.minimum(block, dims.ceil_div(m, product.tile.rows) * tile)
         room = (thread_limit(), nbytes)

@@ -22,8 +22,7 @@ PACKED, PLAIN, TRANSPOSED = "packed", "plain", "transposed"
 PARAMETERS = "ptr %block, i64 %thread, i64 %threads, ptr %tiles, ptr %finish, i1 %direct"
 FINISH = "ptr %block, i64 %batch, i64 %row, i64 %column, i64 %rows, i64 %columns, ptr %sums"
 TILES, EPILOGUE, DIRECT = Reg("%tiles", "ptr"), Reg("%finish", "ptr"), Reg("%direct", "i1")
-import os
-BLOCK_TILES = (4, 32)
+BLOCK_TILES = (4, 16)
 """The least and the greatest number of tiles of rows in a block."""
 DEPTH = 384
 """Products that one sum takes: sums of sums keep the error from growing with the depth, and parts of panels small."""
@@ -166,8 +165,8 @@ class _Writer:
         """Tiles of rows in a block: half the second cache, within limits."""
         code = self.code
         tile = code.binary("mul", self.k, i64(packing.ROWS * self.shape.nbytes))
-        fits = code.binary("udiv", i64(self.driver.caches.l2 * int(os.environ.get('L2F','2')) // 4), code.binary("or", tile, i64(1)))
-        return most(code, least(code, fits, i64(int(os.environ.get('BT','16')))), BLOCK_TILES[0])
+        fits = code.binary("udiv", i64(self.driver.caches.l2 // 2), code.binary("or", tile, i64(1)))
+        return most(code, least(code, fits, i64(BLOCK_TILES[1])), BLOCK_TILES[0])
 
     def _lines(self, a: Reg, row: Reg, count: Reg, panels: tuple[Reg, Reg]) -> _Rows:
         """Where the block's rows are: packed first if enough panels use them, else in place."""
@@ -302,7 +301,7 @@ class _Writer:
     ) -> None:  # fmt: skip
         """All tiles of a block with a panel, by parts of the depth. The first tiles fetch the next part of B."""
         code, (b, b_row), line = self.code, panel, i64(self.shape.line)
-        parts = most(code, packing.ceil_div(code, self.k, int(os.environ.get('DEPTH','384'))), 1)
+        parts = most(code, packing.ceil_div(code, self.k, DEPTH), 1)
         size = code.binary("udiv", code.binary("add", self.k, code.binary("sub", parts, i64(1))), parts)
         tiles = packing.ceil_div(code, count, self.shape.rows)
         final = code.binary("sub", parts, i64(1))

@@ -11,7 +11,7 @@ from cpu_fallback.attention import lower_attention
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
 from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
-from cpu_fallback.linear import lower_matmul
+from cpu_fallback.gemm import lower_gemm
 from cpu_fallback.maps import map_call
 from cpu_fallback.movement import (
     lower_concat,
@@ -71,7 +71,7 @@ LOWERINGS: dict[type, LowerOp] = {
     Gather: lower_gather,
     LayerNorm: lower_layer_norm,
     Map: lower_map,
-    MatMul: lower_matmul,
+    MatMul: lower_gemm,
     Pad: lower_pad,
     Pool: lower_pool,
     Recurrent: lower_recurrent,

@@ -14,6 +14,7 @@ from cpu_fallback.native import Target, host
 from cpu_fallback.recurrent_kernels import RecurrentKernel
 from cpu_fallback.recurrent_products import form_of, pack, tallest
 from cpu_fallback.recurrent_states import Record
+from cpu_fallback.tiles import NBYTES
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT32, INT8, INT32, UINT8, compute_dtype, is_float
 from gpu_engine.ir.expr import Expr
@@ -87,8 +88,8 @@ def _readable(value: Value, wide: np.dtype[np.generic], target: Target) -> bool:
 def _kernel(op: Recurrent, x: Value, hidden: int, given: dict[str, Value], target: Target) -> RecurrentKernel:
     scalar = COMPUTED[compute_dtype(x.dtype)]
     phases = (2, 1) if op.kind == "gru" and not op.linear_before_reset else (GATES[op.kind],)
-    lanes = form_of(target, scalar, "scale" in given, 1).lanes
-    form = form_of(target, scalar, "scale" in given, min(phases) * -(-hidden // lanes))
+    vectors = min(phases) * -(-hidden // (target.vector_nbytes // NBYTES[scalar]))
+    form = form_of(target, scalar, "scale" in given, vectors)
     record = Record(form, hidden, phases, op.kind == "lstm")
     functions = tuple(_clipped(own, op) for own in op.activations)
     return RecurrentKernel(
@@ -121,9 +122,7 @@ def _rows(record: Record, target: Target) -> int:
     """Rows that run together: all that one scale is for, else those of a tile, or several where weights are far."""
     if record.quantised:
         return 0
-    tile = tallest(record.form, target)
-    weights = sum(record.widths) * record.hidden * record.size
-    return tile if weights <= caches().l2 * 3 // 4 else tile * BLOCK_TILES
+    return tallest(record.form, target) * BLOCK_TILES
 
 
 def _heights(batch: object, tile: int) -> tuple[int, ...]:

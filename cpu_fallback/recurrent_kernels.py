@@ -180,7 +180,8 @@ class _Run:
         weights = code.at(self.given.weights, times(code, own, i64(panel_nbytes)))
         sums = code.at(self.records, i64(record.sums + sum(counts[:phase]) * line))
         row_nbytes = i64(record.nbytes)
-        tallest = i64(self.kernel.heights[-1])
+        tiles = ceil_div(code, self.rows, i64(self.kernel.heights[-1]))
+        height = ceil_div(code, self.rows, tiles)
 
         def product(panel: Reg, panels: Reg) -> None:
             place = code.at(weights, times(code, panel, i64(panel_nbytes)))
@@ -188,19 +189,19 @@ class _Run:
 
             def tile(row: Reg, _: list[Reg]) -> list[Reg]:
                 offset = times(code, row, row_nbytes)
-                rows = least(code, code.binary("sub", self.rows, row), tallest)
+                rows = least(code, code.binary("sub", self.rows, row), height)
                 state = code.at(code.at(self.records, i64(source)), offset)
                 arguments = [state, row_nbytes, place, code.at(here, offset), row_nbytes, i64(depth), panels]
                 call_product(code, table, rows, *arguments)
                 return []
 
-            code.loop(i64(0), self.rows, tallest, tile)
+            code.loop(i64(0), self.rows, height, tile)
 
         def panel(index: Reg, _: list[Reg]) -> list[Reg]:
             product(index, span)
             return []
 
-        many = code.compare("icmp sgt", self.rows, tallest)
+        many = code.compare("icmp sgt", tiles, i64(1))
         span = code.select(many, i64(1), i64(counts[phase]))
         code.loop(i64(0), i64(counts[phase]), span, panel)
 

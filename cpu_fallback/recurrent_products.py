@@ -63,10 +63,11 @@ class Form:
 
 
 def form_of(target: Target, scalar: str, quantised: bool, vectors: int) -> Form:
-    """The form for states of `scalar`, quantised to bytes or not, and a number of vectors of columns that is typical."""
+    """The form for states of `scalar`, quantised to bytes or not, that leaves `vectors` vectors of columns the least
+    padding."""
     lanes = target.vector_nbytes // NBYTES[scalar]
-    most = max(1, min(vectors, 4 if target.registers >= 32 else 2))
-    width = min(range(most, most // 2, -1), key=lambda count: (-vectors % count, -count))
+    most = min(vectors, 4 if target.registers >= 32 else 2)
+    width = min(range(most, most // 2, -1), key=lambda width: -vectors % width)
     if not quantised:
         return Form(FLOATS, scalar, lanes, width)
     return Form(QUADS if _dots(target) else PAIRS, "i32", lanes, width)

@@ -68,85 +68,95 @@ class ReduceKernel:
     after: Expr = field(compare=False, repr=False)
 
     def write(self, code: Code, target: Target) -> None:
-        words, dtypes = Words(code), operand_dtypes(self.before)
-        lanes = min(64, lane_count([self.before, self.after], target) * (4 if self.wide else 1))
-        fold = Fold(code, self.kind, self.before.dtype, lanes)
-        out, *bases = words.pointers(1 + len(dtypes))
-        inner = words.take()
-        extents, rows = words.numbers(max(0, self.kept - 1)), words.take()
-        folded_extents, count = words.numbers(self.folded), words.take()
-        kept = [words.numbers(self.kept)]
-        apart = []
-        for _ in dtypes:
-            kept.append(words.numbers(self.kept))
-            apart.append(words.numbers(self.folded))
-        steps = [words.take() if access == STRIDED else None for access in self.accesses]
+        writer = _Writer(self, code, target)
+        code.loop(*thread_share(code, writer.rows, 1), i64(1), writer.row)
 
-        def elements(places: Sequence[Reg], index: Reg, left: Reg) -> tuple[Reg, Window]:
-            reads = [Read(*stream) for stream in zip(places, dtypes, self.accesses, steps, strict=True)]
-            window = Window(code, target, lanes, index, left)
-            loaded = window.read(reads, broadcasts(code, reads, lanes))
-            return fold.widen(write_expr(code, self.before, dict(enumerate(loaded)), lanes)), window
 
-        def fold_row(places: Sequence[Reg], total: Reg) -> Reg:
-            def body(index: Reg, carried: list[Reg]) -> list[Reg]:
-                value, window = elements(places, index, code.binary("sub", inner, index))
-                inside = code.select(window.mask(), value, fold.start())
-                return [fold.combine(carried[0], inside)]
+class _Writer:
+    """Writes one reduction; its attributes are the words of the argument block."""
 
-            return code.loop(i64(0), inner, i64(lanes), body, [total])[0]
+    def __init__(self, kernel: ReduceKernel, code: Code, target: Target) -> None:
+        self.kernel, self.code, self.target = kernel, code, target
+        self.lanes = min(64, lane_count([kernel.before, kernel.after], target) * (4 if kernel.wide else 1))
+        self.fold = Fold(code, kernel.kind, kernel.before.dtype, self.lanes)
+        self.dtypes = operand_dtypes(kernel.before)
+        words = Words(code)
+        self.bases = words.pointers(1 + len(self.dtypes))
+        self.inner = words.take()
+        self.extents, self.rows = words.numbers(max(0, kernel.kept - 1)), words.take()
+        self.folded_extents, self.count = words.numbers(kernel.folded), words.take()
+        self.kept_strides = [words.numbers(kernel.kept)]
+        self.folded_strides = []
+        for _ in self.dtypes:
+            self.kept_strides.append(words.numbers(kernel.kept))
+            self.folded_strides.append(words.numbers(kernel.folded))
+        self.steps = [words.take() if access == STRIDED else None for access in kernel.accesses]
 
-        def row(index: Reg, _: list[Reg]) -> list[Reg]:
-            offsets = row_offsets(code, index, extents, kept) if self.kept else [i64(0)] * len(kept)
-            target_place, *places = (code.at(base, o) for base, o in zip([out, *bases], offsets, strict=True))
-            if self.inner_folded:
-                total = self._nest(code, folded_extents, apart, places, fold.start(), fold_row)
-                self._store(code, fold.finish(folded(code, total, fold.combine), count), target_place, lanes)
-                return []
+    def row(self, index: Reg, _: list[Reg]) -> list[Reg]:
+        """Everything that one place of the kept outer axes gives: an element, or a row of them."""
+        code, offsets = self.code, [i64(0)] * len(self.kept_strides)
+        if self.kernel.kept:
+            offsets = row_offsets(code, index, self.extents, self.kept_strides)
+        out, *places = (code.at(base, offset) for base, offset in zip(self.bases, offsets, strict=True))
+        if self.kernel.inner_folded:
+            total = self._nest(places, self.fold.start(), self._across)
+            self._store_first(self.fold.finish(folded(code, total, self.fold.combine), self.count), out)
+        else:
+            code.loop(i64(0), self.inner, i64(self.lanes), lambda column, _: self._columns(out, places, column))
+        return []
 
-            def columns(column: Reg, _: list[Reg]) -> list[Reg]:
-                left = code.binary("sub", inner, column)
+    def _columns(self, out: Reg, places: Sequence[Reg], column: Reg) -> list[Reg]:
+        """A vector of kept columns, each folded in a lane of its own."""
+        left = self.code.binary("sub", self.inner, column)
 
-                def one(at: Sequence[Reg], total: Reg) -> Reg:
-                    return fold.combine(total, elements(at, column, left)[0])
+        def one(moved: Sequence[Reg], total: Reg) -> Reg:
+            return self.fold.combine(total, self._elements(moved, column, left)[0])
 
-                total = self._nest(code, folded_extents, apart, places, fold.start(), one)
-                result = write_expr(code, self.after, {0: fold.finish(total, count)}, lanes)
-                window = Window(code, target, lanes, column, left)
-                window.write([Write(target_place, self.after.dtype)], [result])
-                return []
+        total = self._nest(places, self.fold.start(), one)
+        result = write_expr(self.code, self.kernel.after, {0: self.fold.finish(total, self.count)}, self.lanes)
+        window = Window(self.code, self.target, self.lanes, column, left)
+        window.write([Write(out, self.kernel.after.dtype)], [result])
+        return []
 
-            code.loop(i64(0), inner, i64(lanes), columns)
-            return []
+    def _across(self, places: Sequence[Reg], total: Reg) -> Reg:
+        """The folded inner axis, lane by lane."""
+        code = self.code
 
-        code.loop(*thread_share(code, rows, 1), i64(1), row)
+        def body(index: Reg, carried: list[Reg]) -> list[Reg]:
+            value, window = self._elements(places, index, code.binary("sub", self.inner, index))
+            return [self.fold.combine(carried[0], code.select(window.mask(), value, self.fold.start()))]
+
+        return code.loop(i64(0), self.inner, i64(self.lanes), body, [total])[0]
+
+    def _elements(self, places: Sequence[Reg], index: Reg, left: Reg) -> tuple[Reg, Window]:
+        """A vector of what is folded, and the window it came through."""
+        streams = zip(places, self.dtypes, self.kernel.accesses, self.steps, strict=True)
+        reads = [Read(*stream) for stream in streams]
+        window = Window(self.code, self.target, self.lanes, index, left)
+        loaded = window.read(reads, broadcasts(self.code, reads, self.lanes))
+        return self.fold.widen(write_expr(self.code, self.kernel.before, dict(enumerate(loaded)), self.lanes)), window
 
     def _nest(
-        self,
-        code: Code,
-        extents: Sequence[Reg],
-        strides: Sequence[Sequence[Reg]],
-        places: Sequence[Reg],
-        total: Reg,
-        innermost: Callable[[Sequence[Reg], Reg], Reg],
-        axis: int = 0,
+        self, places: Sequence[Reg], total: Reg, innermost: Callable[[Sequence[Reg], Reg], Reg], axis: int = 0
     ) -> Reg:
         """Loops over the folded outer axes around `innermost`."""
-        if axis == len(extents):
+        if axis == len(self.folded_extents):
             return innermost(places, total)
+        code = self.code
 
         def body(index: Reg, carried: list[Reg]) -> list[Reg]:
             moved = [
                 code.at(place, code.binary("mul", index, steps[axis]))
-                for place, steps in zip(places, strides, strict=True)
+                for place, steps in zip(places, self.folded_strides, strict=True)
             ]
-            return [self._nest(code, extents, strides, moved, carried[0], innermost, axis + 1)]
+            return [self._nest(moved, carried[0], innermost, axis + 1)]
 
-        return code.loop(i64(0), extents[axis], i64(1), body, [total])[0]
+        return code.loop(i64(0), self.folded_extents[axis], i64(1), body, [total])[0]
 
-    def _store(self, code: Code, result: Reg, place: Reg, lanes: int) -> None:
-        final = narrowed(code, write_expr(code, self.after, {0: result}, lanes), self.after.dtype)
-        code.store(lane_zero(code, final), place, self.after.dtype.itemsize)
+    def _store_first(self, result: Reg, place: Reg) -> None:
+        dtype = self.kernel.after.dtype
+        final = narrowed(self.code, write_expr(self.code, self.kernel.after, {0: result}, self.lanes), dtype)
+        self.code.store(lane_zero(self.code, final), place, dtype.itemsize)
 
 
 class Fold:

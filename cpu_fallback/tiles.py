@@ -115,7 +115,7 @@ def add(code: Code, a: Reg, b: Reg) -> Reg:
 
 @dataclass(frozen=True)
 class _Tile:
-    """One tile function. With fewer rows than `height` the last one is computed and stored several times.
+    """One tile function. With fewer rows than `height` the last one is computed several times, and stored last of all.
 
     `alone` it streams B from afar, so it fetches what it needs next; else B is near.
     """
@@ -159,11 +159,12 @@ class _Tile:
             begin, end = _times(code, a_size, chains), code.binary("mul", depth, a_step)
             carried[0] = code.at(b, _times(code, b_size, chains))
             carried = code.loop(begin, end, a_step, lambda i, x: steps(segments[:1], i, x), carried)
-        starts, places = (self._cells(code, rows, base, step) for base, step in ((start, start_row), (c, c_row)))
-        for i, (begin, place) in enumerate(zip(starts, places, strict=True)):
-            total = code.load(self._kind, begin, self.shape.nbytes)
-            for part in carried[1 + i :: cells]:
-                total = add(code, total, part)
+        totals = [
+            code.load(self._kind, place, self.shape.nbytes) for place in self._cells(code, rows, start, start_row)
+        ]  # fmt: skip
+        for i, part in enumerate(carried[1:]):
+            totals[i % cells] = add(code, totals[i % cells], part)
+        for total, place in zip(totals, self._cells(code, rows, c, c_row), strict=True):
             code.store(total, place, self.shape.nbytes)
 
     @property

@@ -44,7 +44,9 @@ class Watch:
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.found: list[str] = []
-        self._own = tuple(os.path.realpath(entry) + os.sep for entry in {*sys.path, sys.prefix, sys.base_prefix} if entry)
+        self._own = tuple(
+            os.path.realpath(entry) + os.sep for entry in {*sys.path, sys.prefix, sys.base_prefix} if entry
+        )
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: Sequence[Any]) -> None:

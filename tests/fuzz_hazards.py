@@ -189,7 +189,9 @@ def recursive_functions(generator: Generator) -> onnx.ModelProto:
 def long_chain(generator: Generator) -> onnx.ModelProto:
     """Nodes one behind the other; with two uses of each result, the expression they spell has 2^n leaves."""
     length = int(pick(generator, LENGTHS))
-    names = pick(generator, (("Relu",), ("Sin", "Exp"), ("Add",), ("Mul",), ("Softmax", "Neg"), ("Concat",), ("Where",)))
+    names = pick(
+        generator, (("Relu",), ("Sin", "Exp"), ("Add",), ("Mul",), ("Softmax", "Neg"), ("Concat",), ("Where",))
+    )
     nodes = []
     for i in range(length):
         name = names[i % len(names)]

@@ -78,7 +78,12 @@ def run_numbers(numbers: Sequence[int], first_seed: int, jobs: int, limit_s: flo
                 if outcome is None:
                     continue
                 yield outcome
-                if worker.process.is_alive() and not _is_stuck(outcome) and waiting and worker.served < CASES_PER_PROCESS:
+                if (
+                    worker.process.is_alive()
+                    and not _is_stuck(outcome)
+                    and waiting
+                    and worker.served < CASES_PER_PROCESS
+                ):
                     worker.number, worker.since, worker.served = waiting.popleft(), time.monotonic(), worker.served + 1
                     connection.send(worker.number)
                 else:
@@ -104,7 +109,7 @@ def _outcome(worker: _Worker, limit_s: float) -> Outcome | None:
         except (EOFError, ConnectionResetError):
             worker.process.join(10)
             return Outcome(worker.number, "crash", seconds, failure=f"exit code {worker.process.exitcode}")
-    allowed_s = 4 * limit_s + START_LIMIT_S * (worker.served == 1)
+    allowed_s = 10 * limit_s + START_LIMIT_S * (worker.served == 1)
     if seconds > allowed_s:
         return Outcome(worker.number, "hang", seconds, failure="does not answer")
     return None

@@ -15,7 +15,7 @@ from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.ir.graph import Node, Op, TensorType, Value
 from gpu_engine.plan.lower import Lowering
-from tests.kernel_runner import Array, guarded, guards_hold, run_native
+from tests.kernel_runner import GUARD, Array, guarded, guards_hold, run_native
 
 Emit = Callable[[Lowering, Any, Node, tuple[int, ...], tuple[int, ...], Target], bool]
 
@@ -35,12 +35,11 @@ def run_node(
     """The first result of `op`, lowered by `emit`; fails if a step writes outside its buffers.
 
     Operands named by `constants` are known when lowering; `shapes` gives symbolic shapes to others, `values` their
-    symbols. All memory that steps write is full of poison before.
+    symbols. All memory that steps write is full of NaN before.
     """
     kinds = [TensorType(array.dtype, (shapes or {}).get(i, array.shape)) for i, array in enumerate(operands)]
-    inputs = tuple(
-        Value(kind, array if i in constants else None) for i, (kind, array) in enumerate(zip(kinds, operands, strict=True))
-    )  # fmt: skip
+    known = [array if i in constants else None for i, array in enumerate(operands)]
+    inputs = tuple(map(Value, kinds, known))
     outputs = tuple(map(Value, op.infer(*kinds)))
     node = Node(op, inputs, outputs, "a node")
     lowering = Lowering(lower_node)
@@ -55,6 +54,7 @@ def run_node(
         elif i not in arrays:
             extents = evaluator(list(buffer.shape), list(values or {}))(*(values or {}).values())
             arrays[i], memory = guarded(extents, buffer.dtype)
+            memory[GUARD:-GUARD] = 0xFF
             memories.append(memory)
     before = [operand.copy() for operand in operands]
     for step in lowering.steps:

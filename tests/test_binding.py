@@ -16,7 +16,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32, INT64
 from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.ir.graph import Builder, TensorType, Value
-from gpu_engine.ir.ops import Concat, Map, MatMul, Pad, Reshape, Slice
+from gpu_engine.ir.ops import Attention, Concat, Map, MatMul, Pad, Reshape, Slice
 from gpu_engine.ir.ops.array import Array
 from gpu_engine.plan.binding import Numbers, op_resolver, solve_binds
 from gpu_engine.plan.lower import segments
@@ -148,6 +148,9 @@ CONTRADICTIONS = {
     "map": ({"x": (N,), "y": (M,)}, lambda b, x, y: b.emit(Map(X + expr.arg(1, FLOAT32)), x, y), (2,), (3,)),
     "constant": ({"x": (N,), "y": (4,)}, lambda b, x, y: b.emit(Map(X + expr.arg(1, FLOAT32)), x, y), (2,), (4,)),
     "product": ({"x": (2, N), "y": (M, 3)}, lambda b, x, y: b.emit(MatMul(), x, y), (2, 2), (3, 3)),
+    "attention": (
+        {"x": (2, N, 4), "y": (2, M, 4)}, lambda b, x, y: b.emit(Attention(1.0), x, x, y), (2, 3, 4), (2, 5, 4)
+    ),
     "join": ({"x": (2, N), "y": (2, M)}, lambda b, x, y: b.emit(Concat(0), x, y), (2, 2), (2, 3)),
     "reshape": (
         {"x": (N, 2), "y": (M, 3)}, lambda b, x, y: b.emit(Concat(0), b.emit(Reshape((M, 3)), x), y), (5, 2), (3, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gpu_engine
 from gpu_engine.frontend.registry import REGISTRY
 from gpu_engine.tools.demo import FOLDER
 
@@ -36,6 +38,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_python_blocks_run(number: int, workplace: Path) -> None:
     del workplace
     exec(compile(PYTHON_BLOCKS[number], f"README.md, Python block {number}", "exec"), {"__name__": "__readme__"})
+
+
+def test_every_option_and_error_is_in_a_table() -> None:
+    words = set(re.findall(r"`(\w+)`", "\n".join(line for line in README.splitlines() if line.startswith("|"))))
+    options = set(inspect.signature(gpu_engine.compile).parameters) - {"model"}
+    assert options <= words
+    assert {error.__name__ for error in gpu_engine.GpuEngineError.__subclasses__()} - {"ModelError"} <= words
 
 
 def test_there_are_blocks_and_commands() -> None:

@@ -40,7 +40,7 @@ from gpu_engine.ir.structure import Known, Structure, flat_names
 MAX_INLINE_DEPTH = 64
 MAX_BODY_DEPTH = 32
 MAX_CHOICES = 8
-MAX_EXPANSION = 300_000
+MAX_EXPANSION = 100_000
 
 
 class FunctionBodies(Protocol):
@@ -265,7 +265,7 @@ def _emit(builder: Builder, node: ModelNode, scope: Scope, version: int) -> None
     function = scope.functions.get((node.domain, node.op_type))
     entry = None if function else lookup(node.domain, node.op_type, version)
     if entry is not None:
-        special = {"output_count": len(node.outputs), "opset": version, "bodies": ScopedBodies(builder, scope)}
+        special = {"output_count": len(node.outputs), "version": version, "bodies": ScopedBodies(builder, scope)}
         results = call_operator(builder, entry, inputs, attributes, special)
     else:
         if function is None:

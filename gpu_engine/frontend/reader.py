@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -262,6 +263,29 @@ class SpecificationFunctions:
         return ModelFunction(
             function.domain, function.name, function.inputs, function.outputs, function.nodes, opsets, defaults
         )
+
+
+@dataclass(frozen=True)
+class SpecifiedOperator:
+    """An operator as the installed `onnx` knows it: the versions in which it exists, and those that have a body."""
+
+    domain: str
+    name: str
+    versions: tuple[int, ...]
+    bodies: frozenset[int]
+
+
+def specified_operators() -> list[SpecifiedOperator]:
+    """Every operator of the specification that some version does not retire."""
+    found: dict[tuple[str, str], dict[int, bool]] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if not schema.deprecated:
+            body = schema.has_function or schema.has_context_dependent_function
+            found.setdefault((schema.domain, schema.name), {})[schema.since_version] = body
+    return [
+        SpecifiedOperator(*key, tuple(sorted(versions)), frozenset(v for v, body in versions.items() if body))
+        for key, versions in found.items()
+    ]
 
 
 def _schema(domain: str, name: str, version: int) -> onnx.defs.OpSchema | None:

@@ -11,7 +11,7 @@
 
 A function's signature is the operator's: positional parameters are the inputs (default None: optional; `*xs`:
 variadic), keyword-only parameters are the attributes with the specification's defaults (no default: required). Three
-names are not attributes: `output_count` receives how many outputs the node asks for, `opset` the version in use,
+names are not attributes: `output_count` receives how many outputs the node asks for, `version` that of the opset,
 `bodies` what emits graph attributes. A function serves every opset from `since` until the next registration of the
 same name, or to the newest.
 """
@@ -35,7 +35,7 @@ from gpu_engine.ir.ops.pointwise import Map
 
 Emit = Callable[..., Emitted | Sequence[Emitted | None]]
 Emitter = TypeVar("Emitter", bound=Emit)
-SPECIAL = ("output_count", "opset", "bodies")
+SPECIAL = ("output_count", "version", "bodies")
 
 
 @dataclass(frozen=True)

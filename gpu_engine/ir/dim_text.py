@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ast
 
-from gpu_engine.ir.dims import Dim, floor_div, modulo, symbol
+from gpu_engine.ir.dims import Dim, Undecided, floor_div, modulo, symbol
 
 
 def parse(text: str) -> Dim | None:
     """The extent that a dim_param such as "8*h" or "batch" spells, or None if it is not arithmetic over names."""
     try:
         return _parse_node(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, ZeroDivisionError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, ZeroDivisionError, Undecided):
         return None
 
 

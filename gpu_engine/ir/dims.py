@@ -9,13 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
-from gpu_engine.errors import InvalidModel
+from gpu_engine.errors import InvalidModel, UnsupportedModel
+
+MAX_SIZE = 1000
+"""How many terms, symbols and functions an extent may be written with: a model can square one again and again."""
 
 
 class Undecided(Exception):
     """A comparison of symbolic extents whose answer depends on the values of the symbols."""
+
+
+class TooComplicated(Undecided, UnsupportedModel):
+    """Arithmetic on extents that grows beyond all reason."""
 
 
 @dataclass(frozen=True, order=True)
@@ -60,6 +67,14 @@ class Sym:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __post_init__(self) -> None:
+        if self.size > MAX_SIZE or any(abs(count) >> 63 for _, count in self.terms):
+            raise TooComplicated(f"an extent that takes more than {MAX_SIZE} symbols or 64 bits to write")
+
+    @cached_property
+    def size(self) -> int:
+        return sum(1 + sum(map(_atom_size, monomial)) for monomial, _ in self.terms)
 
     def __add__(self, other: Dim) -> Dim:
         return _polynomial([*self.terms, *_terms(other)])
@@ -118,10 +133,8 @@ def number(dim: Dim) -> int:
 
 
 def product(dims: Iterable[Dim]) -> Dim:
-    result: Dim = 1
-    for dim in dims:
-        result = result * dim
-    return result
+    one: Dim = 1
+    return reduce(lambda total, dim: total * dim, dims, one)
 
 
 def floor_div(a: Dim, b: Dim) -> Dim:
@@ -172,21 +185,21 @@ def modulo(a: Dim, b: Dim) -> Dim:
 
 
 def minimum(a: Dim, b: Dim) -> Dim:
-    for low, high in ((a, b), (b, a)):
-        try:
-            return low if less_equal(low, high) else high
-        except Undecided:
-            continue
-    return _call("min", *_ordered(a, b))
+    ordered = _ascending(a, b)
+    return _call("min", *_ordered(a, b)) if ordered is None else ordered[0]
 
 
 def maximum(a: Dim, b: Dim) -> Dim:
-    for low, high in ((a, b), (b, a)):
-        try:
-            return high if less_equal(low, high) else low
-        except Undecided:
-            continue
-    return _call("max", *_ordered(a, b))
+    ordered = _ascending(a, b)
+    return _call("max", *_ordered(a, b)) if ordered is None else ordered[1]
+
+
+def _ascending(a: Dim, b: Dim) -> tuple[Dim, Dim] | None:
+    """(the less, the greater) where that is the same for all values of the symbols, else None."""
+    low, high = bounds(b - a)
+    if low is not None and low >= 0:
+        return a, b
+    return (b, a) if high is not None and high <= 0 else None
 
 
 def broadcast(a: Dim, b: Dim) -> Dim:
@@ -221,20 +234,17 @@ def many(dim: Dim) -> Dim:
 def less_equal(a: Dim, b: Dim) -> bool:
     """Whether a <= b for all values of the symbols; Undecided if that depends on them."""
     low, high = bounds(b - a)
-    if low is not None and low >= 0:
-        return True
-    if high is not None and high < 0:
-        return False
+    if (low is not None and low >= 0) or (high is not None and high < 0):
+        return low is not None and low >= 0
     raise Undecided(f"{a} <= {b}")
 
 
 def equal(a: Dim, b: Dim) -> bool:
     """Whether a == b for all values of the symbols; Undecided if that depends on them."""
-    difference = a - b
-    if difference == 0:
+    low, high = bounds(a - b)
+    if low == high == 0:
         return True
-    low, high = bounds(difference)
-    if (low is not None and low > 0) or (high is not None and high < 0):
+    if (low or 0) > 0 or (high or 0) < 0:
         return False
     raise Undecided(f"{a} == {b}")
 
@@ -255,11 +265,8 @@ def bounds(dim: Dim) -> tuple[int | None, int | None]:
 
 def symbols(dim: Dim) -> set[str]:
     """The names in `dim`."""
-    found: set[str] = set()
-    for monomial, _ in () if isinstance(dim, int) else dim.terms:
-        for atom in monomial:
-            found |= {atom.name} if isinstance(atom, Symbol) else set().union(*map(symbols, atom.args))
-    return found
+    atoms = () if isinstance(dim, int) else (atom for monomial, _ in dim.terms for atom in monomial)
+    return set().union(*({a.name} if isinstance(a, Symbol) else set().union(*map(symbols, a.args)) for a in atoms))
 
 
 def substitute(dim: Dim, values: Mapping[str, Dim]) -> Dim:
@@ -293,6 +300,10 @@ def _polynomial(terms: Iterable[tuple[Monomial, int]]) -> Dim:
     return Sym(tuple(kept))
 
 
+def _atom_size(atom: Atom) -> int:
+    return 1 if isinstance(atom, Symbol) else 1 + sum(arg.size for arg in atom.args if isinstance(arg, Sym))
+
+
 def _sorted(atoms: Monomial) -> Monomial:
     return tuple(sorted(atoms, key=str))
 
@@ -314,12 +325,9 @@ def _divide_terms(a: Dim, b: Dim) -> tuple[Dim, Dim]:
     (atoms, number), quotient, rest = divisor[0], [], []
     for monomial, count in _terms(a):
         left = _remove(monomial, atoms)
-        if left is None:
-            rest.append((monomial, count))
-        else:
-            whole = count // number
-            quotient.append((left, whole))
-            rest.append((monomial, count - whole * number))
+        whole = 0 if left is None else count // number
+        quotient.append((left or (), whole))
+        rest.append((monomial, count - whole * number))
     return _polynomial(quotient), _polynomial(rest)
 
 

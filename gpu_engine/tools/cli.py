@@ -1,8 +1,9 @@
-"""The command line: `gpu-engine demo`, `gpu-engine run`, `gpu-engine inspect`."""
+"""The command line: `gpu-engine demo`, `gpu-engine run`, `gpu-engine inspect`, `gpu-engine ops`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +11,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
 import gpu_engine
+from gpu_engine.tools import operators
 from gpu_engine.tools.demo import Advance, Report, run_demo
 from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
 from gpu_engine.tools.inspection import describe
@@ -94,6 +97,39 @@ def inspect(
 ) -> None:
     """Show a model's inputs, outputs, batching and the steps of its plan."""
     print(describe(model, device, graph))
+
+
+@app.command()
+def ops(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Only what is missing, wholly or in some version.")
+    ] = False,
+    update: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Rewrite the counts in this Markdown file instead.")
+    ] = None,
+) -> None:
+    """List the operators: versions, how they are lowered, devices."""
+    every = operators.operator_rows()
+    rows = [row for row in every if row.missing or not missing]
+    if update is not None:
+        operators.update_summary(update, every)
+    elif as_json:
+        print(operators.as_json(rows))
+    elif as_markdown:
+        print(operators.markdown(rows))
+    else:
+        _print_operators(rows)
+
+
+def _print_operators(rows: Sequence[operators.OperatorRow]) -> None:
+    table = Table(*operators.TITLES, caption="; ".join(f"{name}: {text}" for name, text in operators.LOWERINGS.items()))
+    for row in rows:
+        table.add_row(*operators.cells(row))
+    console = Console()
+    console.print(table)
+    print(operators.summary(rows), end="")
 
 
 class _Rate(ProgressColumn):

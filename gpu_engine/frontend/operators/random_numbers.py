@@ -20,9 +20,9 @@ from gpu_engine.ir.graph import Builder, TensorType, Value
 
 
 @operator("Dropout", since=7)
-def dropout_7(b: Builder, x: Value, *, ratio: float = 0.5, opset: int, output_count: int = 1) -> Sequence[Value]:
+def dropout_7(b: Builder, x: Value, *, ratio: float = 0.5, version: int, output_count: int = 1) -> Sequence[Value]:
     """https://onnx.ai/onnx/operators/onnx__Dropout.html before opset 12: inference only"""
-    return (x, _kept(b, x, BOOL if opset >= 10 else x.dtype))[:output_count]
+    return (x, _kept(b, x, BOOL if version >= 10 else x.dtype))[:output_count]
 
 
 @operator("Dropout", since=12)

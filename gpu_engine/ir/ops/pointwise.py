@@ -58,7 +58,10 @@ def _ceil(x: Any) -> Dim:
 
 
 def _quotient(a: Any, b: Any) -> Any:
-    return dims.floor_div(_whole(a), _whole(b))
+    divisor = _whole(b)
+    if isinstance(divisor, int) and divisor <= 0:
+        raise dims.Undecided(f"{a} / {divisor}")
+    return dims.floor_div(_whole(a), divisor)
 
 
 def _whole(x: Any) -> Dim:

@@ -1,5 +1,13 @@
 """The domain com.microsoft: what ONNX Runtime's optimiser and quantiser write into models, and its exporters."""
 
-from gpu_engine.frontend.operators.microsoft import activation, attention, normalization, products, retired
+from gpu_engine.frontend.operators.microsoft import (
+    activation,
+    attention,
+    group_query,
+    normalization,
+    products,
+    retired,
+    rotary,
+)
 
-__all__ = ["activation", "attention", "normalization", "products", "retired"]
+__all__ = ["activation", "attention", "group_query", "normalization", "products", "retired", "rotary"]

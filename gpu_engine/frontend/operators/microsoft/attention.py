@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gpu_engine.errors import UnsupportedModel
 from gpu_engine.frontend.operators.attention import probabilities_of, scores_of, split_heads, weighted
 from gpu_engine.frontend.operators.linear import matmul
-from gpu_engine.frontend.operators.microsoft.cache import filled, with_room, written
+from gpu_engine.frontend.operators.microsoft.cache import cleared, with_room, written
 from gpu_engine.frontend.operators.microsoft.domain import MICROSOFT
 from gpu_engine.frontend.operators.microsoft.masks import causal, joined, padding_bias
 from gpu_engine.frontend.operators.microsoft.packing import heads_of, joined_heads
@@ -143,25 +143,45 @@ def multi_head_attention(
     if cache_indirection is not None:
         raise UnsupportedModel(f"{b.source}: cache_indirection belongs to ONNX Runtime's own beam search")
     q, k, v = heads_of(b, query, key, value, bias, num_heads)
-    new, first = k.shape[2], b.shape_constant([0])
-    shown = []
-    if past_key is not None and past_value is not None:
-        if past_sequence_length is None:
-            first = b.shape_constant([past_key.shape[2]])
-            k, v = b.emit(ops.Concat(2), past_key, k), b.emit(ops.Concat(2), past_value, v)
-        else:
-            first = b.emit(ops.Reshape((1,)), past_sequence_length)
-            k, v = (written(b, old, added, first) for old, added in ((past_key, k), (past_value, v)))
-            shown.append(filled(b, k.shape[2], first, new))
-            key_padding_mask, attention_bias = (
-                None if value is None else with_room(b, value, k.shape[2])
-                for value in (key_padding_mask, attention_bias)
-            )
-    extents = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    biases = [] if attention_bias is None else [attention_bias]
+    keys = _with_past(b, k, v, past_key, past_value, past_sequence_length)
+    extents = (q.shape[0], q.shape[1], q.shape[2], keys.k.shape[2])
+    biases, shown = [], [] if keys.filled is None else [keys.filled]
+    if attention_bias is not None:
+        biases.append(with_room(b, attention_bias, extents[3]) if shown else attention_bias)
     if key_padding_mask is not None:
-        biases.append(padding_bias(b, key_padding_mask, extents, mask_filter_value, q.dtype, starts=False, past=0))
+        mask = with_room(b, key_padding_mask, extents[3]) if shown else key_padding_mask
+        biases.append(padding_bias(b, mask, extents, mask_filter_value, q.dtype, starts=False, past=0))
     if unidirectional:
-        shown.append(causal(b, extents, first, last_sees_all=new != q.shape[2]))
-    found = attend(b, q, k, v, scale, joined(b, biases, shown, q.dtype))
-    return (found.y, k, v, found.weights)[:output_count]
+        shown.append(causal(b, extents, keys.first, last_sees_all=k.shape[2] != q.shape[2]))
+    found = attend(b, q, keys.k, keys.v, scale, joined(b, biases, shown, q.dtype))
+    return (found.y, *keys.present, found.weights)[:output_count]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values of earlier calls and of this one, [B, N, T, D], from position `first` on this one's.
+
+    `present` are they as a later call wants them; `filled` says which there are, where there is room for more.
+    """
+
+    k: Value
+    v: Value
+    present: tuple[Value, Value]
+    first: Value
+    filled: Value | None = None
+
+
+def _with_past(
+    b: Builder, k: Value, v: Value, past_k: Value | None, past_v: Value | None, length: Value | None
+) -> Keys:
+    if past_k is None or past_v is None:
+        return Keys(k, v, (k, v), b.shape_constant([0]))
+    if length is None:
+        present = b.emit(ops.Concat(2), past_k, k), b.emit(ops.Concat(2), past_v, v)
+        return Keys(*present, present, b.shape_constant([past_k.shape[2]]))
+    first = b.emit(ops.Reshape((1,)), length)
+    present = written(b, past_k, k, first), written(b, past_v, v, first)
+    end = emit_map(b, lambda p, n: p + n, first, b.shape_constant([k.shape[2]], first.dtype))
+    places = b.emit(ops.Iota(past_k.shape[2], first.dtype))
+    filled = emit_map(b, lambda i, n: i < n, b.emit(ops.Reshape((1, 1, 1, past_k.shape[2])), places), end)
+    return Keys(cleared(b, present[0], end), cleared(b, present[1], end), present, first, filled)

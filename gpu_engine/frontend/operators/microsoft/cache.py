@@ -33,15 +33,16 @@ def written(b: Builder, buffer: Value, new: Value, first: Value, places: Value |
     return b.emit(ops.Transpose((0, 2, 1, 3)), b.emit(ops.GatherND(1), rows, picks))
 
 
+def cleared(b: Builder, buffer: Value, end: Value) -> Value:
+    """buffer [B, N, M, D] with zeros from the position `end` on, which is one for all rows or one for each."""
+    place = b.emit(ops.Reshape((buffer.shape[2], 1)), b.emit(ops.Iota(buffer.shape[2], INT64)))
+    stop = b.emit(ops.Reshape((end.shape[0], 1, 1, 1)), emit_map(b, lambda e: cast(e, INT64), end))
+    return emit_map(b, lambda x, i, n: where(i < n, x, expr.const(0, x.dtype)), buffer, place, stop)
+
+
 def with_room(b: Builder, mask: Value, keys: Dim) -> Value:
     """A mask over the last axis of which there are as many keys as the buffer has room for; lengths as they are."""
     if mask.rank < 2:
         return mask
     none = (0,) * (mask.rank - 1)
     return b.emit(ops.Pad((*none, 0), (*none, keys - mask.shape[-1])), mask, scalar(b, 0, mask.dtype))
-
-
-def filled(b: Builder, keys: Dim, first: Value, new: Dim) -> Value:
-    """Whether a key of a buffer was ever written, [1, 1, 1, T], when `new` were written from position `first` on."""
-    places = b.emit(ops.Reshape((1, 1, 1, keys)), b.emit(ops.Iota(keys, first.dtype)))
-    return emit_map(b, lambda i, start, n: i < start + n, places, first, b.shape_constant([new], first.dtype))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.operators.microsoft.domain import MICROSOFT
-from gpu_engine.frontend.operators.microsoft.products import channels_first, channels_last
+from gpu_engine.frontend.operators.microsoft.products import from_nhwc, to_nhwc
 from gpu_engine.frontend.operators.normalization import group_normalization, moments
 from gpu_engine.frontend.operators.quantization import dequantize_linear
 from gpu_engine.frontend.registry import emit_map, normal_axis, operator
@@ -155,10 +155,10 @@ def _group_norm(
     if activation not in (0, 1):
         raise InvalidModel(f"the activation {activation} is not 0 (none) or 1 (SiLU)")
     scale, shift = (emit_map(b, lambda e: cast(e, x.dtype), value) for value in (gamma, beta))
-    planes = channels_first(b, x) if last else x
+    planes = from_nhwc(b, x) if last else x
     y = group_normalization(b, planes, scale, shift, num_groups=groups, epsilon=epsilon)
     y = emit_map(b, lambda e: e * sigmoid(e), y) if activation else y
-    return channels_last(b, y) if last else y
+    return to_nhwc(b, y) if last else y
 
 
 @operator("EmbedLayerNormalization", since=1, domain=MICROSOFT)

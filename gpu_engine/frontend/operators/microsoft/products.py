@@ -21,12 +21,12 @@ from gpu_engine.ir.graph import Builder, Value
 from gpu_engine.ir.ops import MatMul, Reduce, Reshape, Transpose
 
 
-def channels_first(b: Builder, x: Value) -> Value:
+def from_nhwc(b: Builder, x: Value) -> Value:
     """x [N, spatial..., C] as [N, C, spatial...]."""
     return b.emit(Transpose((0, x.rank - 1, *range(1, x.rank - 1))), x)
 
 
-def channels_last(b: Builder, x: Value) -> Value:
+def to_nhwc(b: Builder, x: Value) -> Value:
     """x [N, C, spatial...] as [N, spatial..., C]."""
     return b.emit(Transpose((0, *range(2, x.rank), 1)), x)
 
@@ -86,10 +86,10 @@ def nhwc_fused_conv(
     """
     y = fused_conv(
         b,
-        channels_first(b, x),
+        from_nhwc(b, x),
         w,
         bias,
-        None if z is None else channels_first(b, z),
+        None if z is None else from_nhwc(b, z),
         activation=activation,
         activation_params=activation_params,
         kernel_shape=kernel_shape,
@@ -99,7 +99,7 @@ def nhwc_fused_conv(
         auto_pad=auto_pad,
         group=group,
     )
-    return channels_last(b, y)
+    return to_nhwc(b, y)
 
 
 @operator("NhwcConv", since=1, domain=MICROSOFT)
@@ -117,9 +117,9 @@ def nhwc_conv(
     group: int = 1,
 ) -> Value:
     """https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.NhwcConv"""
-    y = conv(b, channels_first(b, x), w, bias, kernel_shape=kernel_shape, strides=strides, dilations=dilations,
+    y = conv(b, from_nhwc(b, x), w, bias, kernel_shape=kernel_shape, strides=strides, dilations=dilations,
              pads=pads, auto_pad=auto_pad, group=group)  # fmt: skip
-    return channels_last(b, y)
+    return to_nhwc(b, y)
 
 
 @operator("ConvTransposeWithDynamicPads", since=1, domain=MICROSOFT)

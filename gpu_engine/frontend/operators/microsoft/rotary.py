@@ -38,7 +38,8 @@ def rotary_embedding(
     """
     heads = heads_apart(b, x, cos_cache, num_heads)
     places = positions(b, position_ids, heads)
-    turned = rotated(b, heads, *(angles(b, cache, places) for cache in (cos_cache, sin_cache)), bool(interleaved))
+    cosine, sine = angles(b, cos_cache, places), angles(b, sin_cache, places)
+    turned = rotated(b, heads, cosine, sine, bool(interleaved))
     return turned if x.rank == 4 else joined_heads(b, turned)
 
 
