@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native
+from cpu_fallback.conv_depthwise import DepthwiseKernel
 from cpu_fallback.conv_direct import IN_PLACE, PLANAR, WINDOWS, ConvKernel
 from cpu_fallback.conv_tiles import TileShape, tile_shape
 from cpu_fallback.conv_windows import SLACK, Geometry
@@ -86,6 +87,27 @@ def emit_winograd(
     words = (*map(Address, buffers), nbytes, slots, *geometry)
     inputs = (x.buffer, packed, *(extra.buffer for extra in extras))
     lowering.emit(Native(WinogradKernel(m, epilogue), words), inputs, (out.buffer,), scratch=(scratch,))
+
+
+def emit_depthwise(
+    lowering: Lowering,
+    op: Conv,
+    weights: Floats,
+    x: Operand,
+    out: Operand,
+    extras: Sequence[Operand],
+    epilogue: Epilogue,
+    target: Target,
+) -> None:
+    """The convolution `op` over one or two axes, in as many groups as there are channels and results."""
+    geometry = geometry_of(op, weights.shape, x.shape, out.shape)
+    channels = weights.shape[0]
+    packed = lowering.constant(aligned(weights.reshape(channels, -1).T))
+    lanes = min(target.vector_nbytes // 4, 1 << (channels.bit_length() - 1))
+    kernel = DepthwiseKernel(weights.shape[-1], op.dilations[-1], op.strides[-1], lanes, epilogue)
+    buffers = (x.buffer, packed, out.buffer, *(extra.buffer for extra in extras))
+    words = (*map(Address, buffers), *geometry)
+    lowering.emit(Native(kernel, words), (x.buffer, packed, *(extra.buffer for extra in extras)), (out.buffer,))
 
 
 def thread_scratch(lowering: Lowering, nbytes: int) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class Epilogue:
 
     def write_tile(self, code: Code, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> None:
         """Store the epilogue of a tile of sums, row by row; `operands` are addresses for its first cell."""
-        if place.mask is None:
+        if place.columns is not None and place.mask is None:
             full = code.compare("icmp sge", place.columns, i64(place.vectors * place.lanes))
             code.either(
                 full,
@@ -130,7 +130,8 @@ class Epilogue:
 
     def _write_elements(self, code: Code, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> list[Reg]:
         """One element at a time: for columns that are no whole vectors, where masks are dear."""
-        stage = _staged(code, place, sums)
+        assert place.columns is not None
+        columns, stage = place.columns, _staged(code, place, sums)
 
         def cell(row: Reg, column: Reg) -> list[Reg]:
             inner = code.binary("shl", column, i64(2))
@@ -144,7 +145,7 @@ class Epilogue:
             return []
 
         def row(index: Reg, _: list[Reg]) -> list[Reg]:
-            code.loop(i64(0), place.columns, i64(1), lambda column, _: cell(index, column))
+            code.loop(i64(0), columns, i64(1), lambda column, _: cell(index, column))
             return []
 
         code.loop(i64(0), place.count, i64(1), row)
@@ -155,13 +156,14 @@ class Epilogue:
 class Place:
     """A tile of memory: `count` of at most `rows` rows, `row` bytes apart, of `columns` float32 in `vectors` vectors.
 
-    `mask` are the lanes of the last vector that count, where masks cost nothing.
+    Without `columns` all vectors are whole. `mask` are the lanes of the last vector that count, where masks cost
+    nothing.
     """
 
     base: Reg
     row: Reg
     count: Reg
-    columns: Reg
+    columns: Reg | None
     rows: int
     vectors: int
     lanes: int

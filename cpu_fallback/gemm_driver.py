@@ -50,6 +50,10 @@ class Driver:
     result_nbytes: int
     caches: Caches
 
+    def line_nbytes(self, target: Target) -> int:
+        """Bytes of a row of sums as the epilogue gets them."""
+        return tile_shape(target, COMPUTED[self.dtype]).line
+
     def define(self, code: Code, target: Target) -> str:
         """The name of the function."""
         form = self.b_form + "_packing" * self.packs

@@ -34,8 +34,10 @@ class GemmKernel:
 
     def write(self, code: Code, target: Target) -> None:
         driver = self.driver.define(code, target)
-        shape = tile_shape(target, COMPUTED[self.driver.dtype])
-        table = tile_table(code, target, shape, self.rows, self.vectors)
+        table = "zeros"
+        if isinstance(self.driver, Driver):
+            shape = tile_shape(target, COMPUTED[self.driver.dtype])
+            table = tile_table(code, target, shape, self.rows, self.vectors)
         finish = f"finish_{self._digest}"
         code.define(finish, FINISH, attributes(target), lambda inner: self._finish(inner, target, shape.line))
         direct = self.expr.op == "arg" and self.expr.dtype == self.driver.dtype

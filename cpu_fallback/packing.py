@@ -162,7 +162,7 @@ class _Transposing:
                 for group in range(0, self.lanes, size):
                     step = code.binary("add", index, i64(group + i))
                     place = code.at(to, code.binary("mul", step, to_step))
-                    part = _lanes(code, column, group, size)
+                    part = lanes_of(code, column, group, size)
                     code.store(part, code.at(place, i64(first * self._nbytes)), self._nbytes)
 
 
@@ -215,17 +215,19 @@ def transposed(code: Code, rows: Sequence[Reg]) -> list[Reg]:
         high = [lane + span if not lane & span else lane + lanes for lane in range(lanes)]
         paired = list(rows)
         for i in (i for i in range(count) if not i & span):
-            paired[i] = _shuffled(code, rows[i], rows[i + span], low)
-            paired[i + span] = _shuffled(code, rows[i], rows[i + span], high)
+            paired[i] = shuffled(code, rows[i], rows[i + span], low)
+            paired[i + span] = shuffled(code, rows[i], rows[i + span], high)
         rows, span = paired, span // 2
     return list(rows)
 
 
-def _lanes(code: Code, x: Reg, start: int, count: int) -> Reg:
-    return x if count == lane_count(x.type) else _shuffled(code, x, Reg("poison", x.type), range(start, start + count))
+def lanes_of(code: Code, x: Reg, start: int, count: int) -> Reg:
+    """Some lanes of a vector."""
+    return x if count == lane_count(x.type) else shuffled(code, x, Reg("poison", x.type), range(start, start + count))
 
 
-def _shuffled(code: Code, a: Reg, b: Reg, picks: Sequence[int]) -> Reg:
+def shuffled(code: Code, a: Reg, b: Reg, picks: Sequence[int]) -> Reg:
+    """Lanes of a, and of b numbered behind them."""
     kind = a.type.replace(f"<{lane_count(a.type)} ", f"<{len(picks)} ")
     places = ", ".join(f"i32 {pick}" for pick in picks)
     return code.let(kind, f"shufflevector {a}, {b}, <{len(picks)} x i32> <{places}>")

@@ -181,6 +181,9 @@ class _Builder:
                 calls.append(None)
                 binder.native_run(len(functions))
             binder.extend_run()
+            listed = {*step.inputs, *step.outputs, *step.scratch}
+            addressed = {word.buffer for word in step.kernel.words if isinstance(word, Address)}
+            assert addressed <= listed, f"{step.source}: {step.kernel.kernel} reads buffers that its step does not list"
             functions.append(self.kernels[step.kernel.kernel])
             blocks.append(len(self.words))
             self.words += step.kernel.words

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Array, ArrayCall, Native, Word
 from cpu_fallback.lanes import COMPUTED, is_supported
 from cpu_fallback.native import Target, host
+from cpu_fallback.pages import PAGES
 from cpu_fallback.recurrent_kernels import RecurrentKernel
 from cpu_fallback.recurrent_products import form_of, pack, tallest
 from cpu_fallback.recurrent_states import Record
@@ -187,11 +187,18 @@ def _packed(lowering: Lowering, packing: Packing, node: Node, inputs: Buffers, p
     places = [1, *(2 + present.index(name) for name in ("scale", "zero") if name in present)]
     known = [array for i in places if (array := node.inputs[i].constant) is not None]
     if len(known) == len(places):
-        return [lowering.constant(array) for array in packing.pack(known)]
+        return [lowering.constant(_resident(array)) for array in packing.pack(known)]
     shapes = packing.pack([np.zeros(_extents(node.inputs[i]), node.inputs[i].dtype) for i in places])
     packed = tuple(lowering.buffer(array.dtype, array.shape) for array in shapes)
     lowering.emit(ArrayCall(_pack_into, packing), tuple(inputs[i] for i in places), packed)
     return list(packed)
+
+
+def _resident(array: Array) -> Array:
+    """A copy in memory for packed weights."""
+    copy = PAGES.zeros(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 def _extents(value: Value) -> tuple[int, ...]:

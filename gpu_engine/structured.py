@@ -49,6 +49,12 @@ class StructuredEngine:
         self._engines: dict[tuple[Structure, ...], Engine] = {}
         self._lock = threading.Lock()
 
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines of the structures seen so far, for their statistics, plans and devices."""
+        with self._lock:
+            return tuple(self._engines.values())
+
     def run(self, inputs: Any) -> Any:
         """As Engine.run; inputs are a list in the order of the inputs or a dict by name."""
         engine, flat, named = self._prepare(inputs)

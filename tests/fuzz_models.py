@@ -25,7 +25,7 @@ from tests.fuzz_cases import FuzzCase, fuzz_case, inputs_for
 from tests.fuzz_worker import Outcome, run_numbers
 
 SEED = 20260731
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

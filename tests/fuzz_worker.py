@@ -138,7 +138,6 @@ def _serve(connection: Connection, first_seed: int, limit_s: float) -> None:
         folder, watch = prepare(Path(root).resolve()), Watch()
         warm_up()
         limit_memory()
-        signal.signal(signal.SIGPROF, _on_alarm)
         while True:
             try:
                 number = connection.recv()
@@ -168,6 +167,7 @@ def measured(case: FuzzCase, folder: Path, watch: Watch, limit_s: float) -> Outc
     Path("/proc/self/clear_refs").write_text("5")
     started = time.process_time()
     look_s = min(LOOK_AFTER_S, limit_s)
+    signal.signal(signal.SIGPROF, _Alarm())
     signal.setitimer(signal.ITIMER_PROF, look_s, max(limit_s - look_s, 0.1))
     watch.folder = folder
     try:
@@ -208,15 +208,20 @@ def _holds_canary(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype == np.float32 and bool((value == np.float32(CANARY)).any())
 
 
-def _on_alarm(number: int, frame: FrameType | None) -> None:
-    since = getattr(_on_alarm, "looked", False)
-    _on_alarm.looked = not since  # type: ignore[attr-defined]
-    while frame is not None:
-        if frame.f_code.co_name == "run_loop" and frame.f_locals.get("iteration", 0) > ENDLESS_ITERATIONS:
-            raise Endless
-        frame = frame.f_back
-    if since:
-        raise TimeUp
+class _Alarm:
+    """Looks at what runs when it rings first, and ends it when it rings again."""
+
+    def __init__(self) -> None:
+        self.rang = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_name == "run_loop" and frame.f_locals.get("iteration", 0) > ENDLESS_ITERATIONS:
+                raise Endless
+            frame = frame.f_back
+        if self.rang:
+            raise TimeUp
+        self.rang = True
 
 
 def _memory(field: str) -> int:

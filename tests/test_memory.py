@@ -12,6 +12,7 @@ from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT32, INT8
 from gpu_engine.ir.graph import Builder, Value
 from gpu_engine.ir.ops import Map, Reshape, Softmax, Transpose
+from gpu_engine.plan.lower import without_unused
 from gpu_engine.plan.memory import (
     ALIGNMENT,
     Layout,
@@ -22,7 +23,7 @@ from gpu_engine.plan.memory import (
     lifetimes,
     typical_nbytes,
 )
-from gpu_engine.plan.plan import Buffer
+from gpu_engine.plan.plan import Buffer, Step
 from tests.cpu_execution import lowered
 from tests.reference import graph_of
 
@@ -102,6 +103,14 @@ def test_what_is_needed_later_is_not_taken_over() -> None:
     plan = lowered(graph_of({"x": (N, 5)}, build))
     arena = plan.program.segments[0].arena
     assert len(set(arena.layout.regions[:2].tolist())) == 2
+
+
+def test_what_was_packed_is_kept_packed_alone() -> None:
+    found = [Buffer(INT8, (4,), np.zeros(4, np.int8)), Buffer(INT8, (8,), np.zeros(8, np.int8)), Buffer(INT8, (4,))]
+    found.append(Buffer(INT8, (2, 4), alias=1))
+    kept = without_unused(found, [Step(None, (3,), (2,), "a step")], ())
+    assert [buffer.constant is None for buffer in kept] == [True, False, True, True]
+    assert without_unused(found, [], (0,))[0].constant is found[0].constant
 
 
 def test_weights_are_counted_once() -> None:

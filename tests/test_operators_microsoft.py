@@ -27,7 +27,7 @@ CONVOLUTIONS: list[tuple[str, dict[str, Any]]] = [
 def test_fused_conv(given: str, attributes: dict[str, Any]) -> None:
     x, w = numbers(2, 4, 7, 6), numbers(6, 4 // attributes.get("group", 1), 3, 2, seed=1)
     plain = {key: value for key, value in attributes.items() if not key.startswith("activation")}
-    (y,) = onnxruntime_exactly(node_model("::Conv", {"x": x, "w": w}, plain, opset=21), {"x": x, "w": w})
+    (y,) = onnxruntime_exactly(node_model("::Conv", {"x": x, "w": w}, plain, version=21), {"x": x, "w": w})
     inputs = {
         "x": x,
         "w": w,
@@ -45,7 +45,7 @@ def test_nhwc_conv() -> None:
     x, w, bias = numbers(2, 4, 7, 6), numbers(6, 2, 3, 2, seed=1), numbers(6, seed=2)
     attributes = {"group": 2, "pads": [1, 0, 1, 1], "strides": [2, 1]}
     inputs = {"x": x, "w": w, "b": bias}
-    (expected,) = onnxruntime_exactly(node_model("::Conv", inputs, attributes, opset=21), inputs)
+    (expected,) = onnxruntime_exactly(node_model("::Conv", inputs, attributes, version=21), inputs)
     nhwc = {**inputs, "x": x.transpose(0, 2, 3, 1)}
     agree("NhwcConv", nhwc, known=("w", "b"), expected=[expected.transpose(0, 2, 3, 1)], **attributes)
 
@@ -56,7 +56,7 @@ def test_conv_transpose_with_dynamic_pads(pads: list[int] | None) -> None:
     attributes = {"strides": [2, 2], "output_padding": [1, 0]}
     plain = {"x": x, "w": w, "b": bias}
     fixed = attributes if pads is None else {**attributes, "pads": pads}
-    expected = onnxruntime_exactly(node_model("::ConvTranspose", plain, fixed, opset=21), plain)
+    expected = onnxruntime_exactly(node_model("::ConvTranspose", plain, fixed, version=21), plain)
     inputs = {"x": x, "w": w, "p": None if pads is None else np.array(pads), "b": bias}
     agree("ConvTransposeWithDynamicPads", inputs, known=("w",), fixed=("p",), expected=expected, **attributes)
 
@@ -151,7 +151,7 @@ def test_fused_sums() -> None:
 def test_bias_softmax(axis: int, bias: tuple[int, ...]) -> None:
     x, added = numbers(2, 4, 5), numbers(*bias, seed=1)
     inputs = {"x": x + added}
-    expected = onnxruntime_exactly(node_model("::Softmax", inputs, {"axis": axis}, opset=11), inputs)
+    expected = onnxruntime_exactly(node_model("::Softmax", inputs, {"axis": axis}, version=11), inputs)
     agree("BiasSoftmax", {"x": x, "b": added}, expected=expected, axis=axis, is_inner_broadcast=int(bias[1] == 1))
 
 
@@ -189,15 +189,15 @@ def test_inverse(dtype: Any) -> None:
 
 def test_retired_operators() -> None:
     x, image = numbers(3, 5), numbers(2, 3, 6, 5)
-    agree("::ScaledTanh", {"x": x}, opset=7, alpha=0.5, beta=2.0)
-    agree("::ParametricSoftplus", {"x": x}, opset=7, alpha=0.5, beta=2.0)
-    agree("::Affine", {"x": x}, opset=7, alpha=0.5, beta=2.0)
-    agree("::Scale", {"x": x}, opset=7, scale=0.5)
-    agree("::ImageScaler", {"x": image}, opset=7, scale=0.5, bias=[1.0, 2.0, 3.0])
-    agree("::Crop", {"x": image}, opset=7, border=[1, 2, 1, 0])
-    agree("::Crop", {"x": image}, opset=7, border=[1, 2, 0, 0], scale=[2, 3])
+    agree("::ScaledTanh", {"x": x}, version=7, alpha=0.5, beta=2.0)
+    agree("::ParametricSoftplus", {"x": x}, version=7, alpha=0.5, beta=2.0)
+    agree("::Affine", {"x": x}, version=7, alpha=0.5, beta=2.0)
+    agree("::Scale", {"x": x}, version=7, scale=0.5)
+    agree("::ImageScaler", {"x": image}, version=7, scale=0.5, bias=[1.0, 2.0, 3.0])
+    agree("::Crop", {"x": image}, version=7, border=[1, 2, 1, 0])
+    agree("::Crop", {"x": image}, version=7, border=[1, 2, 0, 0], scale=[2, 3])
     inputs = {"x": x, "s": np.array([1, -4]), "e": np.array([3, 1000]), "a": np.array([0, 1])}
-    agree("::DynamicSlice", inputs, fixed=("s", "e", "a"), opset=7)
+    agree("::DynamicSlice", inputs, fixed=("s", "e", "a"), version=7)
 
 
 @pytest.mark.parametrize(

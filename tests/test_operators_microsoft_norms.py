@@ -62,7 +62,7 @@ def test_simplified_layer_normalization(dtype: str, scale: str, axis: int) -> No
     tolerance = HALF if "f2" in (dtype, scale) else {}
     inputs = {"x": x, "g": gamma}
     expected = computed if dtype != scale else None
-    agree("::SimplifiedLayerNormalization", inputs, 2, opset=17, expected=expected, axis=axis, **tolerance)
+    agree("::SimplifiedLayerNormalization", inputs, 2, version=17, expected=expected, axis=axis, **tolerance)
 
 
 def norm_inputs(shape: tuple[int, ...]) -> dict[str, Array]:
@@ -79,7 +79,7 @@ def test_group_norm(last: int, activation: int) -> None:
     def reference(x: Array) -> Array:
         attributes = {"num_groups": 2, "epsilon": 1e-3}
         (y,) = onnxruntime_exactly(
-            node_model("::GroupNormalization", {**inputs, "x": x}, attributes, opset=21), {**inputs, "x": x}
+            node_model("::GroupNormalization", {**inputs, "x": x}, attributes, version=21), {**inputs, "x": x}
         )
         return layout(y / (1 + np.exp(-y)) if activation else y)
 

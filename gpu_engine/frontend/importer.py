@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from gpu_engine.frontend.model import (
     ModelGraph,
     ModelNode,
     TensorInfo,
+    nested_nodes,
 )
 from gpu_engine.frontend.order import sort_nodes
 from gpu_engine.frontend.registry import Operator, bind_attributes, lookup
@@ -40,7 +41,7 @@ from gpu_engine.ir.structure import Known, Structure, flat_names
 MAX_INLINE_DEPTH = 64
 MAX_BODY_DEPTH = 32
 MAX_CHOICES = 8
-MAX_EXPANSION = 100_000
+LEAST_EXPANSION, EXPANSION_FACTOR = 50_000, 100
 
 
 class FunctionBodies(Protocol):
@@ -52,15 +53,17 @@ class FunctionBodies(Protocol):
 
 
 class Expansion:
-    """How many nodes functions and bodies have grown to: a few lines can call for more than any machine holds."""
+    """How many more nodes functions and bodies may grow to: a few lines can call for more than any machine holds."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, model: Model) -> None:
+        functions = (node for function in model.functions.values() for node in function.nodes)
+        written = sum(1 for _ in nested_nodes((*model.graph.nodes, *functions)))
+        self.limit = self.left = max(LEAST_EXPANSION, EXPANSION_FACTOR * written)
 
     def grow(self, count: int) -> None:
-        self.count += count
-        if self.count > MAX_EXPANSION:
-            raise InvalidModel(f"functions and bodies grow to more than {MAX_EXPANSION:,} nodes")
+        self.left -= count
+        if self.left < 0:
+            raise InvalidModel(f"functions and bodies grow to more than {self.limit:,} nodes")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def import_model(model: Model, bodies: FunctionBodies, structures: Mapping[str, 
     contradicts the specification.
     """
     refuse_unsupported(model, bodies)
-    expansion = Expansion()
+    expansion = Expansion(model)
     return _with_choices(lambda choices: _import(model, bodies, structures or {}, Branches(choices), expansion), ())
 
 
@@ -191,7 +194,7 @@ def refuse_unsupported(model: Model, bodies: FunctionBodies) -> None:
     missing: Counter[tuple[str, str, int]] = Counter()
 
     def visit(nodes: Sequence[ModelNode], opsets: Mapping[str, int]) -> None:
-        for node in nodes:
+        for node in nested_nodes(nodes):
             version = opsets.get(node.domain)
             known = (node.domain, node.op_type) in model.functions or (
                 version is not None
@@ -202,10 +205,6 @@ def refuse_unsupported(model: Model, bodies: FunctionBodies) -> None:
             )
             if not known:
                 missing[node.domain, node.op_type, version or 0] += 1
-            for attribute in node.attributes.values():
-                for graph in attribute if isinstance(attribute, tuple) else (attribute,):
-                    if isinstance(graph, ModelGraph):
-                        visit(graph.nodes, opsets)
 
     visit(model.graph.nodes, model.opsets)
     for function in model.functions.values():
@@ -363,14 +362,14 @@ def inline(
         attributes={**function.defaults, **attributes},
         depth=scope.depth + 1,
     )
-    nodes = [_without_absent(node, function, values) for node in function.nodes]
+    absent = set(function.inputs) - set(values)
+    nodes = [_without(node, absent) for node in function.nodes] if absent else function.nodes
     emit_nodes(builder, nodes, inner)
     return [values.get(name) for name in function.outputs]
 
 
-def _without_absent(node: ModelNode, function: ModelFunction, values: Mapping[str, Emitted]) -> ModelNode:
+def _without(node: ModelNode, absent: Set[str]) -> ModelNode:
     """The node with the names of inputs that the caller left out made empty."""
-    absent = set(function.inputs) - set(values)
     return replace(node, inputs=tuple("" if name in absent else name for name in node.inputs))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,3 +81,20 @@ class Model:
     metadata: Mapping[str, str]
     ir_version: int = 0
     producer: str = ""
+
+
+def graphs_of(node: ModelNode) -> Iterator[ModelGraph]:
+    """The graphs among the attributes of a node."""
+    for attribute in node.attributes.values():
+        for graph in attribute if isinstance(attribute, tuple) else (attribute,):
+            if isinstance(graph, ModelGraph):
+                yield graph
+
+
+def nested_nodes(nodes: Iterable[ModelNode]) -> Iterator[ModelNode]:
+    """The nodes and, however deep, those of the graphs among their attributes."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(inner for graph in graphs_of(node) for inner in graph.nodes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 from gpu_engine.errors import InvalidModel
-from gpu_engine.frontend.model import ModelGraph, ModelNode
+from gpu_engine.frontend.model import ModelNode, graphs_of
 
 
 def sort_nodes(nodes: Sequence[ModelNode], known: Container[str]) -> Sequence[ModelNode]:
@@ -40,11 +40,9 @@ def sort_nodes(nodes: Sequence[ModelNode], known: Container[str]) -> Sequence[Mo
 def free_names(node: ModelNode) -> set[str]:
     """The names that a node uses: its inputs and what the graphs among its attributes take from outside."""
     names = set(node.inputs)
-    for attribute in node.attributes.values():
-        for graph in attribute if isinstance(attribute, tuple) else (attribute,):
-            if isinstance(graph, ModelGraph):
-                inside = {info.name for info in graph.inputs} | set(graph.initializers)
-                inside |= {name for inner in graph.nodes for name in inner.outputs}
-                names |= {name for inner in graph.nodes for name in free_names(inner)} - inside
-                names |= {info.name for info in graph.outputs} - inside
+    for graph in graphs_of(node):
+        inside = {info.name for info in graph.inputs} | set(graph.initializers)
+        inside |= {name for inner in graph.nodes for name in inner.outputs}
+        names |= {name for inner in graph.nodes for name in free_names(inner)} - inside
+        names |= {info.name for info in graph.outputs} - inside
     return names

@@ -238,7 +238,10 @@ class Builder:
 
     def _infer(self, op: Op, inputs: tuple[Value, ...]) -> tuple[TensorType, ...]:
         try:
-            return op.infer(*(value.type for value in inputs))
+            types = op.infer(*(value.type for value in inputs))
+            if any(isinstance(extent, int) and extent < 0 for kind in types for extent in kind.shape):
+                raise InvalidModel(f"{type(op).__name__} would make {', '.join(map(str, types))}")
+            return types
         except InvalidModel as error:
             if not self.source or self.source in str(error):
                 raise

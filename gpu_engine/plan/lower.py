@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING, DType
 from gpu_engine.ir.graph import Graph, Node, TensorType, Value
 from gpu_engine.ir.ops import Reshape
-from gpu_engine.plan.plan import LARGEST, Batching, Buffer, Plan, Port, Requirement, Step
+from gpu_engine.plan.plan import LARGEST, Batching, Buffer, Plan, Port, Requirement, Step, root
 from gpu_engine.plan.requirements import node_requirements
 
 
@@ -103,7 +104,7 @@ def lower_graph(graph: Graph, batching: Batching, lower_node: LowerNode, names: 
     outputs = tuple(map(lowering.number, graph.outputs))
     return Plan(
         steps=tuple(lowering.steps),
-        buffers=tuple(lowering.buffers),
+        buffers=without_unused(lowering.buffers, lowering.steps, outputs),
         inputs=inputs,
         outputs=outputs,
         input_ports=_ports(graph.input_names, graph.inputs),
@@ -112,6 +113,17 @@ def lower_graph(graph: Graph, batching: Batching, lower_node: LowerNode, names: 
         batching=batching,
         requirements=tuple(dict.fromkeys(lowering.requirements)),
         output_structures=graph.output_structures,
+    )
+
+
+def without_unused(buffers: Sequence[Buffer], steps: Sequence[Step], outputs: Sequence[int]) -> tuple[Buffer, ...]:
+    """The buffers, without the contents of constants that no step reads: a packed weight stands for its original."""
+    found = tuple(buffers)
+    named = {index for step in steps for index in (*step.inputs, *step.outputs, *step.scratch)} | set(outputs)
+    used = {root(found, index) for index in named}
+    return tuple(
+        buffer if buffer.constant is None or i in used else dataclasses.replace(buffer, constant=None)
+        for i, buffer in enumerate(found)
     )
 
 

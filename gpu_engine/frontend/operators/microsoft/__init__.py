@@ -6,8 +6,20 @@ from gpu_engine.frontend.operators.microsoft import (
     group_query,
     normalization,
     products,
+    quantized,
+    quantized_products,
     retired,
     rotary,
 )
 
-__all__ = ["activation", "attention", "group_query", "normalization", "products", "retired", "rotary"]
+__all__ = [
+    "activation",
+    "attention",
+    "group_query",
+    "normalization",
+    "products",
+    "quantized",
+    "quantized_products",
+    "retired",
+    "rotary",
+]

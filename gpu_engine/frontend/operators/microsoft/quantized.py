@@ -274,9 +274,7 @@ def microsoft_dequantize_linear(
 
 
 @operator("MulInteger", since=1, domain=MICROSOFT)
-def mul_integer(
-    b: Builder, x: Value, x_zero_point: Value | None, y: Value, y_zero_point: Value | None = None
-) -> Value:
+def mul_integer(b: Builder, x: Value, x_zero_point: Value | None, y: Value, y_zero_point: Value | None = None) -> Value:
     """https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MulInteger"""
 
     def product(p: Expr, pz: Expr | None, q: Expr, qz: Expr | None) -> Expr:
