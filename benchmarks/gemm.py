@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import onnx.numpy_helper
 import onnxruntime
-from onnx import helper
-import onnxruntime
 from numpy.typing import NDArray
+from onnx import helper
 from threadpoolctl import threadpool_limits
 
 from cpu_fallback.calls import Address, Native

@@ -1,8 +1,9 @@
 """Depthwise convolutions, channels last: every channel on its own, a vector of channels at a time.
 
-Pixels whose window lies inside the rows are computed four at a time with their columns shared, the others one by one.
-So many channels at a time that the rows they are read from stay in the first cache. A last vector that channels do not
-fill reaches back and is computed twice.
+Tiles of some rows times some pixels are computed together: enough sums to hide the latency of the multipliers, and
+what one pixel reads is in the first cache for its neighbours. Taps outside the image read zeros: rows from a line of
+zeros, columns from inside the image with a mask over what they read. A last vector that channels do not fill reaches
+back and is computed twice.
 """
 
 from __future__ import annotations
@@ -12,46 +13,71 @@ from dataclasses import dataclass
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.conv_tiles import fma
 from cpu_fallback.conv_windows import Geometry
-from cpu_fallback.epilogues import SCALAR, Epilogue, Place
+from cpu_fallback.epilogues import SCALAR, Epilogue, Place, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
-from cpu_fallback.loops import Words, thread_share
+from cpu_fallback.loops import Words, splat, thread_share
 from cpu_fallback.native import Target
 
 PIXELS = 4
-CHAINS = 4
-"""Vectors of channels at a time of a pixel on its own: independent sums hide the latency of the multiplier."""
-NEAR_NBYTES = 24 << 10
-"""Bytes of input rows to keep in the first cache."""
+ROWS = 64
+"""Most input rows that a tile may cover."""
 
 
 @dataclass(frozen=True)
 class DepthwiseKernel:
-    """A depthwise convolution by content: columns of a window, their distance, that of windows, and what happens then.
+    """A depthwise convolution by content: columns of a window and rows (0: any number), the distance of columns and of
+    windows, rows of a tile.
 
-    There are at least as many channels as `lanes`. Words: addresses of x, of weights [taps, channels], of the result
-    and of every operand of the epilogue; the Geometry.
+    There are at least as many channels as `lanes`. Words: addresses of x, of weights [taps, channels], of as many zeros
+    as `blank_elements` says, of the result and of every operand of the epilogue; bytes of rows to keep in the first
+    cache, of an image that the second one keeps; the Geometry.
     """
 
     width: int
+    height: int
     dilation: int
     stride: int
+    rows: int
     lanes: int
     epilogue: Epilogue
 
     def write(self, code: Code, target: Target) -> None:
         words = Words(code)
-        x, w, out, *operands = words.pointers(3 + len(self.epilogue.kinds))
+        x, w, blank, out, *operands = words.pointers(4 + len(self.epilogue.kinds))
+        near, far = words.numbers(2)
         geometry = Geometry(*words.numbers(len(Geometry._fields)))
-        _Writer(code, self, x, w, out, tuple(operands), geometry).write()
+        kind, count = vector(self.lanes, "float"), len(self.columns)
+        lists = _Lists(stack(code, 8 * ROWS), stack(code, 8 * count), stack(code, 4 * self.lanes * count))
+        _Writer(code, self, x, w, blank, out, tuple(operands), geometry, kind, lists).write(near, far)
+
+    @property
+    def columns(self) -> list[int]:
+        """Input columns that a tile reads, counted from its first."""
+        taps = range(0, self.width * self.dilation, self.dilation)
+        return sorted({i * self.stride + tap for i in range(PIXELS) for tap in taps})
+
+    def blank_elements(self, channels: int) -> int:
+        """Zeros that stand for a row outside the image."""
+        return (self.columns[-1] + 1) * channels
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A row of results: its first pixel, the row of x (that may lie outside) its windows start in, taps inside x."""
+class _Lists:
+    """On the stack: addresses of a tile's input rows; byte offsets and masks of its columns at an edge."""
 
-    pixel: Reg
-    start: Reg
-    taps: tuple[Reg, Reg]
+    rows: Reg
+    offsets: Reg
+    masks: Reg
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """The first row (over all images), row and column of a tile's results; whether its columns are all inside."""
+
+    line: Reg
+    y: Reg
+    x: Reg
+    inner: bool
 
 
 @dataclass(frozen=True)
@@ -62,174 +88,171 @@ class _Writer:
     kernel: DepthwiseKernel
     x: Reg
     w: Reg
+    blank: Reg
     out: Reg
     operands: tuple[Reg, ...]
     geometry: Geometry
+    kind: str
+    lists: _Lists
 
     @property
-    def _lanes(self) -> int:
-        return self.kernel.lanes
+    def _pixel(self) -> Reg:
+        return times(self.code, self.geometry.channels, i64(4))
 
-    @property
-    def _kind(self) -> str:
-        return vector(self._lanes, "float")
-
-    def write(self) -> None:
-        code, g = self.code, self.geometry
-        pixel = times(code, g.channels, i64(4))
-        row = times(code, g.in_w, pixel)
-        rows = thread_share(code, code.binary("udiv", g.pixels, most(code, g.out_w, i64(1))), 1)
-        inside = self._inside()
-        wide = times(code, g.kernel_h, g.in_w, i64(4 * self._lanes))
-        vectors = clamp(code, code.binary("udiv", i64(NEAR_NBYTES), most(code, wide, i64(1))), i64(1), g.channels)
-
-        def group(first: Reg, _: list[Reg]) -> list[Reg]:
-            span = first, least(code, plus(code, first, times(code, vectors, i64(self._lanes))), g.channels)
-
-            def line(index: Reg, _: list[Reg]) -> list[Reg]:
-                self._line(index, row, pixel, span, inside)
-                return []
-
-            code.loop(*rows, i64(1), line)
-            return []
-
-        code.loop(i64(0), g.channels, times(code, vectors, i64(self._lanes)), group)
-
-    def _inside(self) -> tuple[Reg, Reg]:
-        """[start, stop) of the pixels of a row whose window does not reach over its ends."""
-        code, g, reach = self.code, self.geometry, (self.kernel.width - 1) * self.kernel.dilation
-        first = code.binary("sub", g.crop_w, g.pad_w)
-        start = ceil_div(code, most(code, code.binary("sub", i64(0), first), i64(0)), g.stride_w)
-        room = code.binary("sub", code.binary("sub", g.in_w, i64(reach)), first)
-        stop = ceil_div(code, most(code, room, i64(0)), g.stride_w)
-        start = least(code, start, g.out_w)
-        return start, clamp(code, stop, start, g.out_w)
-
-    def _line(self, index: Reg, row: Reg, pixel: Reg, span: tuple[Reg, Reg], inside: tuple[Reg, Reg]) -> None:
-        code, g = self.code, self.geometry
-        image, y = code.binary("udiv", index, g.out_h), code.binary("urem", index, g.out_h)
-        first = plus(code, times(code, y, g.stride_h), code.binary("sub", g.crop_h, g.pad_h))
-        low = least(code, ceil_div(code, most(code, code.binary("sub", i64(0), first), i64(0)), g.dilation_h), g.kernel_h)
-        left = most(code, code.binary("sub", g.in_h, first), i64(0))
-        taps = low, clamp(code, ceil_div(code, left, g.dilation_h), low, g.kernel_h)
-        start = code.at(self.x, times(code, plus(code, times(code, image, g.in_h), first), row))
-        line = _Line(times(code, index, g.out_w), start, taps)
-        whole = code.binary("and", code.binary("sub", inside[1], inside[0]), i64(-PIXELS))
-        rest = plus(code, inside[0], whole)
-        code.loop(i64(0), inside[0], i64(1), lambda x, _: self._single(line, x, row, pixel, span))
-        code.loop(inside[0], rest, i64(PIXELS), lambda x, _: self._several(line, x, row, pixel, span))
-        code.loop(rest, g.out_w, i64(1), lambda x, _: self._single(line, x, row, pixel, span))
-
-    def _column(self, x: Reg) -> Reg:
-        g = self.geometry
-        return plus(self.code, times(self.code, x, g.stride_w), self.code.binary("sub", g.crop_w, g.pad_w))
-
-    def _several(self, line: _Line, x: Reg, row: Reg, pixel: Reg, span: tuple[Reg, Reg]) -> list[Reg]:
-        """PIXELS neighbours, every column loaded once."""
-        code, g, kernel = self.code, self.geometry, self.kernel
-        start = code.at(line.start, times(code, self._column(x), pixel))
-        weights_row = times(code, g.channels, i64(4))
+    def write(self, near: Reg, far: Reg) -> None:
+        """Rows of tiles are shared out; small images go by as many channels as the first cache holds rows of."""
+        code, g, lanes = self.code, self.geometry, i64(self.kernel.lanes)
+        bands = ceil_div(code, g.out_h, i64(self.kernel.rows))
+        images = code.binary("udiv", g.pixels, most(code, times(code, g.out_w, g.out_h), i64(1)))
+        rows = thread_share(code, times(code, images, bands), 1)
+        nbytes = most(code, times(code, self._reach(), g.in_w, i64(4)), i64(1))
+        some = times(code, most(code, code.binary("udiv", code.binary("udiv", near, nbytes), lanes), i64(1)), lanes)
+        small = code.compare("icmp sle", times(code, g.in_h, g.in_w, g.channels, i64(4)), far)
+        step = code.select(small, some, g.channels)
 
         def channels(first: Reg, _: list[Reg]) -> list[Reg]:
-            channel = self._channel(first, 1)
-
-            def tap(ky: Reg, sums: list[Reg]) -> list[Reg]:
-                here = code.at(code.at(start, times(code, ky, g.dilation_h, row)), channel)
-                factors = self._weights(code.at(self.w, plus(code, times(code, ky, i64(kernel.width), weights_row), channel)))
-                columns = _Columns(code, here, pixel, self._kind)
-                result = list(sums)
-                for i in range(PIXELS):
-                    for kx, factor in enumerate(factors):
-                        value = columns.load(i * kernel.stride + kx * kernel.dilation)
-                        result[i] = fma(code, value, factor, result[i])
-                return result
-
-            sums = code.loop(*line.taps, i64(1), tap, [literal(self._kind, 0)] * PIXELS)
-            self._store(plus(code, line.pixel, x), channel, sums, PIXELS, 1)
+            span = first, least(code, plus(code, first, step), g.channels)
+            code.loop(*rows, i64(1), lambda index, _: self._band(index, bands, span))
             return []
 
-        code.loop(*span, i64(self._lanes), channels)
+        code.loop(i64(0), g.channels, most(code, step, i64(1)), channels)
+
+    def _reach(self) -> Reg:
+        """Input rows that a tile covers."""
+        code, g = self.code, self.geometry
+        taps = times(code, code.binary("sub", g.kernel_h, i64(1)), g.dilation_h)
+        return plus(code, times(code, g.stride_h, i64(self.kernel.rows - 1)), taps, i64(1))
+
+    def _band(self, index: Reg, bands: Reg, span: tuple[Reg, Reg]) -> list[Reg]:
+        code, g, kernel = self.code, self.geometry, self.kernel
+        image, band = code.binary("udiv", index, bands), code.binary("urem", index, bands)
+        y = times(code, band, i64(kernel.rows))
+        first_row = plus(code, times(code, y, g.stride_h), code.binary("sub", g.crop_h, g.pad_h))
+        line = plus(code, times(code, image, g.out_h), y)
+        start = code.at(self.x, times(code, image, g.in_h, g.in_w, self._pixel))
+
+        def tile(x: Reg, _: list[Reg]) -> list[Reg]:
+            column = plus(code, times(code, x, i64(kernel.stride)), code.binary("sub", g.crop_w, g.pad_w))
+            last = plus(code, column, i64(kernel.columns[-1]))
+            inside = code.binary(
+                "and", code.compare("icmp sge", column, i64(0)), code.compare("icmp slt", last, g.in_w)
+            )  # fmt: skip
+            whole = code.compare("icmp sle", plus(code, x, i64(PIXELS)), g.out_w)
+            self._list_rows(start, first_row, column)
+            code.either(
+                code.binary("and", inside, whole),
+                lambda: self._channels(_Tile(line, y, x, True), span),
+                lambda: self._outer(_Tile(line, y, x, False), column, span),
+            )
+            return []
+
+        code.loop(i64(0), g.out_w, i64(PIXELS), tile)
         return []
 
-    def _weights(self, place: Reg) -> list[Reg]:
-        step = times(self.code, self.geometry.channels, i64(4))
-        found = []
-        for kx in range(self.kernel.width):
-            place = self.code.at(place, step) if kx else place
-            found.append(self.code.load(self._kind, place, 4))
+    def _list_rows(self, image: Reg, first_row: Reg, column: Reg) -> None:
+        """Where the tile starts in every input row; in zeros for rows outside, or if all columns are."""
+        code, g = self.code, self.geometry
+        away = code.binary("or", code.compare("icmp sge", column, g.in_w), code.compare(
+            "icmp slt", plus(code, column, i64(self.kernel.columns[-1])), i64(0)))  # fmt: skip
+        offset = times(code, column, self._pixel)
+
+        def row(index: Reg, _: list[Reg]) -> list[Reg]:
+            y = plus(code, first_row, index)
+            outside = code.binary("or", code.compare("icmp uge", y, g.in_h), away)
+            place = code.at(image, plus(code, times(code, y, g.in_w, self._pixel), offset))
+            code.store(code.select(outside, self.blank, place), code.at(self.lists.rows, times(code, index, i64(8))), 8)
+            return []
+
+        code.loop(i64(0), self._reach(), i64(1), row)
+
+    def _outer(self, tile: _Tile, first: Reg, span: tuple[Reg, Reg]) -> list[Reg]:
+        """A tile at the edge: columns outside read one that is inside, and are masked."""
+        code, g, lanes = self.code, self.geometry, self.kernel.lanes
+        nearest = clamp(code, first, i64(0), most(code, code.binary("sub", g.in_w, i64(1)), i64(0)))
+        anchor = clamp(code, code.binary("sub", nearest, first), i64(0), i64(self.kernel.columns[-1]))
+        for i, number in enumerate(self.kernel.columns):
+            inside = code.compare("icmp ult", plus(code, first, i64(number)), g.in_w)
+            offset = times(code, code.select(inside, i64(number), anchor), self._pixel)
+            code.store(offset, code.at(self.lists.offsets, i64(8 * i)), 8)
+            mask = splat(code, code.convert("sext", inside, "i32"), lanes)
+            code.store(mask, code.at(self.lists.masks, i64(4 * lanes * i)), 4)
+        return self._channels(tile, span)
+
+    def _channels(self, tile: _Tile, span: tuple[Reg, Reg]) -> list[Reg]:
+        """All channels of the span."""
+        code, g, kernel = self.code, self.geometry, self.kernel
+
+        def vectors(first: Reg, _: list[Reg]) -> list[Reg]:
+            last = code.binary("sub", g.channels, i64(kernel.lanes))
+            channel = times(code, least(code, first, last), i64(4))
+            zero = [literal(self.kind, 0)] * (kernel.rows * PIXELS)
+            if kernel.height:
+                sums = zero
+                for ky in range(kernel.height):
+                    sums = self._tap(tile, i64(ky), channel, sums)
+            else:
+                sums = code.loop(i64(0), g.kernel_h, i64(1), lambda ky, x: self._tap(tile, ky, channel, x), zero)
+            for r in range(kernel.rows):
+                self._store(tile, r, channel, sums[r * PIXELS : (r + 1) * PIXELS])
+            return []
+
+        code.loop(*span, i64(kernel.lanes), vectors)
+        return []
+
+    def _tap(self, tile: _Tile, ky: Reg, channel: Reg, sums: list[Reg]) -> list[Reg]:
+        """The sums after one row of taps."""
+        code, g, kernel = self.code, self.geometry, self.kernel
+        factors = self._weights(ky, channel)
+        result: list[Reg] = []
+        for r in range(kernel.rows):
+            row = plus(code, times(code, g.stride_h, i64(r)), times(code, ky, g.dilation_h))
+            place = code.load("ptr", code.at(self.lists.rows, times(code, row, i64(8))), 8)
+            found = self._columns(tile, code.at(place, channel))
+            for i in range(PIXELS):
+                total = sums[r * PIXELS + i]
+                for kx, factor in enumerate(factors):
+                    total = fma(code, found[i * kernel.stride + kx * kernel.dilation], factor, total)
+                result.append(total)
+        return result
+
+    def _columns(self, tile: _Tile, start: Reg) -> dict[int, Reg]:
+        """What the tile reads of a row."""
+        code, kernel = self.code, self.kernel
+        if tile.inner:
+            places = {i: code.at(start, times(code, self._pixel, i64(i))) for i in kernel.columns}
+            return {i: code.load(self.kind, place, 4) for i, place in places.items()}
+        found, numbers = {}, self.kind.replace("float", "i32")
+        for i, column in enumerate(kernel.columns):
+            offset = code.load("i64", code.at(self.lists.offsets, i64(8 * i)), 8)
+            value = code.load(numbers, code.at(start, offset), 4)
+            mask = code.load(numbers, code.at(self.lists.masks, i64(4 * kernel.lanes * i)), 4)
+            found[column] = code.convert("bitcast", code.binary("and", value, mask), self.kind)
         return found
 
-    def _single(self, line: _Line, x: Reg, row: Reg, pixel: Reg, span: tuple[Reg, Reg]) -> list[Reg]:
-        """One pixel with the columns that lie inside x, some vectors of channels at a time."""
-        code, g, kernel = self.code, self.geometry, self.kernel
-        first = self._column(x)
-        step = i64(kernel.dilation)
-        low = least(code, ceil_div(code, most(code, code.binary("sub", i64(0), first), i64(0)), step), i64(kernel.width))
-        left = most(code, code.binary("sub", g.in_w, first), i64(0))
-        columns = low, clamp(code, ceil_div(code, left, step), low, i64(kernel.width))
-        start = code.at(line.start, times(code, first, pixel))
-        many = i64(CHAINS * self._lanes)
-        length = code.binary("sub", span[1], span[0])
-        rest = plus(code, span[0], times(code, code.binary("udiv", length, many), many))
-        for ends, chains in (((span[0], rest), CHAINS), ((rest, span[1]), 1)):
-            code.loop(
-                *ends, i64(chains * self._lanes),
-                lambda channel, _, chains=chains: self._sum(line, x, start, columns, row, pixel, channel, chains),
-            )  # fmt: skip
-        return []
-
-    def _sum(
-        self, line: _Line, x: Reg, start: Reg, columns: tuple[Reg, Reg], row: Reg, pixel: Reg, first: Reg, chains: int
-    ) -> list[Reg]:
-        code, g, kernel = self.code, self.geometry, self.kernel
-        channel, nbytes = self._channel(first, chains), self._lanes * 4
-
-        def tap(ky: Reg, sums: list[Reg]) -> list[Reg]:
-            here = code.at(code.at(start, times(code, ky, g.dilation_h, row)), channel)
-            weights = code.at(self.w, channel)
-
-            def column(kx: Reg, sums: list[Reg]) -> list[Reg]:
-                place = code.at(here, times(code, kx, i64(kernel.dilation), pixel))
-                factor = code.at(weights, times(code, plus(code, times(code, ky, i64(kernel.width)), kx), pixel))
-                return [
-                    fma(code, *(code.load(self._kind, code.at(base, i64(i * nbytes)), 4) for base in (place, factor)), value)
-                    for i, value in enumerate(sums)
-                ]
-
-            return code.loop(*columns, i64(1), column, sums)
-
-        sums = code.loop(*line.taps, i64(1), tap, [literal(self._kind, 0)] * chains)
-        self._store(plus(code, line.pixel, x), channel, sums, 1, chains)
-        return []
-
-    def _channel(self, first: Reg, vectors: int) -> Reg:
-        """The byte offset of a channel, moved back where fewer channels are left than vectors have lanes."""
+    def _weights(self, ky: Reg, channel: Reg) -> list[Reg]:
         code = self.code
-        last = code.binary("sub", self.geometry.channels, i64(vectors * self._lanes))
-        return times(code, least(code, first, last) if vectors == 1 else first, i64(4))
+        place = code.at(self.w, plus(code, times(code, ky, i64(self.kernel.width), self._pixel), channel))
+        places = [code.at(place, times(code, self._pixel, i64(kx))) for kx in range(self.kernel.width)]
+        return [code.load(self.kind, place, 4) for place in places]
 
-    def _store(self, pixel: Reg, channel: Reg, sums: list[Reg], pixels: int, vectors: int) -> None:
-        code, step = self.code, times(self.code, self.geometry.channels, i64(4))
-        moved = times(code, pixel, step)
-        operands = [
-            operand if kind == SCALAR else code.at(operand, channel)
-            for kind, operand in zip(self.kernel.epilogue.kinds, self.operands, strict=True)
-        ]
-        base = code.at(self.out, plus(code, moved, channel))
-        place = Place(base, step, i64(pixels), None, pixels, vectors, self._lanes, None)
-        self.kernel.epilogue.write_tile(code, place, sums, self.kernel.epilogue.moved(code, operands, moved))
+    def _store(self, tile: _Tile, r: int, channel: Reg, sums: list[Reg]) -> None:
+        """A row of the tile, if the result has it."""
+        code, g, epilogue = self.code, self.geometry, self.kernel.epilogue
 
+        def store() -> list[Reg]:
+            line = plus(code, tile.line, i64(r))
+            moved = times(code, plus(code, times(code, line, g.out_w), tile.x), self._pixel)
+            operands = [
+                operand if kind == SCALAR else code.at(operand, channel)
+                for kind, operand in zip(epilogue.kinds, self.operands, strict=True)
+            ]
+            count = i64(PIXELS) if tile.inner else least(code, code.binary("sub", g.out_w, tile.x), i64(PIXELS))
+            base = code.at(self.out, plus(code, moved, channel))
+            place = Place(base, self._pixel, count, None, PIXELS, 1, self.kernel.lanes, None)
+            epilogue.write_tile(code, place, sums, epilogue.moved(code, operands, moved))
+            return []
 
-class _Columns:
-    """Columns of a row, each loaded when first asked for."""
-
-    def __init__(self, code: Code, start: Reg, step: Reg, kind: str) -> None:
-        self._code, self._places, self._step, self._kind = code, [start], step, kind
-        self._loaded: dict[int, Reg] = {}
-
-    def load(self, column: int) -> Reg:
-        while len(self._places) <= column:
-            self._places.append(self._code.at(self._places[-1], self._step))
-        if column not in self._loaded:
-            self._loaded[column] = self._code.load(self._kind, self._places[column], 4)
-        return self._loaded[column]
+        if r:
+            code.either(code.compare("icmp slt", plus(code, tile.y, i64(r)), g.out_h), store, lambda: [])
+        else:
+            store()

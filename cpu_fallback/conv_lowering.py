@@ -18,6 +18,7 @@ from cpu_fallback.conv_winograd import WinogradKernel, points, scratch_nbytes, t
 from cpu_fallback.cores import usable_cores
 from cpu_fallback.epilogues import Epilogue
 from cpu_fallback.native import Target
+from cpu_fallback.pages import PAGES
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import UINT8
@@ -104,10 +105,14 @@ def emit_depthwise(
     channels = weights.shape[0]
     packed = lowering.constant(aligned(weights.reshape(channels, -1).T))
     lanes = min(target.vector_nbytes // 4, 1 << (channels.bit_length() - 1))
-    kernel = DepthwiseKernel(weights.shape[-1], op.dilations[-1], op.strides[-1], lanes, epilogue)
-    buffers = (x.buffer, packed, out.buffer, *(extra.buffer for extra in extras))
-    words = (*map(Address, buffers), *geometry)
-    lowering.emit(Native(kernel, words), (x.buffer, packed, *(extra.buffer for extra in extras)), (out.buffer,))
+    rows = 1 if geometry.out_h == 1 else 2
+    height = geometry.kernel_h if geometry.kernel_h <= 3 else 0
+    kernel = DepthwiseKernel(weights.shape[-1], height, op.dilations[-1], op.strides[-1], rows, lanes, epilogue)
+    blank = lowering.constant(aligned(np.zeros(kernel.blank_elements(channels))))
+    buffers = (x.buffer, packed, blank, out.buffer, *(extra.buffer for extra in extras))
+    words = (*map(Address, buffers), caches().l1 // 2, caches().l2 // 2, *geometry)
+    inputs = (x.buffer, packed, blank, *(extra.buffer for extra in extras))
+    lowering.emit(Native(kernel, words), inputs, (out.buffer,))
 
 
 def thread_scratch(lowering: Lowering, nbytes: int) -> tuple[int, int]:
@@ -143,6 +148,8 @@ def geometry_of(op: Conv, weights: Sequence[int], x: Shape, out: Shape, *, plana
         *dilations,
         *(dims.maximum(pad, 0) for pad in pads),
         *(dims.maximum(-pad, 0) for pad in pads),
+        *(1, 1, 1),
+        *outside,
         x[1] if planar else x[-1],
         weights[1],
         op.group,
@@ -175,9 +182,7 @@ def panels(matrix: Floats, shape: TileShape) -> list[Floats]:
 
 
 def aligned(array: Any) -> Floats:
-    """A copy that starts on a cache line."""
-    memory = np.empty(array.size + 16, np.float32)
-    skip = -(int(memory.__array_interface__["data"][0]) // 4) % 16
-    result = memory[skip : skip + array.size].reshape(array.shape)
+    """A float32 copy that starts on a cache line, in large pages."""
+    result: Floats = PAGES.zeros(array.shape, np.float32)
     result[...] = array
     return result

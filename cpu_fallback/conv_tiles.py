@@ -20,8 +20,8 @@ from cpu_fallback.vector_math import mangled
 UNROLL = 2
 LINE = 64
 PARAMETERS = (
-    "i64 %count, ptr %records, i64 %columns, ptr %a, i64 %a_row, i64 %segments, i64 %segment_step, i64 %run, "
-    "ptr %w, ptr %c, i64 %c_row, ptr %ahead, i64 %ahead_tile, i64 %ahead_step"
+    "i64 %count, ptr %records, i64 %columns, ptr %a, i64 %a_row, i64 %a_jump, i64 %segments, "
+    "i64 %segment_step, i64 %run, ptr %w, ptr %c, i64 %c_row, ptr %ahead, i64 %ahead_tile, i64 %ahead_step"
 )
 RECORD = 24
 """Bytes of a tile in a list of tiles: where A starts, how many pixels, where C starts; offsets in bytes."""
@@ -58,8 +58,9 @@ def tile_shape(target: Target) -> TileShape:
 def define_tiles(code: Code, target: Target, rows: int, vectors: int, epilogue: Epilogue, run: int = 0) -> str:
     """The name of the function that computes a list of tiles with one panel of weights; `call_tiles` calls it.
 
-    C[rows, columns] = epilogue(A W) for each: row r of A starts a_row bytes after row r - 1; segment s of its depth
-    starts s * segment_step bytes later and has `run` elements, known now if not 0. W is [segments * run, vectors *
+    C[rows, columns] = epilogue(A W) for each: row r of A starts a_row bytes after row r - 1, a_jump more where the
+    second half of the tile begins; segment s of its depth starts s * segment_step bytes later and has `run` elements,
+    known now if not 0. W is [segments * run, vectors *
     lanes]. Rows of C are c_row bytes apart. All `rows` of A must be readable, only those asked for are stored. While
     step k of the depth of tile i is computed, two lines from ahead + i * ahead_tile + k * ahead_step on are prefetched.
     """
@@ -106,7 +107,7 @@ class _Tiles:
     epilogue: Epilogue
 
     def write(self, code: Code) -> None:
-        number, records, columns, a, a_row, segments, step, run, w, c, c_row, ahead, ahead_tile, ahead_step = (
+        number, records, columns, a, a_row, a_jump, segments, step, run, w, c, c_row, ahead, ahead_tile, ahead_step = (
             Reg(text.split()[1], text.split()[0]) for text in PARAMETERS.split(", ")
         )
         operands = [Reg(f"%e{i}", "ptr") for i in range(len(self.epilogue.kinds))]
@@ -117,12 +118,19 @@ class _Tiles:
             place = self._place(code, code.at(c, offset), c_row, count, columns)
             far = code.at(ahead, code.binary("mul", index, ahead_tile))
             stream = _Stream(count, place.base, c_row, far, ahead_step)
-            lines = spaced(code, code.at(a, start), a_row, self.rows)
+            lines = self._lines(code, code.at(a, start), a_row, a_jump)
             sums = self._product(code, lines, segments, step, run, w, stream)
             self.epilogue.write_tile(code, place, sums, self.epilogue.moved(code, operands, offset))
             return []
 
         code.loop(i64(0), number, i64(1), tile)
+
+    def _lines(self, code: Code, first: Reg, a_row: Reg, a_jump: Reg) -> list[Reg]:
+        half = tile_shape(self.target).few
+        if self.rows <= half:
+            return spaced(code, first, a_row, self.rows)
+        second = code.at(first, code.binary("add", code.binary("mul", a_row, i64(half)), a_jump))
+        return spaced(code, first, a_row, half) + spaced(code, second, a_row, self.rows - half)
 
     @property
     def _kind(self) -> str:

@@ -24,7 +24,8 @@ class Geometry(NamedTuple):
     """A convolution in numbers: extents while lowering, registers inside a kernel. Axes are depth, height, width.
 
     `pixels` counts all results of one channel, over the whole batch. A window begins `crop - pad` elements into the
-    image. `channels` of x lie side by side, `group_channels` of them belong to a group.
+    image. Results lie `step` pixels apart in a tensor of `full` extents. `channels` of x lie side by side,
+    `group_channels` of them belong to a group.
     """
 
     pixels: Any
@@ -49,6 +50,12 @@ class Geometry(NamedTuple):
     crop_d: Any
     crop_h: Any
     crop_w: Any
+    step_d: Any
+    step_h: Any
+    step_w: Any
+    full_d: Any
+    full_h: Any
+    full_w: Any
     channels: Any
     group_channels: Any
     groups: Any

@@ -282,7 +282,7 @@ class _Writer:
         ahead = (code.at(w, nbytes), times(code, g.channels, part), part)
         for (records, length), rows in zip(lists, (shape.rows, shape.few), strict=True):
             arguments = [
-                length, records, i64(shape.width), a, chunk.line, i64(1), i64(0), g.channels, w, c,
+                length, records, i64(shape.width), a, chunk.line, i64(0), i64(1), i64(0), g.channels, w, c,
                 i64(shape.width * 4), *ahead,
             ]  # fmt: skip
             self._call(rows, vectors, arguments)

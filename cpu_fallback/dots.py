@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cpu_fallback import packing
+from cpu_fallback.blocks import most
 from cpu_fallback.code import Code, Reg, i64, lane_count, literal, vector
-from cpu_fallback.gemm_driver import EPILOGUE, PACKED, PARAMETERS, Arguments, most
+from cpu_fallback.gemm_driver import EPILOGUE, PACKED, PARAMETERS, Arguments
 from cpu_fallback.lanes import COMPUTED
 from cpu_fallback.loops import lane_mask, least, literal_zero, row_offsets, thread_share
 from cpu_fallback.native import Target, attributes

@@ -8,14 +8,16 @@ complete; then the epilogue, a function of its own, takes them. One driver serve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from cpu_fallback import packing
+from cpu_fallback.blocks import Rows, call_block, define_block, most
 from cpu_fallback.caches import Caches
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.lanes import COMPUTED
 from cpu_fallback.loops import THREAD, THREADS, Words, least, row_offsets, thread_share
 from cpu_fallback.native import Target, attributes
-from cpu_fallback.tiles import LINE, call_tile, tile_shape
+from cpu_fallback.tiles import tile_shape
 from gpu_engine.ir.dtypes import DType
 
 PACKED, PLAIN, TRANSPOSED = "packed", "plain", "transposed"
@@ -24,8 +26,6 @@ FINISH = "ptr %block, i64 %batch, i64 %row, i64 %column, i64 %rows, i64 %columns
 TILES, EPILOGUE, DIRECT = Reg("%tiles", "ptr"), Reg("%finish", "ptr"), Reg("%direct", "i1")
 BLOCK_TILES = (4, 16)
 """The least and the greatest number of tiles of rows in a block."""
-DEPTH = 384
-"""Products that one sum takes: sums of sums keep the error from growing with the depth, and parts of panels small."""
 FEW_PANELS = 4
 """With fewer panels than these to multiply with, packing a block of A does not pay."""
 
@@ -63,6 +63,17 @@ class Driver:
         return name
 
 
+class Form(Protocol):
+    """What the words of a product depend on."""
+
+    @property
+    def b_form(self) -> str: ...
+    @property
+    def packs(self) -> bool: ...
+    @property
+    def rank(self) -> int: ...
+
+
 class Arguments:
     """The words that all products share, in order; those of the epilogue follow.
 
@@ -72,7 +83,7 @@ class Arguments:
     the batch axes of A, B and C.
     """
 
-    def __init__(self, driver: Driver, code: Code) -> None:
+    def __init__(self, driver: Form, code: Code) -> None:
         self.words = words = Words(code)
         self.a, self.b, self.c = words.pointers(3)
         self.a_scratch = words.take("ptr") if driver.packs else None
@@ -85,16 +96,6 @@ class Arguments:
         self.strides = [words.numbers(driver.rank) for _ in range(3)]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A block of rows of A where tiles find it: steps from tile to tile, row to row and along the depth."""
-
-    base: Reg
-    tile: Reg
-    row: Reg
-    step: Reg
-
-
 class _Writer:
     def __init__(self, driver: Driver, code: Code, target: Target) -> None:
         self.driver, self.code, self.target = driver, code, target
@@ -104,7 +105,7 @@ class _Writer:
         self.panels = packing.panels(code, self.n, self.shape)
         self.tiles = packing.ceil_div(code, self.given.m, self.shape.rows)
         self.buffer = code.alloca(f"[{BLOCK_TILES[1] * self.shape.rows * self.shape.line} x i8]", zero=False)
-        code.definitions["zeros"] = "@zeros = internal constant [1024 x i8] zeroinitializer, align 64"
+        self.block = define_block(code, target, self.shape)
 
     def write(self) -> None:
         """Threads share out the panels of all batches, or the tiles of rows if that comes out more even."""
@@ -172,18 +173,18 @@ class _Writer:
         fits = code.binary("udiv", i64(self.driver.caches.l2 // 2), code.binary("or", tile, i64(1)))
         return most(code, least(code, fits, i64(BLOCK_TILES[1])), BLOCK_TILES[0])
 
-    def _lines(self, a: Reg, row: Reg, count: Reg, panels: tuple[Reg, Reg]) -> _Rows:
+    def _lines(self, a: Reg, row: Reg, count: Reg, panels: tuple[Reg, Reg]) -> Rows:
         """Where the block's rows are: packed first if enough panels use them, else in place."""
         code, given = self.code, self.given
         base = code.at(a, code.binary("mul", row, given.a_row))
         place = [base, code.binary("mul", given.a_row, i64(self.shape.rows)), given.a_row, given.a_step]
         if not self.driver.packs:
-            return _Rows(*place)
+            return Rows(*place)
         many = code.compare("icmp sge", code.binary("sub", panels[1], panels[0]), i64(FEW_PANELS))
         room = code.compare("icmp sle", THREADS, given.slots[0])
         tall = code.compare("icmp sgt", count, i64(self.shape.rows))
         chosen = code.binary("and", code.binary("and", many, room), tall)
-        return _Rows(*code.either(chosen, lambda: self._pack_a(base, count), lambda: place))
+        return Rows(*code.either(chosen, lambda: self._pack_a(base, count), lambda: place))
 
     def _pack_a(self, base: Reg, count: Reg) -> list[Reg]:
         code, given, nbytes, scalar = self.code, self.given, self.shape.nbytes, self.shape.scalar
@@ -279,7 +280,7 @@ class _Writer:
         place = code.at(plain, code.binary("mul", start, i64(self.target.vector_nbytes)))
         return code.select(here, place, b), code.select(here, self.given.b_line, line)
 
-    def _panel(self, lines: _Rows, panel: Reg, b: tuple[Reg, Reg], c: Reg, block: tuple[Reg, Reg, Reg]) -> None:
+    def _panel(self, lines: Rows, panel: Reg, b: tuple[Reg, Reg], c: Reg, block: tuple[Reg, Reg, Reg]) -> None:
         """A block of rows (batch, first row, rows) times a panel."""
         code, shape, (batch, row, count) = self.code, self.shape, block
         width = self.panels.width(panel)
@@ -291,7 +292,7 @@ class _Writer:
         inner = code.binary("mul", column, i64(self.driver.result_nbytes))
         place = code.at(code.at(c, code.binary("mul", row, c_row)), inner)
         to = code.select(direct, place, self.buffer), code.select(direct, c_row, i64(shape.line))
-        self._multiply(lines, b, width, count, to)
+        call_block(code, self.block, TILES, count, self.k, lines, b, width, self.buffer, to)
 
         def finish() -> list[Reg]:
             arguments = Reg("%block", "ptr"), batch, row, column, count, least(code, left, whole), self.buffer
@@ -299,44 +300,3 @@ class _Writer:
             return []
 
         code.either(direct, lambda: [], finish)
-
-    def _multiply(
-        self, lines: _Rows, panel: tuple[Reg, Reg], width: Reg, count: Reg, result: tuple[Reg, Reg]
-    ) -> None:  # fmt: skip
-        """All tiles of a block with a panel, by parts of the depth. The first tiles fetch the next part of B."""
-        code, (b, b_row), line = self.code, panel, i64(self.shape.line)
-        parts = most(code, packing.ceil_div(code, self.k, DEPTH), 1)
-        size = code.binary("udiv", code.binary("add", self.k, code.binary("sub", parts, i64(1))), parts)
-        tiles = packing.ceil_div(code, count, self.shape.rows)
-        final = code.binary("sub", parts, i64(1))
-        many = code.compare("icmp sgt", tiles, i64(1))
-
-        def part(index: Reg, _: list[Reg]) -> list[Reg]:
-            k = code.binary("mul", index, size)
-            depth = least(code, code.binary("sub", self.k, k), size)
-            a_part = code.at(lines.base, code.binary("mul", k, lines.step))
-            b_part = code.at(b, code.binary("mul", k, b_row))
-            first, last = code.compare("icmp eq", index, i64(0)), code.compare("icmp eq", index, final)
-            start = code.select(first, Reg("@zeros", "ptr"), self.buffer), code.select(first, i64(0), line)
-            to = code.select(last, result[0], self.buffer), code.select(last, result[1], line)
-
-            def tile(i: Reg, _: list[Reg]) -> list[Reg]:
-                row = code.binary("mul", i, i64(self.shape.rows))
-                rows = least(code, code.binary("sub", count, row), i64(self.shape.rows))
-                begin, end = (code.at(base, code.binary("mul", row, step)) for base, step in (start, to))
-                a = code.at(a_part, code.binary("mul", i, lines.tile))
-                later = code.binary("add", code.binary("mul", depth, b_row), code.binary("mul", i, i64(LINE)))
-                far = code.select(code.compare("icmp slt", i, width), later, i64(0))
-                call_tile(code, TILES, self.shape, many, rows, width, depth, a, lines.row, lines.step, b_part, b_row,
-                          begin, start[1], end, to[1], far)  # fmt: skip
-                return []
-
-            code.loop(i64(0), tiles, i64(1), tile)
-            return []
-
-        code.loop(i64(0), parts, i64(1), part)
-
-
-def most(code: Code, a: Reg, b: int) -> Reg:
-    """The greater."""
-    return code.call("i64", "llvm.smax.i64", a, i64(b))

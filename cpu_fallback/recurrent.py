@@ -113,7 +113,9 @@ def _clipped(functions: Sequence[Expr], op: Recurrent) -> tuple[Expr, ...]:
         return tuple(functions)
     free = 2 if op.kind == "lstm" else len(functions)
     return tuple(
-        expr.substitute(function, {0: expr.clip(expr.arg(0, function.dtype), -op.clip, op.clip)}) if i < free else function
+        expr.substitute(function, {0: expr.clip(expr.arg(0, function.dtype), -op.clip, op.clip)})
+        if i < free
+        else function
         for i, function in enumerate(functions)
     )
 

@@ -39,6 +39,10 @@ class Form:
     vectors: int
 
     @property
+    def quantised(self) -> bool:
+        return self.kind != FLOATS
+
+    @property
     def step(self) -> int:
         """Elements of the state that a step takes."""
         return DEPTHS[self.kind]
@@ -113,9 +117,7 @@ def product_table(code: Code, target: Target, form: Form, rows: Iterable[int]) -
         for height in heights:
             product = _Product(form, height, target)
             code.define(f"{stem}_{height}", PARAMETERS, attributes(target), product.write)
-        entries = ", ".join(
-            f"ptr @{stem}_{row}" if row in heights else "ptr null" for row in range(1, heights[-1] + 1)
-        )
+        entries = ", ".join(f"ptr @{stem}_{row}" if row in heights else "ptr null" for row in range(1, heights[-1] + 1))
         code.definitions[name] = f"@{name} = internal constant [{heights[-1]} x ptr] [{entries}]"
     return name
 

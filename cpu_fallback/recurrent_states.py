@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.lanes import FLOATS, Operation
 from cpu_fallback.loops import folded, lane_mask, lane_zero, splat
-from cpu_fallback.recurrent_products import Form
-from cpu_fallback.recurrent_products import FLOATS as IN_FLOATS
-from cpu_fallback.recurrent_products import QUADS
+from cpu_fallback.recurrent_products import QUADS, Form
 from cpu_fallback.vector_math import Num, mangled
 
 LINE = 64
@@ -89,7 +87,7 @@ class Record:
 
     @property
     def quantised(self) -> bool:
-        return self.form.kind != IN_FLOATS
+        return self.form.quantised
 
     def _vectors(self, count: int) -> int:
         return count * _lines(self.padded * self.size)
@@ -100,7 +98,7 @@ def _lines(nbytes: int) -> int:
 
 
 def quantise(code: Code, record: Record, records: Reg, rows: Reg, source: int) -> None:
-    """Write the bytes of all rows of the state at `source`, one scale and zero point for all, and what is known of them.
+    """Write the bytes of all rows of the state at `source`, with one scale and zero point, and what is known of them.
 
     As DynamicQuantizeLinear does, but for NaN, which makes the scale of its row NaN, and of all if it is the extreme.
     """
@@ -181,19 +179,16 @@ class _Quantiser:
         own = code.select(some, literal("float", float("nan")), lane_zero(code, scale.reg))
         code.store(own, code.at(known, i64(SCALE)), 4)
 
-    def _columns(self, step: object, carries: Sequence[Reg]) -> list[Reg]:
-        return self.code.loop(i64(0), i64(self.record.hidden), i64(self.record.form.lanes), step, carries)  # type: ignore[arg-type]
+    def _columns(self, step: Callable[[Reg, list[Reg]], Sequence[Reg]], carries: Sequence[Reg]) -> list[Reg]:
+        return self.code.loop(i64(0), i64(self.record.hidden), i64(self.record.form.lanes), step, carries)
 
     def _loaded(self, start: Reg, column: Reg) -> Reg:
-        place = self.code.at(start, code_offset(self.code, column, self.record.size))
-        return self.code.load(self.kind, self.code.at(place, i64(self.source)), self.record.size)
+        code, size = self.code, self.record.size
+        place = code.at(code.at(start, i64(self.source)), code.binary("mul", column, i64(size)))
+        return code.load(self.kind, place, size)
 
     def _mask(self, column: Reg) -> Reg | None:
         """The lanes inside the state; None if all vectors are whole."""
         if self.record.hidden % self.record.form.lanes == 0:
             return None
         return lane_mask(self.code, self.record.form.lanes, self.code.binary("sub", i64(self.record.hidden), column))
-
-
-def code_offset(code: Code, column: Reg, size: int) -> Reg:
-    return code.binary("mul", column, i64(size))

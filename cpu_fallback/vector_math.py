@@ -165,6 +165,13 @@ def exp(x: Num) -> Num:
     return _exp_core(below.test("ogt", 89.0).select(89.0, below))
 
 
+def exp_of_negative(x: Num) -> Num:
+    """exp where x is at most 1: the same but for results below the least normal number, which are 0."""
+    n, p = _reduced(x)
+    scale = _power_of_two(n)
+    return x.test("olt", -87.3).select(0.0, p.fma(scale, scale))
+
+
 def _reduced(x: Num) -> tuple[Num, Num]:
     """(n, expm1(r)) with x = n ln 2 + r, n as int32."""
     shifted = x.fma(1 / LN2, ROUNDER)

@@ -69,7 +69,7 @@ def assert_product(got: Array, a: Array, b: Array, slack: float = 1.0) -> None:
     exact = a.astype(np.float64) @ b.astype(np.float64)
     size = np.abs(a.astype(np.float64)) @ np.abs(b.astype(np.float64))
     assert got.shape == exact.shape
-    bound = (min(a.shape[-1], 400) + 4) * np.finfo(np.float32).eps / 4 * size * slack + 1e-30
+    bound = ((min(a.shape[-1], 400) + 4) * size / 4 + 4 * (slack - 1)) * np.finfo(np.float32).eps + 1e-30
     assert (np.abs(got - exact) <= bound).all()
 
 
@@ -122,6 +122,47 @@ def test_constant_operands(
         shapes={free: shape}, values=values,
     )  # fmt: skip
     assert_product(got, a, b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    target=st.sampled_from(targets()), m=st.integers(1, 4), k=DEPTHS, n=st.one_of(EXTENTS, st.just(500)),
+    threads=st.integers(1, 3), seed=st.integers(0, 99), batch=st.sampled_from([(), (2,), (3, 2)]),
+)  # fmt: skip
+def test_few_rows_times_columns_in_place(
+    target: Target, m: int, k: int, n: int, threads: int, seed: int, batch: tuple[int, ...]
+) -> None:
+    random = np.random.default_rng(seed)
+    a, b = floats(random, *batch, m, k), floats(random, *batch, k, n)
+    values: dict[str, int] = {}
+    names = ["batch0", "batch1"][: len(batch)]
+    shapes = {
+        0: (*symbols(a.shape[:-2], names, values), m, *symbols([k], "k", values)),
+        1: symbols((*batch, n, k), [*names, "n", "k"], values),
+    }
+    operands = [a, stored(b, True)]
+    op = MatMul(transpose_b=True)
+    got = run_node(emit_product, op, operands, target, threads=threads, shapes=shapes, values=values)
+    assert_product(got, a, b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    target=st.sampled_from(targets()), m=st.one_of(EXTENTS, st.just(500)), k=DEPTHS,
+    transposes=st.tuples(st.booleans(), st.booleans()), constants=st.sampled_from([(), (0,), (1,)]),
+    threads=st.integers(1, 3), seed=st.integers(0, 99), batch=st.sampled_from([((), ()), ((3,), ()), ((2,), (2,))]),
+)  # fmt: skip
+def test_one_column(
+    target: Target, m: int, k: int, transposes: tuple[bool, bool], constants: tuple[int, ...], threads: int, seed: int,
+    batch: Any,
+) -> None:  # fmt: skip
+    random = np.random.default_rng(seed)
+    a, b = floats(random, *batch[0], m, k), floats(random, *batch[1], k, 1)
+    bias, full = floats(random, 1), floats(random, *np.broadcast_shapes(*batch), m, 1)
+    operands = [stored(a, transposes[0]), stored(b, transposes[1]), bias, full]
+    op = MatMul(*transposes, epilogue=X + expr.arg(1, FLOAT32) * expr.arg(2, FLOAT32))
+    got = run_node(emit_product, op, operands, target, constants=constants, threads=threads)
+    assert_product(got - bias * full, a, b, slack=16)
 
 
 @pytest.mark.parametrize("target", TARGETS)

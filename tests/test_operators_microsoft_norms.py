@@ -65,6 +65,15 @@ def test_simplified_layer_normalization(dtype: str, scale: str, axis: int) -> No
     agree("::SimplifiedLayerNormalization", inputs, 2, version=17, expected=expected, axis=axis, **tolerance)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_layer_normalization_before_its_opset(bias: bool, axis: int) -> None:
+    x = numbers(2, 3, 8)
+    scale, shift = numbers(*x.shape[axis:], seed=1), numbers(*x.shape[axis:], seed=2)
+    inputs = {"x": x, "g": scale, "b": shift if bias else None}
+    agree("::LayerNormalization", inputs, 3, version=13, known=("g", "b"), axis=axis)
+
+
 def norm_inputs(shape: tuple[int, ...]) -> dict[str, Array]:
     channels = shape[1]
     return {"x": numbers(*shape), "g": numbers(channels, seed=1), "b": numbers(channels, seed=2)}

@@ -106,7 +106,11 @@ def _domain(domain: str | bytes) -> str:
 
 
 def _opsets(imports: Any) -> dict[str, int]:
-    return {_domain(entry.domain): entry.version for entry in imports}
+    opsets = {_domain(entry.domain): entry.version for entry in imports}
+    wrong = [f"{domain or 'ai.onnx'} {version}" for domain, version in opsets.items() if not 0 <= version < 1 << 31]
+    if wrong:
+        raise InvalidModel(f"the opset {', '.join(wrong)} does not exist")
+    return opsets
 
 
 def _graph(proto: GraphProto, external: ExternalData) -> ModelGraph:

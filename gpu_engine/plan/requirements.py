@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Node
-from gpu_engine.ir.ops import Attention, Concat, Conv, ConvTranspose, Expand, Map, MatMul, Reduce, Reshape
+from gpu_engine.ir.ops import Attention, Concat, Conv, ConvTranspose, Expand, Map, MatMul, Recurrent, Reduce, Reshape
 from gpu_engine.plan.plan import Requirement
 
 Pair = tuple[Dim, Dim, bool]
@@ -51,6 +51,9 @@ def _pairs(node: Node) -> Iterator[Pair]:
             yield v[-2], k[-2], False
             yield from _broadcasts([q[:-2], k[:-2], v[:-2]], result[:-2])
             yield from _broadcasts(masks, (*result[:-2], q[-2], k[-2]))
+        case Recurrent() as op:
+            for _, shape, wanted in op.operand_shapes(*shapes):
+                yield from ((a, b, False) for a, b in zip(shape, wanted, strict=True))
         case ConvTranspose():
             yield shapes[0][1], shapes[1][0], False
             yield from _broadcasts(shapes[2:], result)

@@ -11,6 +11,7 @@ from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.bodies import Bodies
 from gpu_engine.frontend.model import ModelGraph, ModelNode, TensorInfo
 from gpu_engine.frontend.operators.control import scan
+from gpu_engine.frontend.operators.indexing import reverse_sequence
 from gpu_engine.frontend.registry import emit_map, operator
 from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import INT64
@@ -38,10 +39,15 @@ def scan_8(
         return scan(b, *operands, body=body, num_scan_inputs=num_scan_inputs, scan_input_axes=scan_input_axes,
                     scan_input_directions=directions, bodies=bodies)  # fmt: skip
     states = len(inputs) - num_scan_inputs
-    if num_scan_inputs < 1 or states < 0 or len(body.outputs) < states:
+    if num_scan_inputs < 1 or states < 0 or len(body.outputs) < states or len(directions) not in (0, num_scan_inputs):
         raise InvalidModel(f"{num_scan_inputs} scan inputs of {len(inputs)} inputs")
     if sequence_lens is not None:
         body = dataclasses.replace(body, outputs=(*body.outputs, *body.outputs[:states]))
+        backwards = (*(0,) * states, *(directions or (0,) * num_scan_inputs))
+        inputs, directions = (
+            tuple(_turned(b, x, sequence_lens, back) for x, back in zip(inputs, backwards, strict=True)),
+            (),
+        )
     axes = (0,) * num_scan_inputs
     attributes = {"body": body, "num_scan_inputs": num_scan_inputs, "scan_input_axes": axes, "directions": directions}
     outer = _around(body, len(inputs), attributes)
@@ -49,11 +55,16 @@ def scan_8(
     if sequence_lens is None:
         return results
     count = len(results) - states
-    last = [
+    last = (
         _at_length(b, sequence_lens, first, every)
         for first, every in zip(inputs[:states], results[count:], strict=True)
-    ]
+    )
     return (*last, *(_up_to_length(b, sequence_lens, value) for value in results[states:count]))
+
+
+def _turned(b: Builder, x: Value, lengths: Value, backwards: int) -> Value:
+    """`x` [batch, sequence, ...], each sequence from its own end where `backwards`."""
+    return reverse_sequence(b, x, lengths, batch_axis=0, time_axis=1) if backwards else x
 
 
 def _around(body: ModelGraph, inputs: int, attributes: dict[str, object]) -> ModelGraph:

@@ -161,6 +161,9 @@ def emit_loop(
 ) -> tuple[Value, ...]:
     """A Loop over `body`; `scanned` are (value, axis, backwards) of which each iteration sees one slice (Scan)."""
 
+    if len(body.outputs) < len(initial) + (not scanned):
+        raise InvalidModel(f"a body of {len(body.outputs)} outputs that carries {len(initial)} values")
+
     def feed(inner: Builder, inputs: Sequence[Value], capture: Capture) -> Sequence[Value]:
         if not scanned:
             return inputs

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.ir import expr
+from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import compute_dtype
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import TensorType
@@ -17,6 +18,7 @@ from gpu_engine.ir.graph import TensorType
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 OPTIONAL = ("bias", "lengths", "initial_h", "initial_c", "peepholes", "scale", "zero")
 State = dict[str, Any]
+Shape = tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,22 @@ class Recurrent:
         steps, rows, width = x.shape
         if isinstance(width, int) and isinstance(gates, int) and width != directions * gates:
             raise InvalidModel(f"{self.kind} of {x} with recurrent weights {weights}")
+        for name, operand, shape in self.operand_shapes(*(operand.shape for operand in inputs)):
+            if len(operand) != len(shape):
+                raise InvalidModel(f"{self.kind} with {name} {list(operand)} where {list(shape)} is needed")
         state = TensorType(x.dtype, (directions, rows, hidden))
         sequence = TensorType(x.dtype, (steps, directions, rows, hidden))
         return (sequence, state, state) if self.kind == "lstm" else (sequence, state)
+
+    def operand_shapes(self, *shapes: Shape) -> list[tuple[str, Shape, Shape]]:
+        """(name, shape, the shape it must have) of the inputs and the optional operands, for the shapes of all."""
+        (steps, rows, _), (directions, gates, hidden) = shapes[:2]
+        wanted = {"bias": (directions, hidden), "lengths": (rows,), "peepholes": (directions, 3 * hidden)}
+        wanted |= dict.fromkeys(("initial_h", "initial_c"), (directions, rows, hidden))
+        found: list[tuple[str, Shape, Shape]] = [("inputs", shapes[0], (steps, rows, directions * gates))]
+        for name, shape in zip(self.present, shapes[2:], strict=True):
+            found.append((name, shape, wanted.get(name, (directions, gates)[: max(1, len(shape))])))
+        return found
 
     def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
         x, weights, *rest = arrays
@@ -90,11 +105,11 @@ class Recurrent:
     def _lstm(self, xp: Any, x: Any, h: Any, c: Any, product: Any, own: State, functions: Any) -> tuple[Any, Any]:
         f, g, last = functions
         i, o, forget, cell = xp.split(x + product(h, slice(None)), 4, axis=-1)
-        to_i, to_o, to_f = xp.split(own["peepholes"], 3) if "peepholes" in own else (0, 0, 0)
-        i = self._apply(xp, f, i + to_i * c)
-        forget = 1 - i if self.input_forget else self._apply(xp, f, forget + to_f * c)
+        to = xp.split(own["peepholes"], 3) if "peepholes" in own else None
+        i = self._apply(xp, f, i + to[0] * c if to else i)
+        forget = 1 - i if self.input_forget else self._apply(xp, f, forget + to[2] * c if to else forget)
         c = forget * c + i * self._apply(xp, g, cell)
-        return self._apply(xp, f, o + to_o * c) * self._apply(xp, last, c, clip=False), c
+        return self._apply(xp, f, o + to[1] * c if to else o) * self._apply(xp, last, c, clip=False), c
 
     def _gru(self, xp: Any, x: Any, h: Any, c: Any, product: Any, own: State, functions: Any) -> tuple[Any, Any]:
         f, g = functions

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.operators.microsoft.domain import MICROSOFT
 from gpu_engine.frontend.operators.microsoft.products import from_nhwc, to_nhwc
-from gpu_engine.frontend.operators.normalization import group_normalization, moments
+from gpu_engine.frontend.operators.normalization import group_normalization, layer_normalization, moments
 from gpu_engine.frontend.operators.quantization import dequantize_linear
 from gpu_engine.frontend.registry import emit_map, normal_axis, operator
 from gpu_engine.ir import dims, expr, ops
@@ -15,6 +15,24 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32, INT32, INT64, compute_dtype, from_onnx
 from gpu_engine.ir.expr import cast, equal, sigmoid, sqrt
 from gpu_engine.ir.graph import Builder, Value
+
+
+@operator("LayerNormalization", since=1)
+def early_layer_normalization(
+    b: Builder,
+    x: Value,
+    scale: Value,
+    bias: Value | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+    output_count: int = 1,
+) -> Sequence[Value]:
+    """https://onnx.ai/onnx/operators/onnx__LayerNormalization.html as ONNX Runtime writes it into models of older opsets
+    than 17"""
+    return layer_normalization(b, x, scale, bias, axis=axis, epsilon=epsilon, stash_type=stash_type,
+                               output_count=output_count)  # fmt: skip
 
 
 @operator("SimplifiedLayerNormalization", since=1)

@@ -1,0 +1,378 @@
+"""Attention as one kernel: the scores of a few queries at a time, which never leave the caches.
+
+Keys and values of a head are packed once. A block of queries is multiplied with all keys, its scores become weights,
+the weights are multiplied with the values; dividing by the sums of the weights comes last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cpu_fallback import packing
+from cpu_fallback.blocks import Rows, call_block, define_block, most
+from cpu_fallback.caches import Caches
+from cpu_fallback.code import Code, Reg, i64, literal, vector
+from cpu_fallback.loops import (
+    BROADCAST,
+    CONTIGUOUS,
+    STRIDED,
+    THREAD,
+    THREADS,
+    Mask,
+    Read,
+    Words,
+    Write,
+    folded,
+    lane_mask,
+    lane_zero,
+    least,
+    row_offsets,
+    splat,
+    vector_loop,
+)
+from cpu_fallback.native import Target
+from cpu_fallback.packing import Panels
+from cpu_fallback.tiles import tile_shape, tile_table
+from cpu_fallback.vector_math import Num, exp_of_negative
+from gpu_engine.ir.dtypes import BOOL, FLOAT32, DType
+
+MOST_TILES = 8
+"""Tiles of queries in a block, at most; fewer where their scores would take more than a quarter of the second cache."""
+SIZE = FLOAT32.itemsize
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """softmax(scale q k^T + mask) v by content; see `ir.ops.Attention` for the fields.
+
+    `dtype` is that of the result; queries, keys and values are float32. `mask` is the dtype of the mask, `access` how
+    its rows are read. `vectors` are the widths of panels that can occur. `rank` leading axes are left.
+
+    Words: addresses of q, k, v, the result, scratch, and the mask; queries, keys, features of q and of v; bytes from
+    row to row of q, k, v and the result; how many threads the scratch has room for, and bytes for each; with a mask the
+    bytes from row to row of it, and if it is strided from column to column; the product of the leading axes, extents of
+    all of them but the first, strides over them of q, k, v, the result and the mask.
+    """
+
+    dtype: DType
+    scale: float
+    causal: bool
+    fill: float
+    zero_nan: bool
+    mask: DType | None
+    access: str
+    vectors: tuple[int, ...]
+    rank: int
+    caches: Caches
+
+    def write(self, code: Code, target: Target) -> None:
+        _Writer(self, code, target).write()
+
+
+class _Writer:
+    def __init__(self, kernel: AttentionKernel, code: Code, target: Target) -> None:
+        self.kernel, self.code, self.target = kernel, code, target
+        self.shape = tile_shape(target, "float")
+        self.lanes, self.kind = self.shape.lanes, vector(self.shape.lanes, "float")
+        table = tile_table(code, target, self.shape, range(1, self.shape.rows + 1), kernel.vectors)
+        self.tiles, self.product = Reg(f"@{table}", "ptr"), define_block(code, target, self.shape)
+        masked = kernel.mask is not None
+        words = Words(code)
+        self.q, self.k, self.v, self.out, self.scratch = words.pointers(5)
+        self.mask = words.take("ptr") if masked else None
+        self.queries, self.keys, self.depth, self.width = words.numbers(4)
+        self.q_row, self.k_row, self.v_row, self.out_row = words.numbers(4)
+        self.slots, self.slot_nbytes = words.numbers(2)
+        self.mask_row = words.take() if masked else i64(0)
+        self.mask_column = words.take() if kernel.access == STRIDED else None
+        self.heads = words.take()
+        self.extents = words.numbers(max(0, kernel.rank - 1))
+        self.strides = [words.numbers(kernel.rank) for _ in range(4 + masked)]
+        self.key_panels = packing.panels(code, self.keys, self.shape)
+        self.value_panels = packing.panels(code, self.width, self.shape)
+        self.sums = code.alloca(f"[{MOST_TILES * self.shape.rows * self.shape.line} x i8]", zero=False)
+        self._place()
+
+    def _place(self) -> None:
+        """Where this thread keeps packed keys and values, the scores of a block, and what to multiply its rows with."""
+        code = self.code
+        self.scores_row = code.binary("mul", self.key_panels.vectors, i64(self.target.vector_nbytes))
+        slot = code.at(self.scratch, code.binary("mul", THREAD, self.slot_nbytes))
+        self.packed_keys = slot
+        self.packed_values = code.at(slot, code.binary("mul", self.scores_row, self.depth))
+        line = code.binary("mul", self.value_panels.vectors, i64(self.target.vector_nbytes))
+        self.scores = code.at(self.packed_values, code.binary("mul", line, self.keys))
+        tile = code.binary("mul", self.scores_row, i64(self.shape.rows))
+        fits = code.binary("udiv", i64(self.kernel.caches.l2 // 4), code.binary("or", tile, i64(1)))
+        tiles = most(code, least(code, fits, i64(MOST_TILES)), 1)
+        self.block = code.binary("mul", tiles, i64(self.shape.rows))
+        self.factors = code.at(self.scores, code.binary("mul", tiles, tile))
+
+    def write(self) -> None:
+        """Threads that have room share out the blocks of queries of all heads."""
+        code = self.code
+        blocks = code.binary(
+            "udiv", code.binary("add", self.queries, code.binary("sub", self.block, i64(1))), self.block
+        )
+        active, total = least(code, THREADS, self.slots), code.binary("mul", self.heads, blocks)
+        first, last = (
+            least(code, code.binary("udiv", code.binary("mul", total, index), active), total)
+            for index in (THREAD, code.binary("add", THREAD, i64(1)))
+        )
+        per = most(code, blocks, 1)
+
+        def head(index: Reg, _: list[Reg]) -> list[Reg]:
+            base = code.binary("mul", index, per)
+            low = most(code, code.binary("sub", first, base), 0)
+            high = least(code, code.binary("sub", last, base), per)
+            self._head(index, low, high)
+            return []
+
+        end = code.binary("udiv", code.binary("add", last, code.binary("sub", per, i64(1))), per)
+        code.loop(code.binary("udiv", first, per), end, i64(1), head)
+
+    def _head(self, head: Reg, low: Reg, high: Reg) -> None:
+        """Blocks [low, high) of the queries of a head."""
+        code = self.code
+        bases = [self.q, self.k, self.v, self.out, *([] if self.mask is None else [self.mask])]
+        if self.kernel.rank:
+            offsets = row_offsets(code, head, self.extents, self.strides)
+            bases = [code.at(base, offset) for base, offset in zip(bases, offsets, strict=True)]
+        q, k, v, out, *masks = bases
+        self._pack(k, v)
+        finite = self._finite(v) if self.kernel.causal else None
+
+        def block(index: Reg, _: list[Reg]) -> list[Reg]:
+            row = code.binary("mul", index, self.block)
+            count = least(code, code.binary("sub", self.queries, row), self.block)
+            used = self.keys
+            if finite is not None:
+                seen = least(code, code.binary("add", row, count), self.keys)
+                used = code.select(finite, seen, self.keys)
+            self._score(code.at(q, code.binary("mul", row, self.q_row)), count, used)
+            mask = code.at(masks[0], code.binary("mul", row, self.mask_row)) if masks else None
+            self._weigh(row, count, used, mask)
+            self._combine(code.at(out, code.binary("mul", row, self.out_row)), count, used)
+            return []
+
+        code.loop(low, high, i64(1), block)
+
+    def _pack(self, k: Reg, v: Reg) -> None:
+        code, lanes = self.code, self.lanes
+        transposing = packing.define_transposing(code, self.target, "float", lanes)
+        straight = packing.define_straight(code, self.target, "float", lanes)
+
+        def keys(index: Reg, _: list[Reg]) -> list[Reg]:
+            start, line = self.key_panels.start(index), self._line(self.key_panels, index)
+            panel = self._panel(self.packed_keys, self.key_panels, index, self.depth)
+
+            def one(i: Reg, _: list[Reg]) -> list[Reg]:
+                key = code.binary("mul", code.binary("add", start, i), i64(lanes))
+                to = code.at(panel, code.binary("mul", i, i64(self.target.vector_nbytes)))
+                source = code.at(k, code.binary("mul", key, self.k_row))
+                left = code.binary("sub", self.keys, key)
+                packing.call(code, f"@{transposing}", left, self.depth, source, self.k_row, to, line)
+                return []
+
+            code.loop(i64(0), self.key_panels.width(index), i64(1), one)
+            return []
+
+        def values(index: Reg, _: list[Reg]) -> list[Reg]:
+            start, line = self.value_panels.start(index), self._line(self.value_panels, index)
+            panel = self._panel(self.packed_values, self.value_panels, index, self.keys)
+            column = code.binary("mul", start, i64(lanes))
+            whole = code.binary("mul", self.value_panels.width(index), i64(lanes))
+            columns = least(code, whole, code.binary("sub", self.width, column))
+            source = code.at(v, code.binary("mul", start, i64(self.target.vector_nbytes)))
+            packing.call(code, f"@{straight}", columns, self.keys, source, self.v_row, panel, line)
+            return []
+
+        code.loop(i64(0), self.key_panels.count, i64(1), keys)
+        code.loop(i64(0), self.value_panels.count, i64(1), values)
+
+    def _line(self, panels: Panels, index: Reg) -> Reg:
+        """Bytes of a line of a panel."""
+        return self.code.binary("mul", panels.width(index), i64(self.target.vector_nbytes))
+
+    def _panel(self, base: Reg, panels: Panels, index: Reg, depth: Reg) -> Reg:
+        code = self.code
+        vectors = code.binary("mul", panels.start(index), depth)
+        return code.at(base, code.binary("mul", vectors, i64(self.target.vector_nbytes)))
+
+    def _finite(self, v: Reg) -> Reg:
+        """Whether all values are finite: only then may weights of 0 be left out."""
+        code = self.code
+
+        def row(index: Reg, sums: list[Reg]) -> list[Reg]:
+            read = Read(code.at(v, code.binary("mul", index, self.v_row)), FLOAT32, CONTIGUOUS)
+            return vector_loop(code, self.target, self.lanes, (i64(0), self.width), [read], [], body, sums)
+
+        def body(loaded: list[Reg], mask: Mask, sums: list[Reg]) -> tuple[list[Reg], list[Reg]]:
+            zero = Num(code, loaded[0]) * 0.0
+            return [], [(Num(code, sums[0]) + Num(code, mask()).select(zero, 0.0)).reg]
+
+        (total,) = code.loop(i64(0), self.keys, i64(1), row, [literal(self.kind, 0)])
+        number = lane_zero(code, folded(code, total, lambda a, b: code.binary("fadd", a, b)))
+        return code.compare("fcmp ord", number, number)
+
+    def _score(self, q: Reg, count: Reg, used: Reg) -> None:
+        """The products of some queries with the keys up to `used`."""
+        code = self.code
+        rows = Rows(q, code.binary("mul", self.q_row, i64(self.shape.rows)), self.q_row, i64(SIZE))
+
+        def panel(index: Reg, _: list[Reg]) -> list[Reg]:
+            start = code.binary("mul", self.key_panels.start(index), i64(self.target.vector_nbytes))
+
+            def multiply() -> list[Reg]:
+                place = (
+                    self._panel(self.packed_keys, self.key_panels, index, self.depth),
+                    self._line(self.key_panels, index),
+                )
+                call_block(code, self.product, self.tiles, count, self.depth, rows, place, self.key_panels.width(index),
+                           self.sums, (code.at(self.scores, start), self.scores_row))  # fmt: skip
+                return []
+
+            code.either(code.compare("icmp slt", start, code.binary("mul", used, i64(SIZE))), multiply, lambda: [])
+            return []
+
+        code.loop(i64(0), self.key_panels.count, i64(1), panel)
+
+    def _weigh(self, row: Reg, count: Reg, used: Reg, mask: Reg | None) -> None:
+        """Scores to weights that are not divided by their sum yet; zeros behind what a query sees."""
+        code = self.code
+
+        def line(index: Reg, _: list[Reg]) -> list[Reg]:
+            scores = code.at(self.scores, code.binary("mul", index, self.scores_row))
+            seen = self.keys
+            if self.kernel.causal:
+                seen = least(code, code.binary("add", code.binary("add", row, index), i64(1)), self.keys)
+            own = None if mask is None else code.at(mask, code.binary("mul", index, self.mask_row))
+            total = self._weigh_row(scores, seen, own)
+            zero = code.compare("fcmp oeq", total, literal("float", 0))
+            factor = code.select(zero, literal("float", 0), code.binary("fdiv", literal("float", 1), total))
+            behind = code.binary("and", code.binary("add", seen, i64(self.lanes - 1)), i64(-self.lanes))
+            if self.kernel.zero_nan:
+                lost = code.compare("fcmp uno", total, total)
+                behind, factor = code.select(lost, i64(0), behind), code.select(lost, literal("float", 1), factor)
+            code.store(factor, code.at(self.factors, code.binary("mul", index, i64(SIZE))), SIZE)
+            if self.kernel.zero_nan or self.kernel.causal:
+                code.loop(behind, used, i64(self.lanes), lambda i, _: self._clear(scores, i))
+            return []
+
+        code.loop(i64(0), count, i64(1), line)
+
+    def _clear(self, scores: Reg, index: Reg) -> list[Reg]:
+        self.code.store(literal(self.kind, 0), self._at(scores, index), SIZE)
+        return []
+
+    def _at(self, base: Reg, index: Reg) -> Reg:
+        return self.code.let("ptr", f"getelementptr float, {base}, {index}")
+
+    def _weigh_row(self, scores: Reg, seen: Reg, mask: Reg | None) -> Reg:
+        """exp(score - greatest score) in place; their sum. A row without finite scores sums to NaN."""
+        code, scale = self.code, self.kernel.scale
+        plain = mask is None and scale > 0
+        lowest = literal(self.kind, -math.inf)
+        if plain:
+            (tops,) = self._walk(scores, seen, lambda x: (None, x), "max", -math.inf)
+        else:
+            (tops,) = self._mask_row(scores, seen, mask, lowest)
+        top = lane_zero(code, folded(code, tops, lambda a, b: code.select(code.compare("fcmp ogt", a, b), a, b)))
+        factor = scale if plain else 1.0
+        shift = Num(code, splat(code, code.binary("fmul", top, literal("float", -factor)), self.lanes))
+
+        def weight(x: Reg) -> tuple[Reg | None, Reg]:
+            result = exp_of_negative(Num(code, x).fma(factor, shift)).reg
+            return result, result
+
+        (sums,) = self._walk(scores, seen, weight, "sum", 0.0)
+        return lane_zero(code, folded(code, sums, lambda a, b: code.binary("fadd", a, b)))
+
+    def _walk(
+        self, scores: Reg, seen: Reg, change: Callable[[Reg], tuple[Reg | None, Reg]], fold: str, neutral: float
+    ) -> list[Reg]:
+        """Change scores in place, if `change` gives something to store, and fold what else it gives."""
+        code = self.code
+
+        def combined(total: Reg, x: Reg) -> Reg:
+            if fold == "sum":
+                return code.binary("fadd", total, x)
+            return code.select(code.compare("fcmp ogt", x, total), x, total)
+
+        def step(index: Reg, totals: list[Reg]) -> list[Reg]:
+            place = self._at(scores, index)
+            stored, x = change(code.load(self.kind, place, SIZE))
+            if stored is not None:
+                code.store(stored, place, SIZE)
+            return [combined(totals[0], x)]
+
+        def tail() -> list[Reg]:
+            place, mask = self._at(scores, whole), lane_mask(code, self.lanes, left)
+            stored, x = change(code.load(self.kind, place, SIZE))
+            if stored is not None:
+                code.store(code.select(mask, stored, literal(self.kind, 0)), place, SIZE)
+            return [combined(totals[0], code.select(mask, x, literal(self.kind, neutral)))]
+
+        whole = code.binary("and", seen, i64(-self.lanes))
+        left = code.binary("sub", seen, whole)
+        totals = code.loop(i64(0), whole, i64(self.lanes), step, [literal(self.kind, neutral)])
+        return code.either(code.compare("icmp sgt", left, i64(0)), tail, lambda: totals)
+
+    def _mask_row(self, scores: Reg, seen: Reg, mask: Reg | None, lowest: Reg) -> list[Reg]:
+        """Scores scaled and masked in place; the greatest of every lane."""
+        code, kernel = self.code, self.kernel
+        reads = [Read(scores, FLOAT32, CONTIGUOUS)]
+        if mask is not None and kernel.mask is not None:
+            reads.append(Read(mask, kernel.mask, kernel.access, self.mask_column))
+
+        def body(loaded: list[Reg], inside: Mask, tops: list[Reg]) -> tuple[list[Reg], list[Reg]]:
+            x = Num(code, loaded[0])
+            if kernel.mask is None:
+                x = x * kernel.scale
+            elif kernel.mask == BOOL:
+                x = Num(code, loaded[1]).select(x * kernel.scale, kernel.fill)
+            else:
+                x = x.fma(kernel.scale, Num(code, loaded[1]))
+            counted = code.select(inside(), x.reg, lowest)
+            return [x.reg], [code.select(code.compare("fcmp ogt", counted, tops[0]), counted, tops[0])]
+
+        writes = [Write(scores, FLOAT32)]
+        return vector_loop(code, self.target, self.lanes, (i64(0), seen), reads, writes, body, [lowest])
+
+    def _combine(self, out: Reg, count: Reg, used: Reg) -> None:
+        """The weights of some queries times the values up to `used`, divided by the sums of the weights."""
+        code, line = self.code, i64(self.shape.line)
+        tile = code.binary("mul", self.scores_row, i64(self.shape.rows))
+        rows = Rows(self.scores, tile, self.scores_row, i64(SIZE))
+
+        def panel(index: Reg, _: list[Reg]) -> list[Reg]:
+            width = self.value_panels.width(index)
+            place = self._panel(self.packed_values, self.value_panels, index, self.keys)
+            call_block(code, self.product, self.tiles, count, used, rows, (place, self._line(self.value_panels, index)),
+                       width, self.sums, (self.sums, line))  # fmt: skip
+            column = code.binary("mul", self.value_panels.start(index), i64(self.lanes))
+            columns = least(
+                code, code.binary("mul", width, i64(self.lanes)), code.binary("sub", self.width, column)
+            )  # fmt: skip
+            self._divide(code.at(out, code.binary("mul", column, i64(self.kernel.dtype.itemsize))), count, columns)
+            return []
+
+        code.loop(i64(0), self.value_panels.count, i64(1), panel)
+
+    def _divide(self, out: Reg, count: Reg, columns: Reg) -> None:
+        code = self.code
+
+        def row(index: Reg, _: list[Reg]) -> list[Reg]:
+            sums = code.at(self.sums, code.binary("mul", index, i64(self.shape.line)))
+            factor = code.at(self.factors, code.binary("mul", index, i64(SIZE)))
+            reads = [Read(sums, FLOAT32, CONTIGUOUS), Read(factor, FLOAT32, BROADCAST)]
+            write = Write(code.at(out, code.binary("mul", index, self.out_row)), self.kernel.dtype)
+            vector_loop(code, self.target, self.lanes, (i64(0), columns), reads, [write], body)
+            return []
+
+        def body(loaded: list[Reg], _: Mask, __: list[Reg]) -> tuple[list[Reg], list[Reg]]:
+            return [code.binary("fmul", *loaded)], []
+
+        code.loop(i64(0), count, i64(1), row)

@@ -1,0 +1,88 @@
+"""A block of rows of A times a panel of B: tiles below each other, the depth in parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpu_fallback import packing
+from cpu_fallback.code import Code, Reg, i64
+from cpu_fallback.loops import least
+from cpu_fallback.native import Target, attributes
+from cpu_fallback.tiles import LINE, TileShape, call_tile
+
+PARAMETERS = (
+    "ptr %tiles, i64 %rows, i64 %depth, ptr %a, i64 %a_tile, i64 %a_row, i64 %a_step, "
+    "ptr %b, i64 %b_row, i64 %width, ptr %sums, ptr %c, i64 %c_row"
+)
+DEPTH = 384
+"""Products that one sum takes: sums of sums keep the error from growing with the depth, and parts of panels small."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of A where tiles find them: bytes from tile to tile, from row to row and along the depth."""
+
+    base: Reg
+    tile: Reg
+    row: Reg
+    step: Reg
+
+
+def define_block(code: Code, target: Target, shape: TileShape) -> str:
+    """The name of the function that computes C = A B for `rows` rows and a panel of `width` vectors.
+
+    `tiles` is a table of tiles, `sums` room for as many lines of sums as there are rows, which may be where C is.
+    """
+    name = f"block_{shape.scalar}{shape.lanes}_{shape.rows}_{shape.vectors}"
+    code.define(name, PARAMETERS, attributes(target), lambda inner: _write(inner, shape))
+    return name
+
+
+def call_block(
+    code: Code, name: str, tiles: Reg, count: Reg, depth: Reg, rows: Rows, panel: tuple[Reg, Reg], width: Reg,
+    sums: Reg, c: tuple[Reg, Reg],
+) -> None:  # fmt: skip
+    """`panel` and `c` are an address and the bytes from line to line."""
+    arguments = (tiles, count, depth, rows.base, rows.tile, rows.row, rows.step, *panel, width, sums, *c)
+    packing.call(code, f"@{name}", *arguments)
+
+
+def _write(code: Code, shape: TileShape) -> None:
+    """All tiles for one part of the depth after the other. The first tiles fetch the next part of B."""
+    tiles, count, depth, a, a_tile, a_row, a_step, b, b_row, width, sums, c, c_row = packing.parameters(PARAMETERS)
+    code.definitions["zeros"] = "@zeros = internal constant [1024 x i8] zeroinitializer, align 64"
+    parts = most(code, packing.ceil_div(code, depth, DEPTH), 1)
+    size = code.binary("udiv", code.binary("add", depth, code.binary("sub", parts, i64(1))), parts)
+    final, line = code.binary("sub", parts, i64(1)), i64(shape.line)
+    many = code.compare("icmp sgt", count, i64(shape.rows))
+
+    def part(index: Reg, _: list[Reg]) -> list[Reg]:
+        k = code.binary("mul", index, size)
+        steps = least(code, code.binary("sub", depth, k), size)
+        a_part = code.at(a, code.binary("mul", k, a_step))
+        b_part = code.at(b, code.binary("mul", k, b_row))
+        first, last = code.compare("icmp eq", index, i64(0)), code.compare("icmp eq", index, final)
+        start = code.select(first, Reg("@zeros", "ptr"), sums), code.select(first, i64(0), line)
+        to = code.select(last, c, sums), code.select(last, c_row, line)
+        later = code.binary("mul", steps, b_row)
+
+        def tile(i: Reg, _: list[Reg]) -> list[Reg]:
+            row = code.binary("mul", i, i64(shape.rows))
+            rows = least(code, code.binary("sub", count, row), i64(shape.rows))
+            begin, end = (code.at(base, code.binary("mul", row, step)) for base, step in (start, to))
+            place = code.at(a_part, code.binary("mul", i, a_tile))
+            other = code.binary("add", later, code.binary("mul", i, i64(LINE)))
+            far = code.select(code.compare("icmp slt", i, width), other, i64(0))
+            call_tile(code, tiles, shape, many, rows, width, steps, place, a_row, a_step, b_part, b_row,
+                      begin, start[1], end, to[1], far)  # fmt: skip
+            return []
+
+        code.loop(i64(0), packing.ceil_div(code, count, shape.rows), i64(1), tile)
+        return []
+
+    code.loop(i64(0), parts, i64(1), part)
+
+
+def most(code: Code, a: Reg, b: int) -> Reg:
+    """The greater."""
+    return code.call("i64", "llvm.smax.i64", a, i64(b))

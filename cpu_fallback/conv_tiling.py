@@ -1,0 +1,158 @@
+"""How the pixels of a convolution are cut into register tiles, and where each tile reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpu_fallback.code import Code, Reg, i64
+from cpu_fallback.conv_tiles import TileShape
+from cpu_fallback.conv_windows import Geometry, Windows, define_copy
+from cpu_fallback.integers import ceil_div, least, most, plus, times
+from cpu_fallback.native import Target
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of a convolution, registers but for what is known now.
+
+    `in_row` tiles make a row of results; 0 if tiles take pixels as they come. A tile reads `a_row` bytes further for
+    every pixel, and `a_jump` further still from its second half on. With `windows` it has one window of `part_nbytes`
+    for every `part` pixels. Its depth is `segments` runs of `run` elements, `segment_nbytes` apart.
+    """
+
+    code: Code
+    target: Target
+    shape: TileShape
+    geometry: Geometry
+    count: Reg
+    in_row: Reg
+    part: Reg
+    part_nbytes: Reg
+    tile_nbytes: Reg
+    a_row: Reg
+    a_jump: Reg
+    segments: Reg
+    segment_nbytes: Reg
+    run: Reg
+    windows: Windows | None
+
+    def pixels(self, tile: Reg) -> tuple[Reg, Reg, Reg]:
+        """(first pixel, number of pixels, byte offset of the first result) of a tile."""
+        code, g, height = self.code, self.geometry, i64(self.shape.rows)
+        in_row = most(code, self.in_row, i64(1))
+        rows = code.compare("icmp sgt", self.in_row, i64(0))
+        line, place = code.binary("udiv", tile, in_row), code.binary("urem", tile, in_row)
+        start = times(code, code.select(rows, place, tile), height)
+        pixel = plus(code, code.select(rows, times(code, line, g.out_w), i64(0)), start)
+        left = code.binary("sub", code.select(rows, g.out_w, g.pixels), start)
+        (_, y, z), image = coordinates(code, g, times(code, line, g.out_w))
+        depth = plus(code, times(code, image, g.full_d), times(code, z, g.step_d))
+        height_line = plus(code, times(code, depth, g.full_h), times(code, y, g.step_h))
+        spread = plus(code, times(code, height_line, g.full_w), times(code, start, g.step_w))
+        result = times(code, code.select(rows, spread, pixel), g.outputs, i64(4))
+        return pixel, least(code, left, height), result
+
+    def prepare(self, x: Reg, scratch: Reg, group: Reg, index: Reg, pixel: Reg, rows: Reg) -> Reg:
+        """Where tile number `index` of those in scratch is read, as an offset from x, or from scratch with windows;
+        what it reads is copied if need be."""
+        code, windows = self.code, self.windows
+        if windows is None:
+            return self._in_place(x, scratch, group, pixel, rows)
+        offset = times(code, index, self.tile_nbytes)
+        start = code.at(scratch, offset)
+
+        def part(i: Reg, _: list[Reg]) -> list[Reg]:
+            own = plus(code, pixel, times(code, i, self.part))
+            windows.copy(code, x, group, own, code.at(start, times(code, i, self.part_nbytes)))
+            return []
+
+        code.loop(i64(0), ceil_div(code, rows, self.part), i64(1), part)
+        return offset
+
+    def _in_place(self, x: Reg, scratch: Reg, group: Reg, pixel: Reg, rows: Reg) -> Reg:
+        """Pixels where they are; copied to scratch where fewer are left than a tile reads."""
+        code, g = self.code, self.geometry
+        (column, y, z), image = coordinates(code, g, pixel)
+        plane = plus(code, times(code, image, g.in_d), times(code, z, g.stride_d))
+        line = plus(code, times(code, plane, g.in_h), times(code, y, g.stride_h))
+        place = plus(code, times(code, line, g.in_w), times(code, column, g.stride_w))
+        element = plus(code, times(code, place, g.channels), times(code, group, g.group_channels))
+        offset = times(code, element, i64(4))
+        few = code.compare("icmp sle", rows, i64(self.shape.few))
+        read = code.select(few, i64(self.shape.few), i64(self.shape.rows))
+
+        def copied() -> list[Reg]:
+            name = define_copy(code, self.target)
+            steps = times(code, code.binary("sub", rows, i64(1)), g.stride_w, g.channels)
+            count = plus(code, steps, g.group_channels)
+            arguments = [scratch, code.at(x, offset), i64(0), i64(1), count, self.a_row, i64(0)]
+            code.do(f"call void @{name}({', '.join(map(str, arguments))})")
+            ends = [code.convert("ptrtoint", end, "i64") for end in (scratch, x)]
+            return [code.binary("sub", *ends)]
+
+        return code.either(code.compare("icmp eq", rows, read), lambda: [offset], copied)[0]
+
+
+def coordinates(code: Code, geometry: Geometry, pixel: Reg) -> tuple[tuple[Reg, Reg, Reg], Reg]:
+    """((column, row, plane) of an output pixel, its image)."""
+    rest, places = pixel, []
+    for extent in (geometry.out_w, geometry.out_h, geometry.out_d):
+        extent = most(code, extent, i64(1))
+        places.append(code.binary("urem", rest, extent))
+        rest = code.binary("udiv", rest, extent)
+    return (places[0], places[1], places[2]), rest
+
+
+def _spread(code: Code, g: Geometry) -> Reg:
+    """Whether neighbours in the result are not neighbours in memory."""
+    steps = times(code, g.step_d, g.step_h, g.step_w)
+    return code.compare("icmp ne", steps, i64(1))
+
+
+def tiles_in_place(code: Code, target: Target, shape: TileShape, g: Geometry) -> Tiling:
+    """Tiles of a 1x1 convolution without padding: pixels as they come, or rows of them with a stride."""
+    strides = code.compare("icmp ne", times(code, g.stride_d, g.stride_h, g.stride_w), i64(1))
+    rows = code.binary("or", strides, _spread(code, g))
+    in_row = ceil_div(code, g.out_w, i64(shape.rows))
+    lines = code.binary("udiv", g.pixels, most(code, g.out_w, i64(1)))
+    count = code.select(rows, times(code, lines, in_row), ceil_div(code, g.pixels, i64(shape.rows)))
+    a_row = times(code, g.stride_w, g.channels, i64(4))
+    nbytes = times(code, a_row, i64(shape.rows))
+    return Tiling(
+        code, target, shape, g, count, code.select(rows, in_row, i64(0)), i64(1), i64(0), nbytes, a_row, i64(0),
+        i64(1), i64(0), g.group_channels, None,
+    )  # fmt: skip
+
+
+def tiles_of_windows(code: Code, target: Target, shape: TileShape, g: Geometry, *, planar: bool) -> Tiling:
+    """Tiles with copied windows: stretches of rows if that wastes less than a fifth of the tiles' pixels, two rows to
+    a tile if a row is half a tile, else a window for every pixel."""
+    spread = _spread(code, g)
+    in_row = ceil_div(code, g.out_w, i64(shape.rows))
+    last = code.binary("sub", g.out_w, times(code, code.binary("sub", in_row, i64(1)), i64(shape.rows)))
+    spared = code.select(code.compare("icmp sle", last, i64(shape.few)), i64(shape.rows - shape.few), i64(0))
+    computed = code.binary("sub", times(code, in_row, i64(shape.rows)), spared)
+    good = code.compare("icmp sge", times(code, g.out_w, i64(5)), times(code, computed, i64(4)))
+    dense = code.compare("icmp eq", g.dilation_w, i64(1))
+    half = code.compare("icmp eq", g.out_w, i64(shape.few))
+    half = code.binary("and", half, code.binary("xor", spread, Reg("true", "i1")))
+    stretched = code.binary("and", code.binary("or", good, spread), dense)
+    pairs = code.binary("and", stretched, half)
+    rows = code.binary("and", stretched, code.binary("xor", half, Reg("true", "i1")))
+    part = code.select(rows, i64(shape.rows), code.select(pairs, i64(shape.few), i64(1)))
+    reach = plus(code, times(code, g.stride_w, code.binary("sub", part, i64(1))), g.kernel_w)
+    span, step = code.select(dense, reach, g.kernel_w), code.select(stretched, i64(1), g.dilation_w)
+    windows = Windows(target, planar, g, span, step)
+    side = i64(1) if planar else g.group_channels
+    segments, segment = windows.segments(code), windows.segment_nbytes(code)
+    window = times(code, segments, segment)
+    lines = code.binary("udiv", g.pixels, most(code, g.out_w, i64(1)))
+    parts = code.binary("udiv", i64(shape.rows), part)
+    a_row = code.select(stretched, times(code, g.stride_w, side, i64(4)), window)
+    jump = code.select(pairs, code.binary("sub", window, times(code, a_row, i64(shape.few))), i64(0))
+    return Tiling(
+        code, target, shape, g,
+        code.select(rows, times(code, lines, in_row), ceil_div(code, g.pixels, i64(shape.rows))),
+        code.select(rows, in_row, i64(0)), part, window, times(code, window, parts), a_row, jump,
+        segments, segment, times(code, g.kernel_w, side), windows,
+    )  # fmt: skip
