@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall, copy_exactly
+from cpu_fallback.cores import free_memory
 from cpu_fallback.program import build_program
 from cpu_fallback.stream import CpuSlot, CpuStream
+from gpu_engine.errors import OutOfMemory
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops.control import If, Loop, bound_symbols, run_loop
 from gpu_engine.plan.binding import solve_binds
 from gpu_engine.plan.lower import Lowering
 from gpu_engine.plan.plan import Plan
+
+CHECKED_NBYTES = 64 << 20
 
 
 def _nothing() -> None:
@@ -73,6 +77,23 @@ class Branch:
             body.release(slot)
 
 
+class Room:
+    """Whether what a loop carries and stacks still fits: nobody knows how long it will go on."""
+
+    def __init__(self) -> None:
+        self._stacked, self._checked = 0, CHECKED_NBYTES
+
+    def check(self, results: Sequence[Array], carried: int) -> None:
+        """Count the results of an iteration, of which those behind the first `carried` are kept; OutOfMemory before
+        the next one could take what is left. Carried values are held several times over while they change hands."""
+        self._stacked += sum(result.nbytes for result in results[carried:])
+        needed = 3 * self._stacked + 8 * sum(result.nbytes for result in results[:carried])
+        if needed > self._checked:
+            self._checked = 2 * needed
+            if needed > (free := free_memory()):
+                raise OutOfMemory(f"a loop needs {needed:,} bytes for another iteration, {free:,} are free")
+
+
 @dataclass(frozen=True)
 class Iteration:
     """The body of a Loop."""
@@ -83,8 +104,12 @@ class Iteration:
         known = bound_symbols(op.names, op.symbols)
         slot = self.body.acquire()
 
+        room = Room()
+
         def once(arrays: Sequence[Array]) -> list[Array]:
-            return [result.copy() for result in self.body.launch(slot, arrays, known)]
+            results = [result.copy() for result in self.body.launch(slot, arrays, known)]
+            room.check(results, 1 + op.carried)
+            return results
 
         try:
             results = run_loop(op, np, inputs, once)

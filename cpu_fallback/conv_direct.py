@@ -10,28 +10,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64
-from cpu_fallback.conv_tiles import LINE, RECORD, TileShape, call_tiles, define_tiles, tile_shape
-from cpu_fallback.conv_tiling import Tiling, tiles_in_place, tiles_of_windows
-from cpu_fallback.conv_windows import SLACK, Geometry
+from cpu_fallback.conv_tiles import LINE, RECORD, UNROLL, TileShape, call_tiles, define_tiles, tile_shape
+from cpu_fallback.conv_tiling import MOST, Tiling, tiles_in_place, tiles_of_windows
+from cpu_fallback.conv_windows import Geometry
 from cpu_fallback.epilogues import SCALAR, Epilogue, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
 from cpu_fallback.loops import THREAD, THREADS, Words
 from cpu_fallback.native import Target
 
-BLOCK = 16
-"""Tiles that share a panel of weights while it is in the first cache."""
 IN_PLACE, WINDOWS, PLANAR = "in place", "windows", "planar windows"
 
 
 @dataclass(frozen=True)
 class ConvKernel:
-    """A convolution by content: where tiles read from and what happens to sums.
+    """A convolution by content: where tiles read from, in runs of how many elements (0: any), what happens to sums.
 
     Words: addresses of x, of packed weights (`conv_lowering.packed`), of the result, of every operand of the epilogue
     and of scratch; bytes of scratch for a thread, threads that it has room for; the Geometry.
     """
 
     source: str
+    run: int
     epilogue: Epilogue
 
     def write(self, code: Code, target: Target) -> None:
@@ -81,27 +80,28 @@ class _Writer:
         else:
             tiling = tiles_of_windows(code, self.target, self._shape, g, planar=self.kernel.source == PLANAR)
         panels = self._panels(tiling)
-        tiles, columns = self._shares(tiling.count, times(code, panels.count, g.groups))
-        fitting = code.binary("udiv", code.binary("sub", self.room, i64(SLACK)), most(code, tiling.tile_nbytes, i64(1)))
-        block = i64(BLOCK) if tiling.windows is None else clamp(code, fitting, i64(1), i64(BLOCK))
-        lists = (stack(code, RECORD * BLOCK), stack(code, RECORD * BLOCK))
+        chunks, columns = self._shares(tiling.chunks, times(code, panels.count, g.groups))
+        fitting = code.binary("udiv", self.room, most(code, tiling.chunk_nbytes, i64(1)))
+        most_chunks = most(code, code.binary("udiv", i64(MOST), tiling.chunk), i64(1))
+        block = most_chunks if tiling.windows is None else clamp(code, fitting, i64(1), most_chunks)
+        lists = (stack(code, RECORD * MOST), stack(code, RECORD * MOST))
 
-        def some_tiles(first: Reg, _: list[Reg]) -> list[Reg]:
-            count = code.binary("sub", least(code, plus(code, first, block), tiles[1]), first)
+        def some_chunks(first: Reg, _: list[Reg]) -> list[Reg]:
+            count = code.binary("sub", least(code, plus(code, first, block), chunks[1]), first)
 
             def group(index: Reg, _: list[Reg]) -> list[Reg]:
-                counts = self._prepare(tiling, index, first, count, lists)
+                lengths = self._prepare(tiling, index, first, count, lists)
                 base = times(code, index, panels.count)
                 span = [clamp(code, code.binary("sub", end, base), i64(0), panels.count) for end in columns]
-                tiles = list(zip(lists, counts, strict=True))
-                code.loop(*span, i64(1), lambda panel, _: self._panel(tiling, panels, index, panel, count, tiles))
+                tiles = list(zip(lists, lengths, strict=True))
+                code.loop(*span, i64(1), lambda panel, _: self._panel(tiling, panels, index, panel, tiles))
                 return []
 
             groups = code.binary("udiv", columns[0], panels.count), ceil_div(code, columns[1], panels.count)
             code.loop(*groups, i64(1), group)
             return []
 
-        code.loop(*tiles, block, some_tiles)
+        code.loop(*chunks, block, some_chunks)
 
     def _shares(self, tiles: Reg, panels: Reg) -> tuple[tuple[Reg, Reg], tuple[Reg, Reg]]:
         """[start, stop) of tiles and of panels: a thread takes some of the tiles if there are enough, else panels."""
@@ -125,24 +125,30 @@ class _Writer:
         return _Panels(count, times(code, depth, i64(self._shape.width)), times(code, depth, padded))
 
     def _prepare(self, tiling: Tiling, group: Reg, first: Reg, count: Reg, lists: tuple[Reg, Reg]) -> list[Reg]:
-        """Lists the `count` tiles from `first` on, those with few pixels in the second list; the lengths of both."""
+        """Lists the tiles of `count` chunks, those with few pixels in the second list; the lengths of both."""
         code = self.code
 
-        def tile(index: Reg, lengths: list[Reg]) -> list[Reg]:
-            pixel, rows, result = tiling.pixels(plus(code, first, index))
-            place = tiling.prepare(self.x, self.scratch, group, index, pixel, rows)
-            few = code.compare("icmp sle", rows, i64(self._shape.few))
-            length = code.select(few, lengths[1], lengths[0])
-            record = code.at(code.select(few, lists[1], lists[0]), times(code, length, i64(RECORD)))
-            for i, value in enumerate((place, rows, result)):
-                code.store(value, code.at(record, i64(8 * i)), 8)
-            more = code.convert("zext", few, "i64")
-            return [code.binary("sub", plus(code, lengths[0], i64(1)), more), plus(code, lengths[1], more)]
+        def chunk(index: Reg, lengths: list[Reg]) -> list[Reg]:
+            initial, number = tiling.tiles(plus(code, first, index))
+            start = tiling.copy(self.x, self.scratch, group, index, initial)
 
-        return code.loop(i64(0), count, i64(1), tile, [i64(0), i64(0)])
+            def tile(i: Reg, lengths: list[Reg]) -> list[Reg]:
+                pixel, rows, result = tiling.pixels(plus(code, initial, i))
+                place = tiling.place(self.x, self.scratch, group, start, i, pixel, rows)
+                few = code.compare("icmp sle", rows, i64(self._shape.few))
+                length = code.select(few, lengths[1], lengths[0])
+                record = code.at(code.select(few, lists[1], lists[0]), times(code, length, i64(RECORD)))
+                for word, value in enumerate((place, rows, result)):
+                    code.store(value, code.at(record, i64(8 * word)), 8)
+                more = code.convert("zext", few, "i64")
+                return [code.binary("sub", plus(code, lengths[0], i64(1)), more), plus(code, lengths[1], more)]
+
+            return code.loop(i64(0), number, i64(1), tile, lengths)
+
+        return code.loop(i64(0), count, i64(1), chunk, [i64(0), i64(0)])
 
     def _panel(
-        self, tiling: Tiling, panels: _Panels, group: Reg, panel: Reg, count: Reg, tiles: list[tuple[Reg, Reg]]
+        self, tiling: Tiling, panels: _Panels, group: Reg, panel: Reg, tiles: list[tuple[Reg, Reg]]
     ) -> list[Reg]:
         """Every listed tile with one panel."""
         code, g, width = self.code, self.geometry, self._shape.width
@@ -150,7 +156,7 @@ class _Writer:
         columns = least(code, code.binary("sub", g.group_outputs, first), i64(width))
         weights = code.at(self.w, plus(code, times(code, group, panels.group_nbytes), times(code, panel, panels.nbytes)))
         channel = times(code, plus(code, times(code, group, g.group_outputs), first), i64(4))
-        ahead = self._ahead(tiling, panels, panel, weights, count, tiles[0][0])
+        ahead = self._ahead(tiling, panels, panel, weights, tiles)
         operands = [
             operand if kind == SCALAR else code.at(operand, channel)
             for kind, operand in zip(self.kernel.epilogue.kinds, self.operands, strict=True)
@@ -164,17 +170,18 @@ class _Writer:
         return []
 
     def _ahead(
-        self, tiling: Tiling, panels: _Panels, panel: Reg, weights: Reg, count: Reg, records: Reg
+        self, tiling: Tiling, panels: _Panels, panel: Reg, weights: Reg, tiles: list[tuple[Reg, Reg]]
     ) -> tuple[Reg, Reg, Reg]:
         """What tiles prefetch: the next tile where the image is read first, else their share of the next panel."""
         code = self.code
-        share = code.binary("udiv", i64(2 * LINE), count)
-        own = (code.at(weights, panels.nbytes), times(code, tiling.segments, tiling.run, share), share)
+        (records, many), (_, few) = tiles
+        part = code.binary("udiv", i64(2 * LINE), most(code, plus(code, many, few), i64(1)))
+        own = (code.at(weights, panels.nbytes), times(code, tiling.segments, tiling.run, part), times(code, part, i64(UNROLL)))
         if tiling.windows is not None:
             return own
-        step = i64(4 * self._shape.rows)
-        first = code.at(self.x, plus(code, code.load("i64", records, 8), tiling.tile_nbytes))
-        following = (first, tiling.tile_nbytes, step)
+        step = i64(4 * self._shape.rows * UNROLL)
+        first = code.at(self.x, plus(code, code.load("i64", records, 8), tiling.chunk_nbytes))
+        following = (first, tiling.chunk_nbytes, step)
         initial = code.compare("icmp eq", panel, i64(0))
         chosen = [code.select(initial, a, b) for a, b in zip(following, own, strict=True)]
         return chosen[0], chosen[1], chosen[2]
@@ -183,7 +190,7 @@ class _Writer:
         """The tile function for panels of so many columns."""
 
         def with_vectors(vectors: int) -> list[Reg]:
-            name = define_tiles(self.code, self.target, rows, vectors, self.kernel.epilogue)
+            name = define_tiles(self.code, self.target, rows, vectors, self.kernel.epilogue, self.kernel.run)
             call_tiles(self.code, name, arguments)
             return []
 

@@ -30,6 +30,8 @@ Floats = NDArray[np.float32]
 AXES = 3
 SCRATCH = 512 << 10
 """Bytes of windows for a thread: what the second cache has room for beside weights."""
+LONGEST_RUN = 8
+"""Kernel columns up to which planar windows get code of their own."""
 SLOTS = 16
 """No more threads than this share a convolution."""
 
@@ -58,12 +60,13 @@ def emit_direct(
     geometry = geometry_of(op, weights.shape, x.shape, out.shape, planar=planar)
     shape = tile_shape(target)
     packed = lowering.constant(packed_weights(weights, op.group, shape, planar=planar))
+    run = weights.shape[-1] if planar and weights.shape[-1] <= LONGEST_RUN else 0
     nbytes = _scratch_nbytes(source, shape, weights.shape, op.group)
     scratch, slots = thread_scratch(lowering, nbytes)
     buffers = (x.buffer, packed, out.buffer, *(extra.buffer for extra in extras), scratch)
     words = (*map(Address, buffers), nbytes, slots, *geometry)
     inputs = (x.buffer, packed, *(extra.buffer for extra in extras))
-    lowering.emit(Native(ConvKernel(source, epilogue), words), inputs, (out.buffer,), scratch=(scratch,))
+    lowering.emit(Native(ConvKernel(source, run, epilogue), words), inputs, (out.buffer,), scratch=(scratch,))
 
 
 def emit_winograd(

@@ -17,7 +17,8 @@ from cpu_fallback.loops import lane_mask, splat
 from cpu_fallback.native import Target, attributes
 from cpu_fallback.vector_math import mangled
 
-UNROLL = 2
+UNROLL = 4
+"""Steps of the depth between two tests for its end."""
 LINE = 64
 PARAMETERS = (
     "i64 %count, ptr %records, i64 %columns, ptr %a, i64 %a_row, i64 %a_jump, i64 %segments, "
@@ -61,8 +62,9 @@ def define_tiles(code: Code, target: Target, rows: int, vectors: int, epilogue: 
     C[rows, columns] = epilogue(A W) for each: row r of A starts a_row bytes after row r - 1, a_jump more where the
     second half of the tile begins; segment s of its depth starts s * segment_step bytes later and has `run` elements,
     known now if not 0. W is [segments * run, vectors *
-    lanes]. Rows of C are c_row bytes apart. All `rows` of A must be readable, only those asked for are stored. While
-    step k of the depth of tile i is computed, two lines from ahead + i * ahead_tile + k * ahead_step on are prefetched.
+    lanes]. Rows of C are c_row bytes apart. All `rows` of A must be readable, only those asked for are stored. With
+    every UNROLL steps of the depth of tile i two lines are prefetched, from ahead + i * ahead_tile on, each time
+    ahead_step bytes further.
     """
     lanes = target.vector_nbytes // 4
     name = f"conv_tiles{rows}x{vectors}_{lanes}_{run}_{epilogue.digest}"
@@ -75,24 +77,6 @@ def define_tiles(code: Code, target: Target, rows: int, vectors: int, epilogue: 
 def call_tiles(code: Code, name: str, arguments: Sequence[Reg]) -> None:
     """`arguments` are those of PARAMETERS, then the addresses of the epilogue's operands for result 0 of the panel."""
     code.do(f"call void @{name}({', '.join(map(str, arguments))})")
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """What is prefetched: lines of C by row, then those the caller named."""
-
-    count: Reg
-    c: Reg
-    c_row: Reg
-    ahead: Reg
-    step: Reg
-
-    def ask(self, code: Code, k: Reg, vectors: int) -> None:
-        storing = code.compare("icmp slt", k, self.count)
-        base, step = code.select(storing, self.c, self.ahead), code.select(storing, self.c_row, self.step)
-        place = code.at(base, code.binary("mul", k, step))
-        for v in range(vectors):
-            prefetch(code, code.at(place, i64(LINE * v)))
 
 
 @dataclass(frozen=True)
@@ -116,21 +100,26 @@ class _Tiles:
             record = code.at(records, code.binary("mul", index, i64(RECORD)))
             start, count, offset = (code.load("i64", code.at(record, i64(nbytes)), 8) for nbytes in (0, 8, 16))
             place = self._place(code, code.at(c, offset), c_row, count, columns)
-            far = code.at(ahead, code.binary("mul", index, ahead_tile))
-            stream = _Stream(count, place.base, c_row, far, ahead_step)
+            for line in _every(code, place.base, c_row, self.rows):
+                for v in range(self.vectors):
+                    prefetch(code, code.at(line, i64(LINE * v)))
             lines = self._lines(code, code.at(a, start), a_row, a_jump)
-            sums = self._product(code, lines, segments, step, run, w, stream)
+            coming = code.at(ahead, code.binary("mul", index, ahead_tile))
+            sums = self._product(code, lines, a_row, segments, step, run, w, coming, ahead_step)
             self.epilogue.write_tile(code, place, sums, self.epilogue.moved(code, operands, offset))
             return []
 
         code.loop(i64(0), number, i64(1), tile)
 
     def _lines(self, code: Code, first: Reg, a_row: Reg, a_jump: Reg) -> list[Reg]:
+        """Every third row from the first on, in both halves of the tile: addressing modes reach the others."""
         half = tile_shape(self.target).few
-        if self.rows <= half:
-            return spaced(code, first, a_row, self.rows)
-        second = code.at(first, code.binary("add", code.binary("mul", a_row, i64(half)), a_jump))
-        return spaced(code, first, a_row, half) + spaced(code, second, a_row, self.rows - half)
+        third = code.binary("mul", a_row, i64(3))
+        found = _every(code, first, third, -(-min(half, self.rows) // 3))
+        if self.rows > half:
+            second = code.at(first, code.binary("add", code.binary("mul", a_row, i64(half)), a_jump))
+            found += _every(code, second, third, -(-(self.rows - half) // 3))
+        return found
 
     @property
     def _kind(self) -> str:
@@ -148,47 +137,62 @@ class _Tiles:
         return Place(c, c_row, count, columns, self.rows, self.vectors, self.lanes, mask)
 
     def _product(
-        self, code: Code, lines: list[Reg], segments: Reg, step: Reg, run: Reg, w: Reg, stream: _Stream
+        self, code: Code, lines: list[Reg], a_row: Reg, segments: Reg, step: Reg, run: Reg, w: Reg, ahead: Reg, far: Reg
     ) -> list[Reg]:
-        run = i64(self.run) if self.run else run
+        """The sums of a tile, row by row."""
+        zero = [literal(self._kind, 0)] * (self.rows * self.vectors)
 
-        def segment(index: Reg, sums: list[Reg]) -> list[Reg]:
+        def segment(index: Reg, carried: list[Reg]) -> list[Reg]:
             offset = code.binary("mul", index, step)
-            start = code.binary("mul", index, run)
-            return self._walk(code, [code.at(line, offset) for line in lines], w, start, run, stream, sums)
+            moved = [hidden(code, code.at(line, offset)) for line in lines]
+            count = len(carried)
+            several = self.run or UNROLL
+            whole = run if self.run else code.binary("and", run, i64(-UNROLL))
+            carried = code.loop(
+                i64(0), whole, i64(several), lambda _, x: self._steps(code, several, a_row, far, x), [*carried, *moved]
+            )
+            if not self.run:
+                carried = code.loop(whole, run, i64(1), lambda _, x: self._steps(code, 1, a_row, far, x), carried)
+            return carried[:count]
 
-        return code.loop(i64(0), segments, i64(1), segment, [literal(self._kind, 0)] * (self.rows * self.vectors))
+        return code.loop(i64(0), segments, i64(1), segment, [w, ahead, *zero])[2:]
 
-    def _walk(
-        self, code: Code, lines: list[Reg], w: Reg, start: Reg, run: Reg, stream: _Stream, sums: list[Reg]
-    ) -> list[Reg]:
-        """The sums after one segment, whose depth is counted from `start`."""
-        panel = code.at(w, code.binary("mul", start, i64(self._row_nbytes)))
+    def _steps(self, code: Code, count: int, a_row: Reg, far: Reg, carried: list[Reg]) -> list[Reg]:
+        """Some steps of the depth; carried are the addresses of weights and of what is prefetched, sums, lines."""
+        w, ahead, *rest = carried
+        sums, lines = rest[: self.rows * self.vectors], rest[self.rows * self.vectors :]
+        for line in range(2):
+            prefetch(code, code.at(ahead, i64(LINE * line)))
+        twice = code.binary("shl", a_row, i64(1))
+        for step in range(count):
+            if step:
+                w, sums[-1] = tied(code, w, sums[-1], self.target)
+            factors = [
+                code.load(self._kind, code.at(w, i64((step * self.vectors + v) * self.lanes * 4)), 4)
+                for v in range(self.vectors)
+            ]
+            following = []
+            for r in range(self.rows):
+                line, third = self._line(r)
+                place = lines[line] if not third else code.at(lines[line], a_row if third == 1 else twice)
+                spread = splat(code, code.load("float", code.at(place, i64(4 * step)), 4), self.lanes)
+                for v, factor in enumerate(factors):
+                    following.append(fma(code, spread, factor, sums[r * self.vectors + v]))
+            sums = following
+        moved = [hidden(code, code.at(line, i64(4 * count))) for line in lines]
+        return [code.at(w, i64(count * self._row_nbytes)), code.at(ahead, far), *sums, *moved]
 
-        def steps(count: int, k: Reg, sums: list[Reg]) -> list[Reg]:
-            places = [code.binary("add", k, i64(step)) if step else k for step in range(count)]
-            for place in places:
-                stream.ask(code, code.binary("add", start, place), self.vectors)
-            for place in places:
-                sums = self._step(code, lines, panel, place, sums)
-            return sums
+    def _line(self, row: int) -> tuple[int, int]:
+        """(the number of the line that `row` is reached from, how many rows further it is)."""
+        half = tile_shape(self.target).few
+        if row < half:
+            return row // 3, row % 3
+        return -(-half // 3) + (row - half) // 3, (row - half) % 3
 
-        if self.run:
-            return steps(self.run, i64(0), sums)
-        whole = code.binary("and", run, i64(-UNROLL))
-        sums = code.loop(i64(0), whole, i64(UNROLL), lambda k, x: steps(UNROLL, k, x), sums)
-        return code.loop(whole, run, i64(1), lambda k, x: steps(1, k, x), sums)
 
-    def _step(self, code: Code, lines: list[Reg], panel: Reg, k: Reg, sums: list[Reg]) -> list[Reg]:
-        here = code.at(panel, code.binary("mul", k, i64(self._row_nbytes)))
-        offset = code.binary("shl", k, i64(2))
-        factors = [code.load(self._kind, code.at(here, i64(v * self.lanes * 4)), 4) for v in range(self.vectors)]
-        following = []
-        for r, line in enumerate(lines):
-            spread = splat(code, code.load("float", code.at(line, offset), 4), self.lanes)
-            for v, factor in enumerate(factors):
-                following.append(fma(code, spread, factor, sums[r * self.vectors + v]))
-        return following
+def hidden(code: Code, value: Reg) -> Reg:
+    """The same value, of which the optimizer knows nothing: else it derives rows from each other in every step."""
+    return code.let(value.type, f'call {value.type} asm "", "=r,0"({value})')
 
 
 def prefetch(code: Code, place: Reg) -> None:
@@ -200,15 +204,18 @@ def fma(code: Code, a: Reg, b: Reg, c: Reg) -> Reg:
     return code.call(a.type, f"llvm.fma.{mangled(a.type)}", a, b, c)
 
 
-def spaced(code: Code, base: Reg, step: Reg, count: int) -> list[Reg]:
-    """base, base + step, base + 2 step, ...: a new register for every third, so that addressing modes reach the rest."""
-    double = code.binary("shl", step, i64(1))
-    triple = code.binary("add", double, step)
-    found: list[Reg] = []
-    for i in range(count):
-        if i % 3 == 0:
-            base = code.at(base, triple) if i else base
-            found.append(base)
-        else:
-            found.append(code.at(base, step if i % 3 == 1 else double))
+def tied(code: Code, address: Reg, value: Reg, target: Target) -> tuple[Reg, Reg]:
+    """Both as they are, but what is read from the address is read after `value` is computed: no step of the depth
+    begins before the one before is done with its registers."""
+    letter = "v" if target.masked else "x"
+    kind = f"{{ {address.type}, {value.type} }}"
+    both = code.let(kind, f'call {kind} asm "", "=r,={letter},0,1"({address}, {value})')
+    return code.let(address.type, f"extractvalue {both}, 0"), code.let(value.type, f"extractvalue {both}, 1")
+
+
+def _every(code: Code, base: Reg, step: Reg, count: int) -> list[Reg]:
+    """base, base + step, base + 2 step, ..."""
+    found = [base]
+    for _ in range(count - 1):
+        found.append(code.at(found[-1], step))
     return found

@@ -7,34 +7,53 @@ from dataclasses import dataclass
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.conv_tiles import TileShape
 from cpu_fallback.conv_windows import Geometry, Windows, define_copy
-from cpu_fallback.integers import ceil_div, least, most, plus, times
+from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
 from cpu_fallback.native import Target
+
+
+MOST = 16
+"""Tiles that share a panel of weights while it is in the first cache."""
+NEAR_NBYTES = 64 << 10
+"""Bytes of a window that several tiles share."""
 
 
 @dataclass(frozen=True)
 class Tiling:
     """Tiles of a convolution, registers but for what is known now.
 
-    `in_row` tiles make a row of results; 0 if tiles take pixels as they come. A tile reads `a_row` bytes further for
-    every pixel, and `a_jump` further still from its second half on. With `windows` it has one window of `part_nbytes`
-    for every `part` pixels. Its depth is `segments` runs of `run` elements, `segment_nbytes` apart.
+    `in_row` tiles make a row of results; 0 if tiles take pixels as they come. A chunk is up to `chunk` tiles of a row.
+    A tile reads `a_row` bytes further for every pixel, and `a_jump` further still from its second half on. With
+    `windows` a chunk has one window of `part_nbytes` for every `part` pixels. The depth is `segments` runs of `run`
+    elements, `segment_nbytes` apart.
     """
 
     code: Code
     target: Target
     shape: TileShape
     geometry: Geometry
-    count: Reg
+    chunks: Reg
+    chunk: Reg
+    chunk_nbytes: Reg
     in_row: Reg
     part: Reg
     part_nbytes: Reg
-    tile_nbytes: Reg
     a_row: Reg
     a_jump: Reg
     segments: Reg
     segment_nbytes: Reg
     run: Reg
     windows: Windows | None
+
+    def tiles(self, number: Reg) -> tuple[Reg, Reg]:
+        """(first tile, how many) of a chunk."""
+        code = self.code
+        rows = code.compare("icmp sgt", self.in_row, i64(0))
+        each = most(code, ceil_div(code, self.in_row, self.chunk), i64(1))
+        line, place = code.binary("udiv", number, each), code.binary("urem", number, each)
+        start = times(code, place, self.chunk)
+        first = code.select(rows, plus(code, times(code, line, self.in_row), start), number)
+        left = code.binary("sub", self.in_row, start)
+        return first, code.select(rows, least(code, left, self.chunk), i64(1))
 
     def pixels(self, tile: Reg) -> tuple[Reg, Reg, Reg]:
         """(first pixel, number of pixels, byte offset of the first result) of a tile."""
@@ -52,14 +71,14 @@ class Tiling:
         result = times(code, code.select(rows, spread, pixel), g.outputs, i64(4))
         return pixel, least(code, left, height), result
 
-    def prepare(self, x: Reg, scratch: Reg, group: Reg, index: Reg, pixel: Reg, rows: Reg) -> Reg:
-        """Where tile number `index` of those in scratch is read, as an offset from x, or from scratch with windows;
-        what it reads is copied if need be."""
+    def copy(self, x: Reg, scratch: Reg, group: Reg, index: Reg, tile: Reg) -> Reg:
+        """Copy the windows of the chunk that begins with `tile`, number `index` in scratch; their offset there."""
         code, windows = self.code, self.windows
         if windows is None:
-            return self._in_place(x, scratch, group, pixel, rows)
-        offset = times(code, index, self.tile_nbytes)
+            return i64(0)
+        offset = times(code, index, self.chunk_nbytes)
         start = code.at(scratch, offset)
+        pixel, rows, _ = self.pixels(tile)
 
         def part(i: Reg, _: list[Reg]) -> list[Reg]:
             own = plus(code, pixel, times(code, i, self.part))
@@ -68,6 +87,12 @@ class Tiling:
 
         code.loop(i64(0), ceil_div(code, rows, self.part), i64(1), part)
         return offset
+
+    def place(self, x: Reg, scratch: Reg, group: Reg, start: Reg, index: Reg, pixel: Reg, rows: Reg) -> Reg:
+        """Where tile number `index` of the chunk copied to `start` reads: an offset from scratch, or x."""
+        if self.windows is None:
+            return self._in_place(x, scratch, group, pixel, rows)
+        return plus(self.code, start, times(self.code, index, self.a_row, i64(self.shape.rows)))
 
     def _in_place(self, x: Reg, scratch: Reg, group: Reg, pixel: Reg, rows: Reg) -> Reg:
         """Pixels where they are; copied to scratch where fewer are left than a tile reads."""
@@ -117,42 +142,51 @@ def tiles_in_place(code: Code, target: Target, shape: TileShape, g: Geometry) ->
     lines = code.binary("udiv", g.pixels, most(code, g.out_w, i64(1)))
     count = code.select(rows, times(code, lines, in_row), ceil_div(code, g.pixels, i64(shape.rows)))
     a_row = times(code, g.stride_w, g.channels, i64(4))
-    nbytes = times(code, a_row, i64(shape.rows))
     return Tiling(
-        code, target, shape, g, count, code.select(rows, in_row, i64(0)), i64(1), i64(0), nbytes, a_row, i64(0),
-        i64(1), i64(0), g.group_channels, None,
+        code, target, shape, g, count, i64(1), times(code, a_row, i64(shape.rows)), code.select(rows, in_row, i64(0)),
+        i64(1), i64(0), a_row, i64(0), i64(1), i64(0), g.group_channels, None,
     )  # fmt: skip
 
 
 def tiles_of_windows(code: Code, target: Target, shape: TileShape, g: Geometry, *, planar: bool) -> Tiling:
     """Tiles with copied windows: stretches of rows if that wastes less than a fifth of the tiles' pixels, two rows to
     a tile if a row is half a tile, else a window for every pixel."""
-    spread = _spread(code, g)
     in_row = ceil_div(code, g.out_w, i64(shape.rows))
+    stretched, pairs, rows = _forms(code, shape, g, in_row)
+    side = i64(1) if planar else g.group_channels
+    tile_nbytes = times(code, side, g.kernel_d, g.kernel_h, g.stride_w, i64(4 * shape.rows))
+    tile_nbytes = times(code, tile_nbytes, g.group_channels) if planar else tile_nbytes
+    chunk = clamp(code, code.binary("udiv", i64(NEAR_NBYTES), tile_nbytes), i64(1), least(code, in_row, i64(MOST)))
+    chunk = code.select(rows, most(code, chunk, i64(1)), i64(1))
+    part = code.select(rows, times(code, chunk, i64(shape.rows)), code.select(pairs, i64(shape.few), i64(1)))
+    reach = plus(code, times(code, g.stride_w, code.binary("sub", part, i64(1))), g.kernel_w)
+    span = code.select(stretched, reach, g.kernel_w)
+    windows = Windows(target, planar, g, span, code.select(stretched, i64(1), g.dilation_w))
+    segments, segment = windows.segments(code), windows.segment_nbytes(code)
+    window = times(code, segments, segment)
+    parts = code.select(rows, i64(1), code.binary("udiv", i64(shape.rows), part))
+    a_row = code.select(stretched, times(code, g.stride_w, side, i64(4)), window)
+    lines = code.binary("udiv", g.pixels, most(code, g.out_w, i64(1)))
+    in_lines = times(code, lines, ceil_div(code, in_row, chunk))
+    return Tiling(
+        code, target, shape, g,
+        code.select(rows, in_lines, ceil_div(code, g.pixels, i64(shape.rows))), chunk, times(code, window, parts),
+        code.select(rows, in_row, i64(0)), part, window, a_row,
+        code.select(pairs, code.binary("sub", window, times(code, a_row, i64(shape.few))), i64(0)),
+        segments, segment, times(code, g.kernel_w, side), windows,
+    )  # fmt: skip
+
+
+def _forms(code: Code, shape: TileShape, g: Geometry, in_row: Reg) -> tuple[Reg, Reg, Reg]:
+    """Whether windows are stretches of rows; if so, whether two rows make a tile; whether tiles make a row."""
+    yes = Reg("true", "i1")
     last = code.binary("sub", g.out_w, times(code, code.binary("sub", in_row, i64(1)), i64(shape.rows)))
     spared = code.select(code.compare("icmp sle", last, i64(shape.few)), i64(shape.rows - shape.few), i64(0))
     computed = code.binary("sub", times(code, in_row, i64(shape.rows)), spared)
     good = code.compare("icmp sge", times(code, g.out_w, i64(5)), times(code, computed, i64(4)))
+    spread = _spread(code, g)
     dense = code.compare("icmp eq", g.dilation_w, i64(1))
-    half = code.compare("icmp eq", g.out_w, i64(shape.few))
-    half = code.binary("and", half, code.binary("xor", spread, Reg("true", "i1")))
     stretched = code.binary("and", code.binary("or", good, spread), dense)
-    pairs = code.binary("and", stretched, half)
-    rows = code.binary("and", stretched, code.binary("xor", half, Reg("true", "i1")))
-    part = code.select(rows, i64(shape.rows), code.select(pairs, i64(shape.few), i64(1)))
-    reach = plus(code, times(code, g.stride_w, code.binary("sub", part, i64(1))), g.kernel_w)
-    span, step = code.select(dense, reach, g.kernel_w), code.select(stretched, i64(1), g.dilation_w)
-    windows = Windows(target, planar, g, span, step)
-    side = i64(1) if planar else g.group_channels
-    segments, segment = windows.segments(code), windows.segment_nbytes(code)
-    window = times(code, segments, segment)
-    lines = code.binary("udiv", g.pixels, most(code, g.out_w, i64(1)))
-    parts = code.binary("udiv", i64(shape.rows), part)
-    a_row = code.select(stretched, times(code, g.stride_w, side, i64(4)), window)
-    jump = code.select(pairs, code.binary("sub", window, times(code, a_row, i64(shape.few))), i64(0))
-    return Tiling(
-        code, target, shape, g,
-        code.select(rows, times(code, lines, in_row), ceil_div(code, g.pixels, i64(shape.rows))),
-        code.select(rows, in_row, i64(0)), part, window, times(code, window, parts), a_row, jump,
-        segments, segment, times(code, g.kernel_w, side), windows,
-    )  # fmt: skip
+    half = code.compare("icmp eq", g.out_w, i64(shape.few))
+    half = code.binary("and", half, code.binary("xor", spread, yes))
+    return stretched, code.binary("and", stretched, half), code.binary("and", stretched, code.binary("xor", half, yes))

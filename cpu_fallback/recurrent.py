@@ -27,7 +27,7 @@ Buffers = tuple[int, ...]
 MOST_TERMS = 1 << 15
 """So many products of two bytes, a zero point taken from each, add up within 32 bits."""
 BLOCK_TILES = 4
-"""Tiles of rows that run together where the weights do not stay in the second cache."""
+"""Tiles of rows that run together: a panel of weights that the second cache does not keep is then fetched once."""
 
 
 def lower_recurrent(lowering: Lowering, op: Recurrent, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
@@ -49,7 +49,7 @@ def emit_recurrent(
     steps, batch, _ = x.shape
     records = lowering.buffer(np.dtype(np.uint8), (len(op.reverse), batch, kernel.record.nbytes))
     operands = [buffers[name] for name, _ in kernel.present]
-    words: list[Word] = [*map(Address, (*outputs, inputs[0], *packed, records, *operands)), steps, batch]
+    words: list[Word] = [*map(Address, (*outputs, inputs[0], *packed, records, *operands)), steps, batch, hidden]
     lowering.emit(Native(kernel, tuple(words)), (inputs[0], *packed, *operands), outputs, scratch=(records,))
     return True
 
@@ -121,10 +121,8 @@ def _clipped(functions: Sequence[Expr], op: Recurrent) -> tuple[Expr, ...]:
 
 
 def _rows(record: Record, target: Target) -> int:
-    """Rows that run together: all that one scale is for, else those of a tile, or several where weights are far."""
-    if record.quantised:
-        return 0
-    return tallest(record.form, target) * BLOCK_TILES
+    """Rows that run together at most; 0 for all, which one scale is for."""
+    return 0 if record.quantised else tallest(record.form, target) * BLOCK_TILES
 
 
 def _heights(batch: object, tile: int) -> tuple[int, ...]:

@@ -36,7 +36,8 @@ class RecurrentKernel:
     which clip what enters them, and `texts` spell them; `centred`: the zero points of quantised weights are all 0.
 
     Words: addresses of the sequence, the last state, the last cell state of an LSTM, the products of the inputs, the
-    packed weights, the corrections of quantised ones, the records, the operands of `present`; the steps; the rows.
+    packed weights, the corrections of quantised ones, the records, the operands of `present`; the steps; the rows; the
+    hidden size.
     """
 
     kind: str
@@ -96,7 +97,7 @@ class _Arguments:
         self.corrections = words.take("ptr") if kernel.record.quantised else None
         self.records = words.take("ptr")
         self.operands = {name: words.take("ptr") for name, _ in kernel.present}
-        self.steps, self.batch = words.numbers(2)
+        self.steps, self.batch, self.hidden = words.numbers(3)
 
 
 class _Run:
@@ -281,9 +282,11 @@ class _Run:
     def _columns(self, one: Callable[[Reg, Window], None]) -> list[Reg]:
         """`one` of all columns of a state, as many as a vector has at a time."""
         code = self.code
+        # A mask must not be known to LLVM 22 as one lane: it then stores 32 bits of an element of 16.
+        hidden = i64(self.hidden) if self.hidden % self.lanes == 0 else self.given.hidden
 
         def body(column: Reg, _: list[Reg]) -> list[Reg]:
-            one(column, Window(code, self.target, self.lanes, column, code.binary("sub", i64(self.hidden), column)))
+            one(column, Window(code, self.target, self.lanes, column, code.binary("sub", hidden, column)))
             return []
 
-        return code.loop(i64(0), i64(self.hidden), i64(self.lanes), body)
+        return code.loop(i64(0), hidden, i64(self.lanes), body)

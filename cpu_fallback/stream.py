@@ -92,7 +92,11 @@ class CpuSlot:
 
     def wait(self) -> Sequence[Array]:
         if self._error is not None:
-            raise self._error
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
         return self._outputs
 
     def _run(self, bound: Bound) -> None:

@@ -209,6 +209,16 @@ def test_any_number_of_rows(rows: int, target: Target) -> None:
         assert_near(again, found, 1e-6)
 
 
+@by_target
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64, FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("hidden", [1, 5, 17, 33])
+def test_a_last_vector_of_one_lane(hidden: int, dtype: DType, target: Target) -> None:
+    """Nothing beyond it is written, however narrow an element is."""
+    case = Case("rnn", 1, 2, hidden, present=("lengths",), dtype=dtype)
+    arrays = case.arrays()
+    assert_near(run_recurrent(case.op(), arrays, target), expected_of(case, arrays), TOLERANCE[dtype])
+
+
 def test_each_direction_has_its_own_activations() -> None:
     case = Case("lstm", 4, 3, 20, 2, names=("sigmoid", "tanh", "softsign", "hardsigmoid", "elu", "tanh"))
     arrays = case.arrays()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.registry import constant_ints
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Value
+
+MAX_LATE_ELEMENTS = 1 << 30
 
 
 def extents_of(b: Builder, value: Value, count: int | None = None) -> tuple[Dim, ...]:
@@ -38,4 +42,15 @@ def whole_numbers(told: tuple[int, ...] | None, operand: Any) -> tuple[int, ...]
     """What an array function got of extents: as an attribute, as an operand, or not at all."""
     if told is not None or operand is None:
         return told
-    return tuple(int(item) for item in operand.ravel())
+    return room(operand.ravel())
+
+
+def room(extents: Iterable[Any]) -> tuple[int, ...]:
+    """The extents of a tensor that an array function makes as large as only running tells.
+
+    MemoryError beyond MAX_LATE_ELEMENTS: nothing else sees its size before it is allocated.
+    """
+    shape = tuple(map(int, extents))
+    if math.prod(max(extent, 1) for extent in shape) > MAX_LATE_ELEMENTS:
+        raise MemoryError(f"a tensor of the extents {list(shape)}, which were not known when the model was compiled")
+    return shape

@@ -278,7 +278,7 @@ class Builder:
         try:
             with np.errstate(all="ignore"):
                 return op.evaluate(np, *(value.known for value in inputs))
-        except (ArithmeticError, IndexError, ValueError):
+        except (ArithmeticError, IndexError, MemoryError, ValueError):
             return None
 
     def _fold_symbolic(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_engine.errors import InvalidModel
+from gpu_engine.frontend.extents import room
 from gpu_engine.frontend.operators.comparison import where
 from gpu_engine.frontend.operators.einsum import position
 from gpu_engine.frontend.operators.operands import fresh_type, known_extents, known_scalar, static_length
@@ -60,7 +61,7 @@ def constant_of_shape(b: Builder, shape: Value, *, value: Array | None = None) -
 
 
 def fill_shape(xp: Any, fill: Any, shape: Any) -> Any:
-    return xp.broadcast_to(fill, tuple(int(extent) for extent in shape.ravel()))
+    return xp.broadcast_to(fill, room(shape.ravel()))
 
 
 @operator("Range", since=11)
@@ -110,7 +111,7 @@ def range_count(start: float, limit: float, delta: float) -> int:
 
 def count_up(xp: Any, start: Any, limit: Any, delta: Any) -> Any:
     first, last, step = (array.ravel()[0].item() for array in (start, limit, delta))
-    index = xp.arange(range_count(first, last, step))
+    index = xp.arange(*room([range_count(first, last, step)]))
     wide = compute_dtype(start.dtype)
     return wide.type(first) + index.astype(wide) * wide.type(step)
 
@@ -181,6 +182,7 @@ def _known_depth(depth: Value) -> Dim | None:
 def one_hot_of(xp: Any, indices: Any, depth: Any, values: Any, *, axis: int) -> Any:
     """OneHot of a depth that only running tells."""
     count = int(depth.ravel()[0])
+    room((count, *indices.shape))
     picks = xp.expand_dims(indices.astype(np.int64), axis)
     places = xp.arange(count).reshape((count,) + (1,) * (indices.ndim - axis))
     return xp.where((picks == places) | (picks + count == places), values[1], values[0])

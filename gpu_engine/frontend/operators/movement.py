@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpu_engine.errors import InvalidModel
+from gpu_engine.frontend.extents import room
 from gpu_engine.frontend.operators.operands import (
     fresh_at,
     fresh_type,
@@ -225,7 +226,9 @@ def tile(b: Builder, x: Value, repeats: Value) -> Value:
 
 
 def tile_by(xp: Any, x: Any, repeats: Any) -> Any:
-    return xp.tile(x, tuple(int(count) for count in repeats.ravel()))
+    times = tuple(int(count) for count in repeats.ravel())
+    room(count * extent for count, extent in zip(times, x.shape, strict=True))
+    return xp.tile(x, times)
 
 
 @operator("Pad", since=2)
@@ -279,5 +282,6 @@ def pad_by(xp: Any, x: Any, pads: Any, value: Any = None, axes: Any = None, *, m
     before, after = [0] * x.ndim, [0] * x.ndim
     for i, axis in enumerate(chosen):
         before[axis], after[axis] = amounts[i], amounts[len(amounts) // 2 + i]
+    room(a + extent + b for a, extent, b in zip(before, x.shape, after, strict=True))
     operands = (x,) if value is None else (x, value)
     return Pad(tuple(before), tuple(after), mode).evaluate(xp, *operands)[0]

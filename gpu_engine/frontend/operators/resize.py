@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import InvalidModel
+from gpu_engine.frontend.extents import room
 from gpu_engine.frontend.registry import emit_array, normal_axis, operator
 from gpu_engine.ir import dims, ops
 from gpu_engine.ir.dims import Dim
@@ -119,6 +120,7 @@ def _resize_late(
         found = _by_scales(op, x.shape, [float(scale) for scale in scales], axes, pairs)
     else:
         found = _by_sizes(op, x.shape, [int(extent) for extent in sizes], axes, policy, pairs)
+    room(dims.number(extent) for extent in found.extents)
     return found.evaluate(xp, x)[0]
 
 

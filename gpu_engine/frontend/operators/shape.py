@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import DependsOnValues, InvalidModel
+from gpu_engine.frontend.extents import room
 from gpu_engine.frontend.operators.operands import fresh_type, known_extents, normal_axes, static_length
 from gpu_engine.frontend.registry import emit_array, operator
 from gpu_engine.ir import dims
@@ -168,4 +169,4 @@ def expanded(b: Builder, x: Value, target: Sequence[Dim]) -> Value:
 
 
 def expand_to(xp: Any, x: Any, shape: Any) -> Any:
-    return xp.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(extent) for extent in shape.ravel())))
+    return xp.broadcast_to(x, room(np.broadcast_shapes(x.shape, tuple(int(extent) for extent in shape.ravel()))))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import InvalidModel
-from gpu_engine.frontend.extents import extents_of, told, unless_known, whole_numbers
+from gpu_engine.frontend.extents import extents_of, room, told, unless_known, whole_numbers
 from gpu_engine.frontend.registry import emit_array, normal_axis, operator
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
@@ -160,7 +160,7 @@ def mel_weight_matrix(
 
 
 def _mel_weights(xp: Any, bins: Any, length: Any, rate: Any, lower: Any, upper: Any) -> Any:
-    bands, size = int(bins.ravel()[0]), int(length.ravel()[0])
+    bands, size = room((bins.ravel()[0], length.ravel()[0]))
     low, high = (2595 * np.log1p(float(edge.ravel()[0]) / 700) / np.log(10) for edge in (lower, upper))
     mels = np.arange(bands + 2) * ((high - low) / (bands + 2)) + low
     hertz = 700 * np.expm1(mels / 2595 * np.log(10))

@@ -29,8 +29,8 @@ def early_layer_normalization(
     stash_type: int = 1,
     output_count: int = 1,
 ) -> Sequence[Value]:
-    """https://onnx.ai/onnx/operators/onnx__LayerNormalization.html as ONNX Runtime writes it into models of older opsets
-    than 17"""
+    """https://onnx.ai/onnx/operators/onnx__LayerNormalization.html as ONNX Runtime writes it into models of opsets
+    before 17"""
     return layer_normalization(b, x, scale, bias, axis=axis, epsilon=epsilon, stash_type=stash_type,
                                output_count=output_count)  # fmt: skip
 

@@ -1,7 +1,9 @@
-"""Hashes of features and what the generation of text needs."""
+"""Text: tokens, their hashes, and what its generation needs."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,3 +88,122 @@ def ngram_repeat_block(xp: Any, input_ids: Any, scores: Any, *, ngram_size: int)
         raise ValueError(f"a token outside the {scores.shape[1]} that have a score")
     result[row, tokens] = -np.inf
     return result
+
+
+def _token_type(
+    b: Builder,
+    x: Value,
+    *,
+    separators: tuple[str, ...] = (),
+    tokenexp: str = "",
+    mincharnum: int,
+    **_: Any,
+) -> TensorType:
+    if x.rank not in (1, 2) or bool(separators) == bool(tokenexp) or mincharnum < 1:
+        raise InvalidModel(f"Tokenizer of {x.type} by separators {list(separators)} and tokenexp {tokenexp!r}")
+    return TensorType(STRING, (*x.shape, b.fresh_dim()))
+
+
+@array_operator("Tokenizer", since=1, domain=MICROSOFT, infer=_token_type, host=True)
+def tokenizer(
+    xp: Any,
+    x: Any,
+    *,
+    mark: int,
+    mincharnum: int,
+    pad_value: str,
+    separators: tuple[str, ...] = (),
+    tokenexp: str = "",
+) -> Any:
+    """https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Tokenizer
+
+    Patterns are read by Python's re, with RE2's meaning of \\w and the like (ASCII) and its longest match. The result
+    has an axis more than x even if that is empty.
+    """
+    if separators == ("",) or tokenexp == ".":
+        cut: Callable[[str], list[str]] = list
+    elif tokenexp:
+        cut = _matching(re.compile(tokenexp, re.ASCII | re.DOTALL))
+    else:
+        cut = _between([re.compile(pattern, re.ASCII | re.DOTALL) for pattern in separators])
+    rows = [[token for token in cut(text) if len(token) >= mincharnum] for text in x.ravel().tolist()]
+    longest = max(map(len, rows), default=0)
+    if mark and longest:
+        rows, longest = [["\x02", *row, "\x03"] for row in rows], longest + 2
+    found = np.full((len(rows), longest), pad_value, object)
+    for line, row in zip(found, rows, strict=True):
+        line[: len(row)] = row
+    return found.reshape(*x.shape, longest)
+
+
+def _matching(pattern: re.Pattern[str]) -> Callable[[str], list[str]]:
+    def tokens(text: str) -> list[str]:
+        return [text[start:end] for start, end in _spans(pattern, text)]
+
+    return tokens
+
+
+def _between(patterns: list[re.Pattern[str]]) -> Callable[[str], list[str]]:
+    def tokens(text: str) -> list[str]:
+        parts = [text]
+        for pattern in patterns:
+            parts = [piece for part in parts for piece in _pieces(pattern, part)]
+        return parts
+
+    return tokens
+
+
+def _pieces(pattern: re.Pattern[str], text: str) -> list[str]:
+    """What lies between the matches."""
+    spans = _spans(pattern, text)
+    ends = [0, *(end for _, end in spans)]
+    starts = [*(start for start, _ in spans), len(text)]
+    return [text[end:start] for end, start in zip(ends, starts, strict=True)]
+
+
+def _spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
+    """The matches from left to right, each as long as it can be, without empty ones."""
+    found, place = [], 0
+    while match := pattern.search(text, place):
+        start, end = match.span()
+        if "|" in pattern.pattern or "?" in pattern.pattern:
+            end = next((stop for stop in range(len(text), end, -1) if pattern.fullmatch(text, start, stop)), end)
+        if end > start:
+            found.append((start, end))
+        place = max(end, start + 1)
+    return found
+
+
+def _path_type(b: Builder, x: Value) -> TensorType:
+    if x.rank not in (2, 3):
+        raise InvalidModel(f"DynamicTimeWarping takes [M, N] or [1, M, N], not {x.type}")
+    return TensorType(INT32, (2, b.fresh_dim()))
+
+
+@array_operator("DynamicTimeWarping", since=1, domain=MICROSOFT, infer=_path_type, host=True)
+def dynamic_time_warping(xp: Any, x: Any) -> Any:
+    """https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.DynamicTimeWarping
+
+    Of equal costs the step along the columns is taken, as in
+    https://github.com/openai/whisper/blob/main/whisper/timing.py
+    """
+    costs = x.reshape(x.shape[-2:])
+    rows, columns = costs.shape
+    total = np.full((rows + 1, columns + 1), np.inf, np.float32)
+    total[0, 0] = 0
+    for i in range(1, rows + 1):
+        for j in range(1, columns + 1):
+            total[i, j] = costs[i - 1, j - 1] + min(total[i - 1, j - 1], total[i - 1, j], total[i, j - 1])
+    i, j, path = rows, columns, []
+    while i > 0 or j > 0:
+        path.append((i - 1, j - 1))
+        diagonal, above, left = total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]
+        if i == 0 or j == 0:
+            i, j = max(i - 1, 0), max(j - 1, 0)
+        elif diagonal < above and diagonal < left:
+            i, j = i - 1, j - 1
+        elif above < diagonal and above < left:
+            i -= 1
+        else:
+            j -= 1
+    return np.array(path[::-1], np.int32).T.reshape(2, -1)

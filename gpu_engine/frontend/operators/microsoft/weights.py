@@ -71,7 +71,7 @@ def matmul_nbits(
         codes = cut(b, b.emit(ops.Reshape((N, blocks * block_size)), codes), {1: (0, 1, K)})
         columns = cut(b, g_idx, {0: (0, 1, K)})
         scale, zero = (_by_column(b, value, columns) for value in (scale, zero))
-    numbers = emit_map(b, _number, codes, scale, zero)
+    numbers = emit_map(b, number_of, codes, scale, zero)
     weights = cut(b, b.emit(ops.Reshape((N, dims.product(numbers.shape[1:]))), numbers), {1: (0, 1, K)})
     left = a if a.rank > 1 else b.emit(ops.Reshape((1, *a.shape)), a)
     product = b.emit(ops.MatMul(transpose_b=True), left, weights)
@@ -79,7 +79,8 @@ def matmul_nbits(
     return product if bias is None else emit_map(b, lambda e, c: e + c, product, bias)
 
 
-def _number(code: Expr, scale: Expr, zero: Expr | None) -> Expr:
+def number_of(code: Expr, scale: Expr, zero: Expr | None) -> Expr:
+    """What a code stands for, in the type of its scale."""
     whole = cast(code, FLOAT32) if zero is None else cast(code, FLOAT32) - cast(zero, FLOAT32)
     return cast(whole * cast(scale, FLOAT32), scale.dtype)
 
@@ -173,7 +174,7 @@ def gather_block_quantized(
         zero = None if zero is None else _repeated(b, zero, codes, axis, block)
     ones = (1,) * (rank - 1 - picked)
     known = b.emit(ops.Reshape((*index.shape, *ones)), inside)
-    return emit_map(b, lambda c, s, z, i: where(i, _number(c, s, z), 0.0), codes, scale, zero, known)
+    return emit_map(b, lambda c, s, z, i: where(i, number_of(c, s, z), 0.0), codes, scale, zero, known)
 
 
 def _bounded(b: Builder, indices: Value, extent: Dim) -> tuple[Value, Value]:
