@@ -226,11 +226,10 @@ class _Writer:
             start = code.binary("mul", self.key_panels.start(index), i64(self.target.vector_nbytes))
 
             def multiply() -> list[Reg]:
-                place = (
-                    self._panel(self.packed_keys, self.key_panels, index, self.depth),
-                    self._line(self.key_panels, index),
-                )
-                call_block(code, self.product, self.tiles, count, self.depth, rows, place, self.key_panels.width(index),
+                width = self.key_panels.width(index)
+                place = self._panel(self.packed_keys, self.key_panels, index, self.depth)
+                call_block(code, self.product, self.tiles, count, self.depth, rows,
+                           (place, self._line(self.key_panels, index)), width,
                            self.sums, (code.at(self.scores, start), self.scores_row))  # fmt: skip
                 return []
 

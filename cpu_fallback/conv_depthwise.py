@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.conv_tiles import fma
 from cpu_fallback.conv_windows import Geometry
-from cpu_fallback.epilogues import SCALAR, Epilogue, Place, stack
+from cpu_fallback.epilogues import Epilogue, Place, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
 from cpu_fallback.loops import Words, splat, thread_share
 from cpu_fallback.native import Target
@@ -43,12 +43,13 @@ class DepthwiseKernel:
 
     def write(self, code: Code, target: Target) -> None:
         words = Words(code)
-        x, w, blank, out, *operands = words.pointers(4 + len(self.epilogue.kinds))
+        x, w, blank, out = words.pointers(4)
+        operands = self.epilogue.addresses(words)
         near, far = words.numbers(2)
         geometry = Geometry(*words.numbers(len(Geometry._fields)))
         kind, count = vector(self.lanes, "float"), len(self.columns)
         lists = _Lists(stack(code, 8 * ROWS), stack(code, 8 * count), stack(code, 4 * self.lanes * count))
-        _Writer(code, self, x, w, blank, out, tuple(operands), geometry, kind, lists).write(near, far)
+        _Writer(code, self, x, w, blank, out, operands, geometry, kind, lists).write(near, far)
 
     @property
     def columns(self) -> list[int]:
@@ -242,10 +243,7 @@ class _Writer:
         def store() -> list[Reg]:
             line = plus(code, tile.line, i64(r))
             moved = times(code, plus(code, times(code, line, g.out_w), tile.x), self._pixel)
-            operands = [
-                operand if kind == SCALAR else code.at(operand, channel)
-                for kind, operand in zip(epilogue.kinds, self.operands, strict=True)
-            ]
+            operands = epilogue.for_channel(code, self.operands, channel)
             count = i64(PIXELS) if tile.inner else least(code, code.binary("sub", g.out_w, tile.x), i64(PIXELS))
             base = code.at(self.out, plus(code, moved, channel))
             place = Place(base, self._pixel, count, None, PIXELS, 1, self.kernel.lanes, None)

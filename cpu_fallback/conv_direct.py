@@ -13,7 +13,7 @@ from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.conv_tiles import LINE, RECORD, UNROLL, TileShape, call_tiles, define_tiles, tile_shape
 from cpu_fallback.conv_tiling import MOST, Tiling, tiles_in_place, tiles_of_windows
 from cpu_fallback.conv_windows import Geometry
-from cpu_fallback.epilogues import SCALAR, Epilogue, stack
+from cpu_fallback.epilogues import Epilogue, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
 from cpu_fallback.loops import THREAD, THREADS, Words
 from cpu_fallback.native import Target
@@ -35,13 +35,14 @@ class ConvKernel:
 
     def write(self, code: Code, target: Target) -> None:
         words = Words(code)
-        pointers = words.pointers(4 + len(self.epilogue.kinds))
+        x, w, out = words.pointers(3)
+        operands = self.epilogue.addresses(words)
+        scratch = words.take("ptr")
         room, slots = words.numbers(2)
         geometry = Geometry(*words.numbers(len(Geometry._fields)))
+        scratch = code.at(scratch, times(code, THREAD, room))
         team = least(code, THREADS, slots)
-        scratch = code.at(pointers.pop(), times(code, THREAD, room))
-        x, w, out, *operands = pointers
-        _Writer(code, target, self, x, w, out, tuple(operands), scratch, room, team, geometry).write()
+        _Writer(code, target, self, x, w, out, operands, scratch, room, team, geometry).write()
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,7 @@ class _Writer:
         weights = code.at(self.w, plus(code, times(code, group, panels.group_nbytes), times(code, panel, panels.nbytes)))
         channel = times(code, plus(code, times(code, group, g.group_outputs), first), i64(4))
         ahead = self._ahead(tiling, panels, panel, weights, tiles)
-        operands = [
-            operand if kind == SCALAR else code.at(operand, channel)
-            for kind, operand in zip(self.kernel.epilogue.kinds, self.operands, strict=True)
-        ]
+        operands = self.kernel.epilogue.for_channel(code, self.operands, channel)
         source = self.x if tiling.windows is None else self.scratch
         reading = (source, tiling.a_row, tiling.a_jump, tiling.segments, tiling.segment_nbytes, tiling.run)
         writing = (code.at(self.out, channel), times(code, g.step_w, g.outputs, i64(4)))

@@ -1,39 +1,40 @@
-"""Convolutions of float32 with constant weights, channels last: which kernel, packed weights, argument words."""
+"""Convolutions of float32 with constant weights, channels last: which kernel, which words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native
-from cpu_fallback.conv_depthwise import DepthwiseKernel
+from cpu_fallback.conv_choice import best_winograd
+from cpu_fallback.conv_depthwise import ROWS, DepthwiseKernel
 from cpu_fallback.conv_direct import IN_PLACE, PLANAR, WINDOWS, ConvKernel
 from cpu_fallback.conv_tiles import TileShape, tile_shape
+from cpu_fallback.conv_weights import Floats, aligned, depthwise_weights, tile_weights, winograd_weights
 from cpu_fallback.conv_windows import SLACK, Geometry
-from cpu_fallback.conv_winograd import WinogradKernel, points, scratch_nbytes, transformed_weights
+from cpu_fallback.conv_winograd import WinogradKernel, scratch_nbytes
+from cpu_fallback.epilogues import Finish
 from cpu_fallback.cores import usable_cores
-from cpu_fallback.epilogues import Epilogue
+from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target
-from cpu_fallback.pages import PAGES
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import UINT8
-from gpu_engine.ir.ops import Conv
+from gpu_engine.ir.ops import Conv, ConvTranspose
 from gpu_engine.plan.lower import Lowering
 
-Shape = tuple[Dim, ...]
-Floats = NDArray[np.float32]
 AXES = 3
 SCRATCH = 512 << 10
 """Bytes of windows for a thread: what the second cache has room for beside weights."""
 LONGEST_RUN = 8
 """Kernel columns up to which planar windows get code of their own."""
-SLOTS = 16
-"""No more threads than this share a convolution."""
 
 
 class Operand(NamedTuple):
@@ -43,104 +44,180 @@ class Operand(NamedTuple):
     shape: Shape
 
 
-def emit_direct(
-    lowering: Lowering,
-    op: Conv,
-    weights: Floats,
-    x: Operand,
-    out: Operand,
-    extras: Sequence[Operand],
-    epilogue: Epilogue,
-    target: Target,
-    *,
-    planar: bool = False,
-) -> None:
-    """The convolution `op` without Winograd; `weights` are ONNX's, x is [N, C, ...] if `planar`."""
-    source = PLANAR if planar else IN_PLACE if _is_pointwise(op, weights.shape[2:]) else WINDOWS
-    geometry = geometry_of(op, weights.shape, x.shape, out.shape, planar=planar)
-    shape = tile_shape(target)
-    packed = lowering.constant(packed_weights(weights, op.group, shape, planar=planar))
-    run = weights.shape[-1] if planar and weights.shape[-1] <= LONGEST_RUN else 0
-    nbytes = _scratch_nbytes(source, shape, weights.shape, op.group)
-    scratch, slots = thread_scratch(lowering, nbytes)
-    buffers = (x.buffer, packed, out.buffer, *(extra.buffer for extra in extras), scratch)
-    words = (*map(Address, buffers), nbytes, slots, *geometry)
-    inputs = (x.buffer, packed, *(extra.buffer for extra in extras))
-    lowering.emit(Native(ConvKernel(source, run, epilogue), words), inputs, (out.buffer,), scratch=(scratch,))
+@dataclass(frozen=True)
+class Layer:
+    """A convolution to emit: from `x` to `out`, then `finish`. `planar`: x is [N, C, spatial...] after all."""
+
+    lowering: Lowering
+    target: Target
+    x: Operand
+    out: Operand
+    finish: Finish
+    planar: bool = False
+
+    @property
+    def shape(self) -> TileShape:
+        return tile_shape(self.target)
 
 
-def emit_winograd(
-    lowering: Lowering,
-    op: Conv,
-    weights: Floats,
-    x: Operand,
-    out: Operand,
-    extras: Sequence[Operand],
-    epilogue: Epilogue,
-    target: Target,
-    m: int,
-) -> None:
-    """The 3 x 3 convolution `op` of stride 1 by F(m x m, 3 x 3); it has at least as many channels as a vector lanes."""
-    shape = tile_shape(target)
-    geometry = geometry_of(op, weights.shape, x.shape, out.shape)
-    cut = [panels(matrix, shape) for matrix in transformed_weights(weights, m)]
-    packed = lowering.constant(aligned(np.concatenate([part.ravel() for panel in zip(*cut, strict=True) for part in panel])))
-    nbytes = -(-scratch_nbytes(m, weights.shape[1], shape, caches().l2 // 2) // 64) * 64
-    scratch, slots = thread_scratch(lowering, nbytes)
-    buffers = (x.buffer, packed, out.buffer, *(extra.buffer for extra in extras), scratch)
-    words = (*map(Address, buffers), nbytes, slots, *geometry)
-    inputs = (x.buffer, packed, *(extra.buffer for extra in extras))
-    lowering.emit(Native(WinogradKernel(m, epilogue), words), inputs, (out.buffer,), scratch=(scratch,))
+def emit_conv(layer: Layer, op: Conv, weights: Floats) -> None:
+    """The fastest form of `op`; `weights` are ONNX's."""
+    if _is_depthwise(layer, op, weights.shape):
+        emit_depthwise(layer, op, weights)
+        return
+    m = 0 if layer.planar else best_winograd(op, weights.shape, layer.x.shape, layer.out.shape, layer.target)
+    if m:
+        emit_winograd(layer, op, weights, m)
+    else:
+        emit_direct(layer, op, weights)
 
 
-def emit_depthwise(
-    lowering: Lowering,
-    op: Conv,
-    weights: Floats,
-    x: Operand,
-    out: Operand,
-    extras: Sequence[Operand],
-    epilogue: Epilogue,
-    target: Target,
-) -> None:
-    """The convolution `op` over one or two axes, in as many groups as there are channels and results."""
-    geometry = geometry_of(op, weights.shape, x.shape, out.shape)
+def emit_direct(layer: Layer, op: Conv, weights: Floats) -> None:
+    """By tiles, whatever `op` is."""
+    unit = all(extent == 1 for extent in weights.shape[2:]) and all(pad == 0 for pad in (*op.before, *op.after))
+    source = PLANAR if layer.planar else IN_PLACE if unit else WINDOWS
+    geometry = geometry_of(op, weights.shape, layer.x.shape, layer.out.shape, planar=layer.planar)
+    _emit_tiles(layer, source, op.group, weights, geometry)
+
+
+def _emit_tiles(layer: Layer, source: str, group: int, weights: Floats, geometry: Geometry, offset: Dim = 0) -> None:
+    """`offset` in bytes is where the first result lies."""
+    packed = layer.lowering.constant(tile_weights(weights, group, layer.shape, planar=layer.planar))
+    run = weights.shape[-1] if layer.planar and weights.shape[-1] <= LONGEST_RUN else 0
+    elements = geometry.channels * geometry.stride_w if source == IN_PLACE else prod(weights.shape[1:])
+    nbytes = layer.shape.rows * elements * 4 + SLACK
+    nbytes = nbytes if source == IN_PLACE else max(nbytes, SCRATCH)
+    kernel = ConvKernel(source, run, layer.finish.epilogue)
+    _emit(layer, kernel, packed, offset, _lines(nbytes), geometry)
+
+
+def emit_winograd(layer: Layer, op: Conv, weights: Floats, m: int) -> None:
+    """A 3 x 3 convolution of stride 1 by F(m x m, 3 x 3); it has at least as many channels as a vector lanes."""
+    geometry = geometry_of(op, weights.shape, layer.x.shape, layer.out.shape)
+    packed = layer.lowering.constant(winograd_weights(weights, m, layer.shape))
+    nbytes = scratch_nbytes(m, weights.shape[1], layer.shape, caches().l2 // 2)
+    _emit(layer, WinogradKernel(m, layer.finish.epilogue), packed, 0, _lines(nbytes), geometry)
+
+
+def _emit(layer: Layer, kernel: Any, packed: int, offset: Dim, nbytes: int, geometry: Geometry) -> None:
+    lowering, finish = layer.lowering, layer.finish
+    scratch = lowering.buffer(UINT8, (thread_limit() * nbytes,))
+    addresses = Address(layer.x.buffer), Address(packed), Address(layer.out.buffer, offset)
+    words = (*addresses, *finish.shifted(offset), Address(scratch), nbytes, thread_limit(), *geometry)
+    inputs = (layer.x.buffer, packed, *finish.buffers)
+    lowering.emit(Native(kernel, words), inputs, (layer.out.buffer,), scratch=(scratch,))
+
+
+@lru_cache(maxsize=1)
+def thread_limit() -> int:
+    """No stream has more threads than these."""
+    return len(usable_cores().numbers)
+
+
+def _lines(nbytes: int) -> int:
+    """Whole cache lines."""
+    return -(-nbytes // 64) * 64
+
+
+def _is_depthwise(layer: Layer, op: Conv, weights: Sequence[int]) -> bool:
+    """Every channel on its own, over at most two axes, in windows that the kernel has room to list the rows of."""
+    rank = len(op.strides)
+    if layer.planar or rank > 2 or weights[1] != 1 or op.group != weights[0]:
+        return False
+    high = (weights[2] - 1) * op.dilations[0] + 1 + op.strides[0] if rank == 2 else 1
+    return high <= ROWS
+
+
+def emit_depthwise(layer: Layer, op: Conv, weights: Floats) -> None:
+    """A convolution over one or two axes in as many groups as there are channels and results."""
+    lowering, finish = layer.lowering, layer.finish
+    geometry = geometry_of(op, weights.shape, layer.x.shape, layer.out.shape)
     channels = weights.shape[0]
-    packed = lowering.constant(aligned(weights.reshape(channels, -1).T))
-    lanes = min(target.vector_nbytes // 4, 1 << (channels.bit_length() - 1))
+    lanes = min(layer.shape.lanes, 1 << (channels.bit_length() - 1))
     rows = 1 if geometry.out_h == 1 else 2
     height = geometry.kernel_h if geometry.kernel_h <= 3 else 0
-    kernel = DepthwiseKernel(weights.shape[-1], height, op.dilations[-1], op.strides[-1], rows, lanes, epilogue)
+    kernel = DepthwiseKernel(
+        weights.shape[-1], height, op.dilations[-1], op.strides[-1], rows, lanes, finish.epilogue
+    )  # fmt: skip
+    packed = lowering.constant(depthwise_weights(weights))
     blank = lowering.constant(aligned(np.zeros(kernel.blank_elements(channels))))
-    buffers = (x.buffer, packed, blank, out.buffer, *(extra.buffer for extra in extras))
-    words = (*map(Address, buffers), caches().l1 // 2, caches().l2 // 2, *geometry)
-    inputs = (x.buffer, packed, blank, *(extra.buffer for extra in extras))
-    lowering.emit(Native(kernel, words), inputs, (out.buffer,))
+    addresses = map(Address, (layer.x.buffer, packed, blank, layer.out.buffer))
+    words = (*addresses, *finish.words, caches().l1 // 2, caches().l2 // 2, *geometry)
+    lowering.emit(Native(kernel, words), (layer.x.buffer, packed, blank, *finish.buffers), (layer.out.buffer,))
 
 
-def thread_scratch(lowering: Lowering, nbytes: int) -> tuple[int, int]:
-    """(a buffer of `nbytes` for every thread, how many threads that are)."""
-    slots = min(SLOTS, len(usable_cores().numbers))
-    return lowering.buffer(UINT8, (slots * nbytes,)), slots
+def emit_transposed(layer: Layer, op: ConvTranspose, weights: Floats) -> None:
+    """A transposed convolution that `has_phases`: each residue of the results' places modulo the strides is an ordinary
+    convolution with some of the taps."""
+    inside, outside = layer.x.shape[1:-1], layer.out.shape[1:-1]
+    channels, outputs, *kernel = weights.shape
+    by_group = weights.reshape(op.group, channels // op.group, outputs, *kernel)
+    ordinary = np.moveaxis(by_group, 2, 1).reshape(op.group * outputs, channels // op.group, *kernel)
+    for residues in product(*map(range, op.strides)):
+        phases = [_phase(op, kernel, axis, residue) for axis, residue in enumerate(residues)]
+        taps = np.ix_(range(ordinary.shape[0]), range(ordinary.shape[1]), *(phase.taps for phase in phases))
+        part = Conv(
+            (1,) * len(kernel), tuple(phase.before for phase in phases), (0,) * len(kernel),
+            tuple(phase.dilation for phase in phases), op.group,
+        )  # fmt: skip
+        counts = tuple(
+            dims.ceil_div(extent - residue, stride)
+            for extent, residue, stride in zip(outside, residues, op.strides, strict=True)
+        )
+        first: Dim = 0
+        for extent, residue in zip(outside, residues, strict=True):
+            first = first * extent + residue
+        chosen = np.ascontiguousarray(ordinary[taps])
+        shape = (layer.out.shape[0], *counts, layer.out.shape[-1])
+        geometry = geometry_of(part, chosen.shape, layer.x.shape, shape, steps=op.strides, full=outside)
+        place = all(len(phase.taps) == 1 and phase.before == 0 for phase in phases)
+        fits = all(_at_most(count, extent) for count, extent in zip(counts, inside, strict=True))
+        source = IN_PLACE if place and fits else WINDOWS
+        _emit_tiles(layer, source, op.group, chosen, geometry, first * (4 * layer.out.shape[-1]))
 
 
-def _scratch_nbytes(source: str, shape: TileShape, weights: Sequence[int], group: int) -> int:
-    """Room for the windows of a tile at least, a multiple of a cache line."""
-    elements = weights[1] * group if source == IN_PLACE else int(np.prod(weights[1:]))
-    nbytes = shape.rows * elements * 4 + SLACK
-    return -(-(nbytes if source == IN_PLACE else max(nbytes, SCRATCH)) // 64) * 64
+class _Phase(NamedTuple):
+    """Along one axis: the taps that reach results of one residue, in the order of the inputs they read."""
+
+    taps: list[int]
+    before: int
+    dilation: int
 
 
-def _is_pointwise(op: Conv, kernel: Sequence[int]) -> bool:
-    unit = all(extent == 1 for extent in (*kernel, *op.strides))
-    return unit and all(pad == 0 for pad in (*op.before, *op.after))
+def _phase(op: ConvTranspose, kernel: Sequence[int], axis: int, residue: int) -> _Phase:
+    stride, dilation, before = op.strides[axis], op.dilations[axis], dims.number(op.before[axis])
+    taps = [k for k in range(kernel[axis]) if (residue + before - k * dilation) % stride == 0][::-1]
+    first = (residue + before - taps[0] * dilation) // stride if taps else 0
+    return _Phase(taps, -first, dilation // gcd(stride, dilation))
 
 
-def geometry_of(op: Conv, weights: Sequence[int], x: Shape, out: Shape, *, planar: bool = False) -> Geometry:
-    """What kernels ask for; missing axes in front have extent 1."""
+def has_phases(op: ConvTranspose, kernel: Sequence[int]) -> bool:
+    """Whether `emit_transposed` knows how: pads are numbers, and every result has a tap."""
+    if not all(isinstance(pad, int) for pad in op.before):
+        return False
+    phases = [
+        _phase(op, kernel, axis, residue) for axis, stride in enumerate(op.strides) for residue in range(stride)
+    ]  # fmt: skip
+    return all(phase.taps and phase.dilation == 1 for phase in phases)
+
+
+def _at_most(count: Dim, extent: Dim) -> bool:
+    try:
+        return dims.less_equal(count, extent)
+    except dims.Undecided:
+        return False
+
+
+def geometry_of(
+    op: Conv, weights: Sequence[int], x: Shape, out: Shape, *, planar: bool = False,
+    steps: Sequence[int] | None = None, full: Shape | None = None,
+) -> Geometry:  # fmt: skip
+    """What kernels ask for; missing axes in front have extent 1. Results lie `steps` apart in a tensor of `full`
+    extents."""
     missing = AXES - len(op.strides)
-    spatial = (x[2:] if planar else x[1:-1]), out[1:-1], weights[2:], op.strides, op.dilations
-    inside, outside, kernel, strides, dilations = ((1,) * missing + tuple(axis) for axis in spatial)
+    ones: Shape = (1,) * missing
+    spatial = (x[2:] if planar else x[1:-1]), out[1:-1], tuple(weights[2:]), op.strides, op.dilations
+    inside, outside, kernel, strides, dilations = (ones + tuple(axis) for axis in spatial)
     pads = (0,) * missing + op.before
     return Geometry(
         dims.product(out[:-1]),
@@ -151,41 +228,11 @@ def geometry_of(op: Conv, weights: Sequence[int], x: Shape, out: Shape, *, plana
         *dilations,
         *(dims.maximum(pad, 0) for pad in pads),
         *(dims.maximum(-pad, 0) for pad in pads),
-        *(1, 1, 1),
-        *outside,
+        *(ones + tuple(steps or (1,) * len(op.strides))),
+        *(ones + tuple(full or out[1:-1])),
         x[1] if planar else x[-1],
         weights[1],
         op.group,
         weights[0],
         weights[0] // op.group,
     )
-
-
-def packed_weights(weights: Floats, group: int, shape: TileShape, *, planar: bool = False) -> Floats:
-    """For every group panels of the channels in as many vectors as they need, [depth, width] each, aligned.
-
-    The depth goes as windows do: kernel then channels, or channels then kernel if `planar`.
-    """
-    outputs, channels, *kernel = weights.shape
-    rank = len(kernel)
-    parts = weights.reshape(group, outputs // group, channels, *kernel)
-    order = (0, 2, *range(3, 3 + rank), 1) if planar else (0, *range(3, 3 + rank), 2, 1)
-    matrices = parts.transpose(order).reshape(group, -1, outputs // group)
-    return aligned(np.concatenate([part.ravel() for matrix in matrices for part in panels(matrix, shape)]))
-
-
-def panels(matrix: Floats, shape: TileShape) -> list[Floats]:
-    """[depth, channels] cut into panels, the last one padded to whole vectors."""
-    found = []
-    for start in range(0, matrix.shape[1], shape.width):
-        part = matrix[:, start : start + shape.width]
-        width = shape.panel_width(part.shape[1])
-        found.append(np.pad(part, ((0, 0), (0, width - part.shape[1]))))
-    return found
-
-
-def aligned(array: Any) -> Floats:
-    """A float32 copy that starts on a cache line, in large pages."""
-    result: Floats = PAGES.zeros(array.shape, np.float32)
-    result[...] = array
-    return result

@@ -186,6 +186,7 @@ def _forms(code: Code, shape: TileShape, g: Geometry, in_row: Reg) -> tuple[Reg,
     good = code.compare("icmp sge", times(code, g.out_w, i64(5)), times(code, computed, i64(4)))
     spread = _spread(code, g)
     dense = code.compare("icmp eq", g.dilation_w, i64(1))
+    good = code.binary("and", good, code.compare("icmp sle", g.stride_w, g.kernel_w))
     stretched = code.binary("and", code.binary("or", good, spread), dense)
     half = code.compare("icmp eq", g.out_w, i64(shape.few))
     half = code.binary("and", half, code.binary("xor", spread, yes))

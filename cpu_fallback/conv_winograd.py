@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cpu_fallback.code import Code, Reg, i64, vector
 from cpu_fallback.conv_tiles import LINE, RECORD, TileShape, call_tiles, define_tiles, tile_shape
 from cpu_fallback.conv_windows import SLACK, Geometry, Windows
-from cpu_fallback.epilogues import SCALAR, Epilogue, Place, stack
+from cpu_fallback.epilogues import Epilogue, Place, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
 from cpu_fallback.loops import THREAD, THREADS, Words, lane_mask
 from cpu_fallback.native import Target
@@ -69,13 +69,14 @@ class WinogradKernel:
 
     def write(self, code: Code, target: Target) -> None:
         words = Words(code)
-        pointers = words.pointers(4 + len(self.epilogue.kinds))
+        x, w, out = words.pointers(3)
+        operands = self.epilogue.addresses(words)
+        scratch = words.take("ptr")
         room, slots = words.numbers(2)
         geometry = Geometry(*words.numbers(len(Geometry._fields)))
+        scratch = code.at(scratch, times(code, THREAD, room))
         team = least(code, THREADS, slots)
-        scratch = code.at(pointers.pop(), times(code, THREAD, room))
-        x, w, out, *operands = pointers
-        _Writer(code, target, self.m, self.epilogue, x, w, out, tuple(operands), scratch, room, team, geometry).write()
+        _Writer(code, target, self.m, self.epilogue, x, w, out, operands, scratch, room, team, geometry).write()
 
 
 @dataclass(frozen=True)
@@ -332,10 +333,7 @@ class _Writer:
         pixel = times(code, g.outputs, i64(4))
         row = times(code, pixel, g.out_w)
         mask = lane_mask(code, self._lanes, left) if self.target.masked else None
-        operands = [
-            operand if kind == SCALAR else code.at(operand, channel)
-            for kind, operand in zip(self.epilogue.kinds, self.operands, strict=True)
-        ]
+        operands = self.epilogue.for_channel(code, self.operands, channel)
         columns = least(code, left, i64(self._lanes))
 
         def line(index: Reg, _: list[Reg]) -> list[Reg]:

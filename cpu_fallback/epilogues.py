@@ -1,6 +1,7 @@
 """Epilogues: an Expr applied to a tile of sums while it is in registers, or just after.
 
-Operands beyond the sums are one element, one element for every channel, or a tensor of the result's own shape.
+Operands beyond the sums are one element, one element for every channel, or a tensor of the result's own shape. Unusual
+numbers in an expression are operands too, so that layers which differ in a learned number share their kernels.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from cpu_fallback.calls import Address, Word
 from cpu_fallback.code import Code, Reg, i64, vector
 from cpu_fallback.lanes import is_supported, write_expr
-from cpu_fallback.loops import literal_zero, splat
+from cpu_fallback.loops import Words, literal_zero, splat
+from cpu_fallback.maps import Shape, hoisted
 from cpu_fallback.native import Target
 from cpu_fallback.vector_math import mangled
 from gpu_engine.ir import expr
@@ -19,7 +23,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.expr import Expr
 
-SCALAR, CHANNEL, FULL = "scalar", "channel", "full"
+SCALAR, CHANNEL, FULL, LITERAL = "scalar", "channel", "full", "literal"
 COSTS = {"div": 4, "sqrt": 4, "exp": 20, "log": 25, "tanh": 25, "erf": 40, "sin": 40, "cos": 40, "pow": 60}
 UNROLLED = 10
 """Costs of expressions up to which every vector of a tile gets code of its own."""
@@ -49,6 +53,15 @@ class Epilogue:
     def apply(self, code: Code, lanes: int, value: Reg, operands: Sequence[Reg]) -> Reg:
         """The result for sums `value` and operands in registers of as many lanes."""
         return write_expr(code, self.expr, dict(enumerate((value, *operands))), lanes)
+
+    def addresses(self, words: Words) -> tuple[Reg, ...]:
+        """The operands' addresses, read from a kernel's argument words; a literal lies among the words itself."""
+        return tuple(words.address() if kind == LITERAL else words.take("ptr") for kind in self.kinds)
+
+    def for_channel(self, code: Code, operands: Sequence[Reg], nbytes: Reg) -> list[Reg]:
+        """The operands' addresses for results that begin `nbytes` after channel 0."""
+        pairs = zip(self.kinds, operands, strict=True)
+        return [code.at(operand, nbytes) if kind in (CHANNEL, FULL) else operand for kind, operand in pairs]
 
     def moved(self, code: Code, operands: Sequence[Reg], nbytes: Reg) -> list[Reg]:
         """The addresses of the operands for a cell `nbytes` further in the result."""
@@ -103,7 +116,8 @@ class Epilogue:
         """The operands that are the same for every row, by number and vector."""
         loaded = {}
         for i, (kind, operand) in enumerate(zip(self.kinds, operands, strict=True)):
-            spread = splat(code, code.load("float", operand, 4), place.lanes) if kind == SCALAR else None
+            single = kind in (SCALAR, LITERAL)
+            spread = splat(code, code.load("float", operand, 4), place.lanes) if single else None
             for v in range(place.vectors):
                 if spread is not None:
                     loaded[i, v] = spread
@@ -138,7 +152,9 @@ class Epilogue:
             offset = code.binary("add", code.binary("mul", row, place.row), inner)
             values = []
             for kind, operand in zip(self.kinds, operands, strict=True):
-                at = code.at(operand, offset if kind == FULL else inner) if kind != SCALAR else operand
+                at = operand
+                if kind in (FULL, CHANNEL):
+                    at = code.at(operand, offset if kind == FULL else inner)
                 values.append(code.load("float", at, 4))
             own = code.at(code.at(stage, code.binary("mul", row, i64(place.row_nbytes))), inner)
             code.store(self.apply(code, 1, code.load("float", own, 4), values), code.at(place.base, offset), 4)
@@ -219,22 +235,41 @@ def stack(code: Code, nbytes: int) -> Reg:
     return Reg(name, "ptr")
 
 
-def epilogue_of(
-    root: Expr | None, shapes: Sequence[tuple[Dim, ...]], result: tuple[Dim, ...], target: Target
-) -> Epilogue | None:
-    """The epilogue of a result [..., channels] with operands of these shapes; None if it cannot run on tiles."""
+class Finish(NamedTuple):
+    """An epilogue with its operands: argument words, and the buffers among them."""
+
+    epilogue: Epilogue
+    words: tuple[Word, ...]
+    buffers: tuple[int, ...]
+
+    def shifted(self, nbytes: Dim) -> tuple[Word, ...]:
+        """The words for results that begin `nbytes` into the tensor."""
+        return tuple(
+            Address(word.buffer, nbytes) if isinstance(word, Address) and kind == FULL else word
+            for kind, word in zip(self.epilogue.kinds, self.words, strict=True)
+        )
+
+
+def finish_of(
+    root: Expr | None, operands: Sequence[tuple[int, Shape]], result: Shape, target: Target
+) -> Finish | None:
+    """The epilogue of a result [..., channels] with operands (buffer, shape); None if it cannot run on tiles."""
     if root is None:
-        return Epilogue()
+        return Finish(Epilogue(), (), ())
     used = {node.value: node.dtype for node in expr.walk(root) if node.op == "arg"}
-    kinds = tuple(operand_kind(shape, result) for shape in shapes)
-    if None in kinds or root.dtype != FLOAT32 or any(dtype != FLOAT32 for dtype in used.values()):
+    kinds = [operand_kind(shape, result) for _, shape in operands]
+    if root.dtype != FLOAT32 or any(dtype != FLOAT32 for dtype in used.values()) or not is_supported(root, target):
         return None
-    if not is_supported(root, target):
+    known = tuple(kind for kind in kinds if kind is not None)
+    if len(known) != len(kinds):
         return None
-    return Epilogue(expr.text(root), tuple(kind for kind in kinds if kind), root)
+    root, literals = hoisted(root, len(operands) + 1)
+    buffers = tuple(buffer for buffer, _ in operands)
+    epilogue = Epilogue(expr.text(root), known + (LITERAL,) * len(literals), root)
+    return Finish(epilogue, (*map(Address, buffers), *literals), buffers)
 
 
-def operand_kind(shape: tuple[Dim, ...], result: tuple[Dim, ...]) -> str | None:
+def operand_kind(shape: Shape, result: Shape) -> str | None:
     """How an operand of an epilogue lies beside the result [..., channels]; None if it broadcasts in another way."""
     if all(extent == 1 for extent in shape):
         return SCALAR

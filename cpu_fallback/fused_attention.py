@@ -7,11 +7,12 @@ from cpu_fallback.attention import lower_attention
 from cpu_fallback.attention_kernels import MOST_TILES, AttentionKernel
 from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native, Word
-from cpu_fallback.gemm import converted, thread_limit, tile_widths
+from cpu_fallback.gemm import converted
 from cpu_fallback.lanes import is_supported
 from cpu_fallback.loops import STRIDED
 from cpu_fallback.maps import broadcast_strides, collapsed, contiguous_strides, inner_access
 from cpu_fallback.native import Target, host
+from cpu_fallback.product_calls import thread_limit, tile_widths
 from cpu_fallback.tiles import TileShape, tile_shape
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim

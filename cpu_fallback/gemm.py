@@ -1,37 +1,20 @@
-"""MatMul as native steps: what is packed when, which axes are rows and which are batches."""
+"""MatMul as native steps: what is converted, and what is packed when."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from cpu_fallback import packing
-from cpu_fallback.caches import caches
-from cpu_fallback.calls import Address, Array, Native, Word
-from cpu_fallback.cores import usable_cores
-from cpu_fallback.dots import MOST_ROWS, Dots
-from cpu_fallback.gemm_driver import BLOCK_TILES, FEW_PANELS, PACKED, PLAIN, TRANSPOSED, Driver
-from cpu_fallback.gemm_kernels import GemmKernel
+from cpu_fallback.calls import Array
+from cpu_fallback.gemm_driver import PACKED, PLAIN, TRANSPOSED
 from cpu_fallback.lanes import COMPUTED, is_supported
 from cpu_fallback.linear import lower_matmul
-from cpu_fallback.loops import BROADCAST, CONTIGUOUS, STRIDED
-from cpu_fallback.maps import (
-    Shape,
-    broadcast_strides,
-    collapsed,
-    compacted,
-    contiguous_strides,
-    map_call,
-    operand_dtypes,
-)
+from cpu_fallback.maps import Shape, broadcast_strides, compacted, contiguous_strides, map_call, operand_dtypes
 from cpu_fallback.native import Target, host
-from cpu_fallback.tiles import TileShape, tile_shape
+from cpu_fallback.product_calls import Matrix, Operand, Product, emit_call
+from cpu_fallback.tiles import TileShape, narrow_terms, tile_shape
 from gpu_engine.ir import dims, expr
-from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import DType, compute_dtype, is_float
+from gpu_engine.ir.dtypes import INT16, INT32, DType, compute_dtype, is_float
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import MatMul
@@ -39,43 +22,6 @@ from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
 PAGE = 4096
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix in memory: strides over the batch axes, over rows and over columns. Panels have only the first."""
-
-    buffer: int
-    lead: Shape
-    row: Dim
-    column: Dim
-
-
-@dataclass(frozen=True)
-class Operand:
-    """The result or an operand of the epilogue: its buffer, bytes of an element, strides in elements over all axes."""
-
-    buffer: int
-    nbytes: int
-    strides: Shape
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product before its axes are arranged: `shape` is that of the result, `depth` the extent that is summed over.
-
-    `operands` are the result, then those of the epilogue; strides are in elements.
-    """
-
-    root: Expr
-    dtype: DType
-    tile: TileShape
-    form: str
-    a: Matrix
-    b: Matrix
-    shape: Shape
-    depth: Dim
-    operands: Sequence[Operand]
 
 
 def lower_gemm(lowering: Lowering, op: MatMul, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
@@ -87,24 +33,57 @@ def lower_gemm(lowering: Lowering, op: MatMul, node: Node, inputs: Buffers, outp
 def emit_product(
     lowering: Lowering, op: MatMul, node: Node, inputs: Buffers, outputs: Buffers, target: Target
 ) -> bool:  # fmt: skip
-    """Append the steps of a native product of floats; False if it has no native form."""
+    """Append the steps of a native product of floats, or of bytes with a constant; False if it has no native form."""
     product = op.accumulate or node.inputs[0].dtype
     root, used = compacted(op.epilogue or expr.arg(0, product))
-    dtype = compute_dtype(product)
-    if not is_float(product) or COMPUTED.get(dtype) not in ("float", "double") or used[:1] != (0,):
+    if used[:1] != (0,) or not is_supported(root, target):
         return False
-    converts = [is_supported(expr.cast(expr.arg(0, value.dtype), dtype), target) for value in node.inputs[:2]]
-    if not is_supported(root, target) or not all(converts):
-        return False
-    result, tile = node.outputs[0], tile_shape(target, COMPUTED[dtype])
-    operands = [Operand(outputs[0], root.dtype.itemsize, contiguous_strides(result.shape))]
+    operands = [Operand(outputs[0], root.dtype.itemsize, contiguous_strides(node.outputs[0].shape))]
     for position, kind in zip(used[1:], operand_dtypes(root)[1:], strict=True):
-        strides = broadcast_strides(node.inputs[1 + position].shape, result.shape)
+        strides = broadcast_strides(node.inputs[1 + position].shape, node.outputs[0].shape)
         operands.append(Operand(inputs[1 + position], kind.itemsize, strides))
+    make = _float_product if is_float(product) else _byte_product
+    found = make(lowering, op, node, inputs, root, operands, target)
+    if found is not None:
+        emit_call(lowering, found)
+    return found is not None
+
+
+def _float_product(
+    lowering: Lowering, op: MatMul, node: Node, inputs: Buffers, root: Expr, operands: list[Operand], target: Target
+) -> Product | None:
+    dtype = compute_dtype(op.accumulate or node.inputs[0].dtype)
+    casts = [expr.cast(expr.arg(0, value.dtype), dtype) for value in node.inputs[:2]]
+    if COMPUTED.get(dtype) not in ("float", "double") or not all(is_supported(cast, target) for cast in casts):
+        return None
+    tile = tile_shape(target, COMPUTED[dtype])
     a, b, form = _factors(lowering, op, node, inputs, tile, dtype)
     depth = node.inputs[0].shape[-2 if op.transpose_a else -1]
-    _emit(lowering, Product(root, dtype, tile, form, a, b, result.shape, depth, operands))
-    return True
+    return Product(root, dtype, tile, form, a, b, node.outputs[0].shape, depth, operands, dtype.itemsize)
+
+
+def _byte_product(
+    lowering: Lowering, op: MatMul, node: Node, inputs: Buffers, root: Expr, operands: list[Operand], target: Target
+) -> Product | None:
+    """Of rows of bytes with a constant; where the processor cannot multiply bytes they become int16.
+
+    Lanes that reach behind the end of a row of A meet zeros in B.
+    """
+    a, b = node.inputs[:2]
+    terms = narrow_terms(target, a.dtype, b.dtype) if op.accumulate == INT32 and not op.transpose_a else 0
+    if not terms or b.constant is None:
+        return None
+    tile = tile_shape(target, "i32", terms)
+    buffer = inputs[0] if terms == 4 else converted(lowering, inputs[0], a.shape, INT16)
+    packed = packing.pack_narrow_panels(_oriented(b.constant, op.transpose_b), tile)
+    batch = node.outputs[0].shape[:-2]
+    *lead, row, _ = broadcast_strides(a.shape, (*batch, *a.shape[-2:]))
+    *lead_b, _ = broadcast_strides(packed.shape, (*batch, packed.shape[-1]))
+    left = Matrix(buffer, tuple(lead), row, terms)
+    right = Matrix(lowering.constant(packed), tuple(lead_b), 0, 0)
+    depth = dims.ceil_div(a.shape[-1], terms)
+    nbytes = INT32.itemsize // terms
+    return Product(root, INT32, tile, PACKED, left, right, node.outputs[0].shape, depth, operands, nbytes)
 
 
 def _factors(
@@ -161,124 +140,3 @@ def _constant_rows(
 
 def _oriented(array: Array, transposed: bool) -> Array:
     return array.swapaxes(-1, -2) if transposed else array
-
-
-@dataclass(frozen=True)
-class Arranged:
-    """A product as the kernel computes it: m rows and n columns for every point of the batch axes; strides in bytes."""
-
-    m: Dim
-    n: Dim
-    batch: Shape
-    form: str
-    a: Matrix
-    b: Matrix
-    operands: Sequence[Matrix]
-
-
-def _arranged(product: Product) -> Arranged:
-    """Batch axes that A and the result walk like rows, and B does not walk, become rows. One column becomes a row."""
-    streams = [(*product.a.lead, product.a.row), (*product.b.lead, 0)]
-    streams += [operand.strides[:-1] for operand in product.operands]
-    axes = collapsed(product.shape[:-1], streams)
-    m, rows = axes.pop() if axes and axes[-1][1][1] == 0 else (1, [0] * len(streams))
-    size = product.dtype.itemsize
-
-    def lead(i: int, nbytes: int) -> Shape:
-        return tuple(strides[i] * nbytes for _, strides in axes)
-
-    a = Matrix(product.a.buffer, lead(0, size), rows[0] * size, product.a.column * size)
-    b = Matrix(product.b.buffer, lead(1, size), product.b.row * size, product.b.column * size)
-    operands = [
-        Matrix(operand.buffer, lead(i, operand.nbytes), rows[i] * operand.nbytes, operand.strides[-1] * operand.nbytes)
-        for i, operand in enumerate(product.operands, 2)
-    ]
-    batch = tuple(extent for extent, _ in axes)
-    if product.form == PACKED or product.shape[-1] != 1:
-        return Arranged(m, product.shape[-1], batch, product.form, a, b, operands)
-    turned = [Matrix(x.buffer, x.lead, x.column, x.row) for x in (b, a, *operands)]
-    return Arranged(1, m, batch, PLAIN if turned[1].column == size else TRANSPOSED, turned[0], turned[1], turned[2:])
-
-
-def _emit(lowering: Lowering, product: Product) -> None:
-    found, size = _arranged(product), product.dtype.itemsize
-    batches = dims.product(found.batch)
-    sizes = [operand.nbytes for operand in product.operands]
-    accesses = tuple(
-        BROADCAST if operand.column == 0 else CONTIGUOUS if operand.column == nbytes else STRIDED
-        for operand, nbytes in zip(found.operands[1:], sizes[1:], strict=True)
-    )
-    few = isinstance(found.m, int) and 1 <= found.m <= MOST_ROWS
-    rows: tuple[int, ...] = ()
-    vectors: tuple[int, ...] = ()
-    scratch: Buffers = ()
-    room: tuple[Dim, ...] = ()
-    driver: Driver | Dots
-    if found.form == TRANSPOSED and few and found.a.column == size:
-        driver = Dots(product.dtype, dims.number(found.m), len(found.batch))
-    else:
-        rows, vectors = _heights(found.m, product.tile), tile_widths(found.n, product.tile)
-        packs = _packs(found.m, found.n, product.tile)
-        driver = Driver(product.dtype, found.form, packs, len(found.batch), sizes[0], caches())
-        scratch, room = _scratch(lowering, product, found, packs)
-    line = found.b.column if found.form == TRANSPOSED else found.b.row
-    kernel = GemmKernel(driver, rows, vectors, expr.text(product.root), accesses, product.root)
-    result, *extras = found.operands
-    words: list[Word] = [Address(buffer) for buffer in (found.a.buffer, found.b.buffer, result.buffer, *scratch)]
-    words += [found.m, found.n, product.depth, found.a.row, found.a.column, line, *room, batches, *found.batch[1:]]
-    words += [*found.a.lead, *found.b.lead, *result.lead]
-    words += [Address(extra.buffer) for extra in extras]
-    words += [stride for extra in extras for stride in extra.lead]
-    words += [extra.row for extra in extras]
-    words += [extra.column for extra, access in zip(extras, accesses, strict=True) if access == STRIDED]
-    inputs = (product.a.buffer, product.b.buffer, *(extra.buffer for extra in extras))
-    in_place = tuple(
-        2 + i
-        for i, operand in enumerate(product.operands[1:])
-        if operand.strides == product.operands[0].strides and sizes[1 + i] == sizes[0]
-    )  # fmt: skip
-    lowering.emit(Native(kernel, tuple(words)), inputs, (result.buffer,), scratch=scratch, in_place=in_place)
-
-
-def _scratch(
-    lowering: Lowering, product: Product, found: Arranged, packs: bool
-) -> tuple[Buffers, tuple[Dim, ...]]:  # fmt: skip
-    """Scratch buffers, and (threads that the scratch for A has room for, bytes for each)."""
-    scratch: list[int] = []
-    room: tuple[Dim, ...] = ()
-    depth, size = product.depth, product.dtype.itemsize
-    if packs:
-        tile = depth * (packing.ROWS * size)
-        most = dims.minimum(tile * BLOCK_TILES[1], caches().l2 // 2)
-        block = dims.maximum(tile * BLOCK_TILES[0], most)
-        nbytes = dims.minimum(block, dims.ceil_div(found.m, product.tile.rows) * tile)
-        room = (thread_limit(), nbytes)
-        scratch.append(lowering.buffer(product.dtype, (room[0], dims.floor_div(nbytes, size))))
-    if found.form != PACKED:
-        columns = packing.padded(found.n, product.tile.lanes)
-        scratch.append(lowering.buffer(product.dtype, (dims.product(found.batch), depth, columns)))
-    return tuple(scratch), room
-
-
-@lru_cache(maxsize=1)
-def thread_limit() -> int:
-    """No stream has more threads than these."""
-    return len(usable_cores().numbers)
-
-
-def _heights(m: Dim, shape: TileShape) -> tuple[int, ...]:
-    if not isinstance(m, int):
-        return tuple(range(1, shape.rows + 1))
-    return tuple(sorted({count for count in (min(m, shape.rows), m % shape.rows) if count}))
-
-
-def tile_widths(n: Dim, shape: TileShape) -> tuple[int, ...]:
-    """The vectors that panels of n columns can have."""
-    if not isinstance(n, int):
-        return tuple(range(1, shape.vectors + 1))
-    return tuple(sorted(set(packing.panel_widths(n, shape))))
-
-
-def _packs(m: Dim, n: Dim, shape: TileShape) -> bool:
-    few = isinstance(n, int) and len(packing.panel_widths(n, shape)) < FEW_PANELS
-    return not few and not (isinstance(m, int) and m <= shape.rows)

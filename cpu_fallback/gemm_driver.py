@@ -17,12 +17,11 @@ from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.lanes import COMPUTED
 from cpu_fallback.loops import THREAD, THREADS, Words, least, row_offsets, thread_share
 from cpu_fallback.native import Target, attributes
-from cpu_fallback.tiles import tile_shape
+from cpu_fallback.tiles import TileShape, tile_shape
 from gpu_engine.ir.dtypes import DType
 
 PACKED, PLAIN, TRANSPOSED = "packed", "plain", "transposed"
 PARAMETERS = "ptr %block, i64 %thread, i64 %threads, ptr %tiles, ptr %finish, i1 %direct"
-FINISH = "ptr %block, i64 %batch, i64 %row, i64 %column, i64 %rows, i64 %columns, ptr %sums"
 TILES, EPILOGUE, DIRECT = Reg("%tiles", "ptr"), Reg("%finish", "ptr"), Reg("%direct", "i1")
 BLOCK_TILES = (4, 16)
 """The least and the greatest number of tiles of rows in a block."""
@@ -34,11 +33,11 @@ FEW_PANELS = 4
 class Driver:
     """A B over batches, by content.
 
-    `dtype` is what is multiplied and summed in. B comes in panels (`PACKED`), or as it is: rows (`PLAIN`) or columns
-    (`TRANSPOSED`) contiguous. `packs`: blocks of A may be packed. `rank` batch axes are left. A result has
-    `result_nbytes`.
+    `dtype` is what is multiplied and summed in, `terms` products at a time (see `TileShape`). B comes in panels
+    (`PACKED`), or as it is: rows (`PLAIN`) or columns (`TRANSPOSED`) contiguous. `packs`: blocks of A may be packed.
+    `rank` batch axes are left. A result has `result_nbytes`.
 
-    Words: see `Arguments`. The function is called with PARAMETERS: a table of tiles, the epilogue, called with FINISH,
+    Words: see `Arguments`. The function is called with PARAMETERS: a table of tiles, the epilogue (see `blocks`)
     and whether sums are results as they are, which then go where they belong at once, but for columns that fill no
     vector.
     """
@@ -49,16 +48,20 @@ class Driver:
     rank: int
     result_nbytes: int
     caches: Caches
+    terms: int = 1
+
+    def tile(self, target: Target) -> TileShape:
+        return tile_shape(target, COMPUTED[self.dtype], self.terms)
 
     def line_nbytes(self, target: Target) -> int:
         """Bytes of a row of sums as the epilogue gets them."""
-        return tile_shape(target, COMPUTED[self.dtype]).line
+        return self.tile(target).line
 
     def define(self, code: Code, target: Target) -> str:
         """The name of the function."""
         form = self.b_form + "_packing" * self.packs
         sizes = f"{self.rank}_{self.result_nbytes}_{self.caches.l1}_{self.caches.l2}"
-        name = f"gemm_{self.dtype}_{form}_{sizes}"
+        name = f"gemm_{self.dtype}_{self.terms}_{form}_{sizes}"
         code.define(name, PARAMETERS, attributes(target), lambda inner: _Writer(self, inner, target).write())
         return name
 
@@ -99,7 +102,7 @@ class Arguments:
 class _Writer:
     def __init__(self, driver: Driver, code: Code, target: Target) -> None:
         self.driver, self.code, self.target = driver, code, target
-        self.shape = tile_shape(target, COMPUTED[driver.dtype])
+        self.shape = driver.tile(target)
         self.given = Arguments(driver, code)
         self.n, self.k = self.given.n, self.given.k
         self.panels = packing.panels(code, self.n, self.shape)
@@ -292,11 +295,6 @@ class _Writer:
         inner = code.binary("mul", column, i64(self.driver.result_nbytes))
         place = code.at(code.at(c, code.binary("mul", row, c_row)), inner)
         to = code.select(direct, place, self.buffer), code.select(direct, c_row, i64(shape.line))
-        call_block(code, self.block, TILES, count, self.k, lines, b, width, self.buffer, to)
-
-        def finish() -> list[Reg]:
-            arguments = Reg("%block", "ptr"), batch, row, column, count, least(code, left, whole), self.buffer
-            packing.call(code, EPILOGUE.name, *arguments)
-            return []
-
-        code.either(direct, lambda: [], finish)
+        epilogue = code.select(direct, Reg("null", "ptr"), EPILOGUE)
+        finish = epilogue, Reg("%block", "ptr"), batch, row, column, least(code, left, whole)
+        call_block(code, self.block, TILES, count, self.k, lines, b, width, self.buffer, to, finish)

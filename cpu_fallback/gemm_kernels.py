@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cpu_fallback import packing
+from cpu_fallback.blocks import FINISH
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.dots import Dots
-from cpu_fallback.gemm_driver import FINISH, PARAMETERS, Arguments, Driver
-from cpu_fallback.lanes import COMPUTED, STORED, narrowed, widened, write_expr
+from cpu_fallback.gemm_driver import PARAMETERS, Arguments, Driver
+from cpu_fallback.lanes import STORED, narrowed, widened, write_expr
 from cpu_fallback.loops import (
     BROADCAST,
     CONTIGUOUS,
@@ -25,7 +26,7 @@ from cpu_fallback.loops import (
 )
 from cpu_fallback.maps import lane_count, operand_dtypes
 from cpu_fallback.native import Target, attributes
-from cpu_fallback.tiles import tile_shape, tile_table
+from cpu_fallback.tiles import tile_table
 from gpu_engine.ir.expr import Expr
 
 
@@ -49,7 +50,7 @@ class GemmKernel:
         driver = self.driver.define(code, target)
         table = Reg("null", "ptr")
         if isinstance(self.driver, Driver):
-            shape = tile_shape(target, COMPUTED[self.driver.dtype])
+            shape = self.driver.tile(target)
             table = Reg(f"@{tile_table(code, target, shape, self.rows, self.vectors)}", "ptr")
         finish = f"finish_{self._digest}"
         code.define(finish, FINISH, attributes(target), lambda inner: self._finish(inner, target))

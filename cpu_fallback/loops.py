@@ -60,6 +60,11 @@ class Words:
     def numbers(self, count: int) -> list[Reg]:
         return [self.take() for _ in range(count)]
 
+    def address(self) -> Reg:
+        """Where the next word lies, which holds data."""
+        self._next += 1
+        return self._code.at(BLOCK, i64(8 * (self._next - 1)))
+
 
 def least(code: Code, a: Reg, b: Reg) -> Reg:
     return code.select(code.compare("icmp slt", a, b), a, b)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cpu_fallback.attention import lower_attention
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
 from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
+from cpu_fallback.fused_attention import lower_fused_attention
 from cpu_fallback.gemm import lower_gemm
 from cpu_fallback.maps import map_call
 from cpu_fallback.movement import (
@@ -63,7 +63,7 @@ def lower_map(lowering: Lowering, op: Map, node: Node, inputs: Buffers, outputs:
 
 
 LOWERINGS: dict[type, LowerOp] = {
-    Attention: lower_attention,
+    Attention: lower_fused_attention,
     Concat: lower_concat,
     Conv: lower_conv,
     ConvTranspose: lower_conv_transpose,

@@ -27,6 +27,7 @@ class Target:
 
     A vector has `vector_nbytes`. With `masked`, loads and stores under a mask cost nothing (AVX-512); else the tail of
     an axis goes through the stack. `halves` says that float16 converts in hardware; there are `registers` for vectors.
+    `x86` allows that family's own intrinsics.
     """
 
     cpu: str
@@ -35,6 +36,7 @@ class Target:
     masked: bool
     halves: bool
     registers: int = 16
+    x86: bool = True
 
 
 class Kernel(Protocol):
@@ -53,10 +55,12 @@ def host() -> Target:
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()
     wide = all(features.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
-    arm = llvm.get_default_triple().startswith(("aarch64", "arm64"))
+    triple = llvm.get_default_triple()
+    arm, x86 = triple.startswith(("aarch64", "arm64")), triple.startswith(("x86_64", "amd64"))
     nbytes = 64 if wide else 32 if features.get("avx2") and features.get("fma") else 16
     halves = arm or bool(features.get("f16c"))
-    return Target(llvm.get_host_cpu_name(), features.flatten(), nbytes, wide, halves, 32 if wide or arm else 16)
+    registers = 32 if wide or arm else 16
+    return Target(llvm.get_host_cpu_name(), features.flatten(), nbytes, wide, halves, registers, x86)
 
 
 class Library:

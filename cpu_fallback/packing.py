@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from cpu_fallback.calls import Array
 from cpu_fallback.code import Code, Reg, i64, lane_count, vector
 from cpu_fallback.loops import lane_mask, least, literal_zero
@@ -50,6 +52,16 @@ def pack_panels(b: Array, shape: TileShape, dtype: Any) -> Array:
         panel[..., : min(stop, n) - start] = b[..., start:stop]
         start = stop
     return packed
+
+
+def pack_narrow_panels(b: Array, shape: TileShape) -> Array:
+    """b [..., K, N] of bytes as panels whose int32 elements are `terms` consecutive elements of a column each."""
+    *lead, depth, n = b.shape
+    groups = -(-depth // shape.terms)
+    filled = np.zeros((*lead, groups * shape.terms, n), np.int16 if shape.terms == 2 else b.dtype)
+    filled[..., :depth, :] = b
+    columns = filled.reshape(*lead, groups, shape.terms, n).swapaxes(-1, -2)
+    return pack_panels(np.ascontiguousarray(columns).view(np.int32)[..., 0], shape, np.int32)
 
 
 @dataclass(frozen=True)

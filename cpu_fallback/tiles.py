@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cpu_fallback.code import Code, Reg, element, i64, literal, vector
+from cpu_fallback.code import Code, Reg, element, i64, lane_count, literal, vector
 from cpu_fallback.loops import least, splat
 from cpu_fallback.native import Target, attributes
 from cpu_fallback.vector_math import mangled
+from gpu_engine.ir.dtypes import INT8, UINT8, DType
 
 PARAMETERS = (
     "i64 %rows, i64 %depth, ptr %a, i64 %a_row, i64 %a_step, ptr %b, i64 %b_row, "
@@ -30,12 +31,17 @@ SUMS = 8
 
 @dataclass(frozen=True)
 class TileShape:
-    """The largest tile: `rows` times `vectors` vectors of `lanes` elements of the LLVM type `scalar`."""
+    """The largest tile: `rows` times `vectors` vectors of `lanes` elements of the LLVM type `scalar`.
+
+    With `terms` above 1 an i32 element of A and of B holds so many narrow integers, whose products a step adds up:
+    two int16 each, or four uint8 of A and int8 of B.
+    """
 
     rows: int
     vectors: int
     lanes: int
     scalar: str
+    terms: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -57,20 +63,20 @@ class TileShape:
         return next(height for height in HEIGHTS if height >= rows)
 
 
-def tile_shape(target: Target, scalar: str) -> TileShape:
+def tile_shape(target: Target, scalar: str, terms: int = 1) -> TileShape:
     """8 x 3 of 32 vector registers, 6 x 2 of 16: what benchmarks/gemm.py found fastest.
 
     More rows than 8 would need more addresses than there are general registers, and lines of rows that lie a power of
     two apart would push each other out of the first cache.
     """
     rows, vectors = (8, 3) if target.registers >= 32 else (6, 2)
-    return TileShape(rows, vectors, target.vector_nbytes // NBYTES[scalar], scalar)
+    return TileShape(rows, vectors, target.vector_nbytes // NBYTES[scalar], scalar, terms)
 
 
 def tile_table(code: Code, target: Target, shape: TileShape, rows: Iterable[int], vectors: Iterable[int]) -> str:
     """The name of a table of tile functions for these numbers of rows and of vectors: see `call_tile`."""
     heights, widths = sorted({shape.height(count) for count in rows}), sorted(set(vectors))
-    stem = f"tile_{shape.scalar}{shape.lanes}"
+    stem = f"tile_{shape.scalar}{shape.lanes}_{shape.terms}"
     name = "_".join(map(str, (stem, shape.rows, shape.vectors, "heights", *heights, "widths", *widths)))
     if name in code.definitions:
         return name
@@ -107,6 +113,27 @@ def multiply_add(code: Code, a: Reg, b: Reg, c: Reg) -> Reg:
     if element(a.type) in ("float", "double"):
         return code.call(a.type, f"llvm.fma.{mangled(a.type)}", a, b, c)
     return code.binary("add", code.binary("mul", a, b), c)
+
+
+def narrow_multiply_add(code: Code, terms: int, a: Reg, b: Reg, c: Reg) -> Reg:
+    """c plus the sum of the products of the narrow integers in every lane of a and b, exactly; on x86.
+
+    https://www.intel.com/content/www/us/en/docs/intrinsics-guide (vpdpbusd, vpmaddwd)
+    """
+    lanes = lane_count(c.type)
+    if terms == 4:
+        return code.call(c.type, f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", c, a, b)
+    name = {16: "avx512.pmaddw.d.512", 8: "avx2.pmadd.wd", 4: "sse2.pmadd.wd"}[lanes]
+    pairs = [code.convert("bitcast", x, vector(2 * lanes, "i16")) for x in (a, b)]
+    return add(code, code.call(c.type, f"llvm.x86.{name}", *pairs), c)
+
+
+def narrow_terms(target: Target, a: DType, b: DType) -> int:
+    """How many products of these bytes a lane adds up in one step; 0 if this processor has no instruction for it."""
+    if not target.x86 or not {a, b} <= {INT8, UINT8}:
+        return 0
+    bytes_too = "+avx512vnni" in target.features and "+avx512vl" in target.features
+    return 4 if bytes_too and (a, b) == (UINT8, INT8) else 2
 
 
 def add(code: Code, a: Reg, b: Reg) -> Reg:
@@ -191,7 +218,11 @@ class _Tile:
         for i, place in enumerate(places):
             spread = splat(code, code.load(self.shape.scalar, place, nbytes), self.shape.lanes)
             for j, factor in enumerate(factors):
-                result.append(multiply_add(code, spread, factor, sums[i * self.width + j]))
+                operands = spread, factor, sums[i * self.width + j]
+                terms = self.shape.terms
+                result.append(
+                    narrow_multiply_add(code, terms, *operands) if terms > 1 else multiply_add(code, *operands)
+                )  # fmt: skip
         return result
 
 

@@ -73,7 +73,7 @@ def assert_product(got: Array, a: Array, b: Array, slack: float = 1.0) -> None:
     assert (np.abs(got - exact) <= bound).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=EXTENTS, k=DEPTHS, n=EXTENTS,
     transposes=st.tuples(st.booleans(), st.booleans()), threads=st.integers(1, 3), seed=st.integers(0, 99),
@@ -98,7 +98,7 @@ def test_symbolic_extents(
     assert_product(got, a, b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=EXTENTS, k=DEPTHS, n=EXTENTS, constant=st.integers(0, 1),
     transposes=st.tuples(st.booleans(), st.booleans()), threads=st.integers(1, 3), seed=st.integers(0, 99),
@@ -124,7 +124,7 @@ def test_constant_operands(
     assert_product(got, a, b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=st.integers(1, 4), k=DEPTHS, n=st.one_of(EXTENTS, st.just(500)),
     threads=st.integers(1, 3), seed=st.integers(0, 99), batch=st.sampled_from([(), (2,), (3, 2)]),
@@ -146,7 +146,7 @@ def test_few_rows_times_columns_in_place(
     assert_product(got, a, b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=st.one_of(EXTENTS, st.just(500)), k=DEPTHS,
     transposes=st.tuples(st.booleans(), st.booleans()), constants=st.sampled_from([(), (0,), (1,)]),
@@ -246,6 +246,41 @@ def test_errors_are_those_of_blas(target: Target, depth: int) -> None:
     got = run_node(emit_product, MatMul(), [a, b], target)
     own, other = (np.sqrt(((x - exact) ** 2).mean()) for x in (got, a @ b))
     assert own <= 1.25 * other
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    target=st.sampled_from(targets()), m=EXTENTS, k=DEPTHS, n=EXTENTS, transposed=st.booleans(),
+    kinds=st.sampled_from([(np.uint8, np.int8), (np.int8, np.int8), (np.uint8, np.uint8), (np.int8, np.uint8)]),
+    batch=st.sampled_from([((), ()), ((3,), ()), ((2,), (2,))]), threads=st.integers(1, 3), seed=st.integers(0, 99),
+    extreme=st.booleans(),
+)  # fmt: skip
+def test_bytes(
+    target: Target, m: int, k: int, n: int, transposed: bool, kinds: Any, batch: Any, threads: int, seed: int,
+    extreme: bool,
+) -> None:  # fmt: skip
+    random = np.random.default_rng(seed)
+    limits = [np.iinfo(kind) for kind in kinds]
+    a, b = (
+        random.choice([limit.min, limit.max], (*lead, *tail)).astype(kind)
+        if extreme
+        else random.integers(limit.min, limit.max + 1, (*lead, *tail), kind)
+        for lead, tail, kind, limit in zip(batch, ((m, k), (k, n)), kinds, limits, strict=True)
+    )
+    values: dict[str, int] = {}
+    shapes = {0: symbols(a.shape, [*["batch0"] * len(batch[0]), "m", "k"], values)}
+    shapes[0] = (*shapes[0][:-1], k)
+    product = expr.arg(0, INT32)
+    zero = random.integers(-9, 9, (n,), np.int32)
+    root = expr.cast(product - expr.arg(1, INT32), FLOAT32) * 0.5
+    for op, extras in ((MatMul(False, transposed, accumulate=INT32), []),
+                       (MatMul(False, transposed, root, INT32), [zero])):  # fmt: skip
+        operands = [a, stored(b, transposed), *extras]
+        got = run_node(
+            emit_product, op, operands, target, constants=(1,), threads=threads, shapes=shapes, values=values
+        )  # fmt: skip
+        exact = a.astype(np.int64) @ b.astype(np.int64)
+        np.testing.assert_array_equal(got, (exact - zero).astype(np.float32) / 2 if extras else exact)
 
 
 def test_integers_and_unused_products_have_no_native_form() -> None:

@@ -185,5 +185,6 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(UnsupportedModel, match="GroupQueryAttention"):
             graph_of(node_model("GroupQueryAttention", CALLS["next token"], {**HEADS, **attributes}))
     inputs = {"x": numbers(B, S, N * D), "p": integers(0, 12, 3, B, S), **caches(D // 2)}
-    with pytest.raises(InvalidModel, match="sections"):
-        graph_of(node_model("MRotaryEmbedding", inputs, {"mrope_section": [2, 2]}))
+    for sections in ([2, 2], [2, 2, 2], [D, -D // 2, 0]):
+        with pytest.raises(InvalidModel, match="sections"):
+            graph_of(node_model("MRotaryEmbedding", inputs, {"mrope_section": sections}))

@@ -30,16 +30,18 @@ CUTS: list[dict[str, Any]] = [
 ]
 
 
+CHARACTERS: list[dict[str, Any]] = [{"separators": [""]}, {"tokenexp": "."}]
+"""Where every token is one character and onnxruntime refuses to wish for longer ones."""
+
+
 def texts(*values: str) -> Array:
     return np.array([*values, None], object)[:-1]
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize(("cut", "least"), [(cut, least) for cut in CUTS for least in (1, 2)
+                                            if least == 1 or cut not in CHARACTERS], ids=str)  # fmt: skip
 @pytest.mark.parametrize("mark", [0, 1])
-@pytest.mark.parametrize("least", [1, 2])
 def test_tokenizer(cut: dict[str, Any], mark: int, least: int) -> None:
-    if least == 2 and (cut.get("separators") == [""] or cut.get("tokenexp") == "."):
-        pytest.skip("onnxruntime refuses to drop single characters where these are all there are")
     attributes = {"mark": mark, "mincharnum": least, "pad_value": "#", **cut}
     agree("Tokenizer", {"x": texts(*TEXTS)}, **attributes)
     agree("Tokenizer", {"x": texts(*TEXTS).reshape(2, 4)}, **attributes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.operators.integer import integer_matmul
 from gpu_engine.frontend.operators.quantization import dynamic_quantize_linear
 from gpu_engine.frontend.operators.recurrent import activation_exprs, directions_of, recur, split_bias
@@ -29,7 +30,7 @@ def dynamic_quantize_lstm(
     r_scale: Value | None = None,
     r_zero_point: Value | None = None,
     *,
-    hidden_size: int,
+    hidden_size: int = 0,
     direction: str = "forward",
     activations: Sequence[str] = (),
     activation_alpha: Sequence[float] = (),
@@ -47,7 +48,10 @@ def dynamic_quantize_lstm(
     functions = activation_exprs(x.dtype, "lstm", len(reverse), activations, activation_alpha, activation_beta)
     products = _input_products(b, x, w, w_scale, w_zero_point)
     if bias is not None:
-        outside, _ = split_bias(b, bias, 4 * hidden_size, 0)
+        width = 4 * hidden_size if hidden_size else r.shape[2]
+        if not isinstance(width, int):
+            raise InvalidModel(f"hidden_size must be known when the model is compiled: {r.type}")
+        outside, _ = split_bias(b, bias, width, 0)
         products = emit_map(b, lambda e, c: e + c, products, outside)
     op = ops.Recurrent("lstm", reverse, functions, clip=clip, input_forget=bool(input_forget))
     states = {

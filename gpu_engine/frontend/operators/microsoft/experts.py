@@ -76,10 +76,10 @@ def quantized_mixture_of_experts(
     x: Value,
     router_probs: Value,
     fc1_weights: Value,
-    fc1_scales: Value,
+    fc1_scales: Value | None,
     fc1_bias: Value | None,
     fc2_weights: Value,
-    fc2_scales: Value,
+    fc2_scales: Value | None = None,
     fc2_bias: Value | None = None,
     fc3_weights: Value | None = None,
     fc3_scales: Value | None = None,
@@ -124,7 +124,8 @@ def quantized_mixture_of_experts(
             (fc3_weights, fc3_scales, fc3_zero_points, fc3_expert_weight_bits, fc3_bias),
         )
     ]
-    assert layers[0] is not None and layers[1] is not None
+    if layers[0] is None or layers[1] is None:
+        raise InvalidModel("weights of integers without scales")
     gate = Gate(activation_type, activation_alpha, activation_beta, swiglu_fusion, swiglu_limit)
     shares = routed(b, router_probs, k, bool(normalize_routing_weights), router_weights)
     return mixed(b, x, shares, gate, layers[0], layers[1], layers[2])

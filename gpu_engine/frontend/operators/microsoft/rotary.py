@@ -60,8 +60,9 @@ def multimodal_rotary_embedding(
     scale: float = 1.0,
 ) -> Value:
     """https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MRotaryEmbedding"""
-    if len(mrope_section) != 3 or position_ids.rank != 3:
-        raise InvalidModel(f"the sections {list(mrope_section)} for positions {position_ids.type}")
+    held = cos_cache.shape[1]
+    if len(mrope_section) != 3 or min(mrope_section) < 0 or position_ids.rank != 3 or sum(mrope_section) != held:
+        raise InvalidModel(f"the sections {list(mrope_section)} of {held} for positions {position_ids.type}")
     heads = heads_apart(b, x, cos_cache, num_heads)
     stream = b.constant(section_streams(mrope_section, interleaved=bool(mrope_layout)))
 

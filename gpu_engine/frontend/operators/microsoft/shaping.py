@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.operators.generator import range_, trilu
 from gpu_engine.frontend.operators.microsoft.domain import MICROSOFT
 from gpu_engine.frontend.operators.movement import pad
@@ -75,9 +74,11 @@ def torch_embedding(
 def unfold_tensor(b: Builder, x: Value, *, size: int, dim: int = -1, step: int = 1) -> Value:
     """https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.UnfoldTensor"""
     axis = normal_axis(dim, x.rank)
+    if size < 1 or step < 1:
+        raise InvalidModel(f"slices of {size} elements, {step} apart")
     count = dims.floor_div(x.shape[axis] - size, step) + 1
     starts = b.emit(ops.Reshape((count, 1)), b.emit(ops.Iota(count, INT64)))
-    places = emit_map(b, lambda i, j: i * step + j, starts, b.constant(np.arange(size)))
+    places = emit_map(b, lambda i, j: i * step + j, starts, b.emit(ops.Iota(size, INT64)))
     slices = b.emit(ops.Gather(axis), x, places)
     order = [i for i in range(slices.rank) if i != axis + 1]
     return b.emit(ops.Transpose((*order, axis + 1)), slices)

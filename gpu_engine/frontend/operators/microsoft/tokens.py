@@ -164,7 +164,7 @@ def _pieces(pattern: re.Pattern[str], text: str) -> list[str]:
 def _spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
     """The matches from left to right, each as long as it can be, without empty ones."""
     found, place = [], 0
-    while match := pattern.search(text, place):
+    while place <= len(text) and (match := pattern.search(text, place)):
         start, end = match.span()
         if "|" in pattern.pattern or "?" in pattern.pattern:
             end = next((stop for stop in range(len(text), end, -1) if pattern.fullmatch(text, start, stop)), end)

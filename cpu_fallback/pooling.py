@@ -1,0 +1,181 @@
+"""Pools, channels last: windows folded to one element, some vectors of channels at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cpu_fallback.calls import Address, Native
+from cpu_fallback.code import Code, Reg, i64, literal, vector
+from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
+from cpu_fallback.lanes import write_expr
+from cpu_fallback.loops import Words, splat, thread_share
+from cpu_fallback.native import Target
+from gpu_engine.ir import dims, expr
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import FLOAT32
+from gpu_engine.ir.expr import Expr
+from gpu_engine.ir.ops import Pool
+
+AXES = 3
+CHAINS = 4
+LOWEST = float("-inf")
+
+
+class Axis(NamedTuple):
+    """One axis in numbers: dims while lowering, registers inside a kernel.
+
+    A window begins `crop - pad` elements into the axis. Its elements in [crop, end) are folded; those below
+    `padded_end` are counted where padding counts.
+    """
+
+    extent: Any
+    results: Any
+    kernel: Any
+    stride: Any
+    dilation: Any
+    pad: Any
+    crop: Any
+    end: Any
+    padded_end: Any
+
+
+@dataclass(frozen=True)
+class PoolKernel:
+    """A pool by content; there are at least as many channels as `lanes`.
+
+    Words: addresses of x and the result; pixels of the result over the whole batch, channels; the axes, the last first.
+    """
+
+    kind: str
+    count_padding: bool
+    lanes: int
+
+    def write(self, code: Code, target: Target) -> None:
+        words = Words(code)
+        x, out = words.pointers(2)
+        pixels, channels = words.numbers(2)
+        axes = [Axis(*words.numbers(len(Axis._fields))) for _ in range(AXES)]
+        _Writer(code, self, x, out, channels, axes).write(pixels)
+
+    @property
+    def fold(self) -> Expr:
+        a, b = expr.arg(0, FLOAT32), expr.arg(1, FLOAT32)
+        return expr.apply("max", a, b) if self.kind == "max" else a + b
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """The kernel while it is written."""
+
+    code: Code
+    kernel: PoolKernel
+    x: Reg
+    out: Reg
+    channels: Reg
+    axes: Sequence[Axis]
+
+    @property
+    def _kind(self) -> str:
+        return vector(self.kernel.lanes, "float")
+
+    def write(self, pixels: Reg) -> None:
+        code = self.code
+
+        def pixel(index: Reg, _: list[Reg]) -> list[Reg]:
+            spans, steps, base, size = self._window(index)
+            to = code.at(self.out, times(code, index, self.channels, i64(4)))
+            lanes = self.kernel.lanes
+            many = times(code, code.binary("udiv", self.channels, i64(CHAINS * lanes)), i64(CHAINS * lanes))
+            for start, stop, chains in ((i64(0), many, CHAINS), (many, self.channels, 1)):
+                code.loop(
+                    start, stop, i64(chains * lanes),
+                    lambda channel, _, chains=chains: self._fold(spans, steps, base, size, to, channel, chains),
+                )  # fmt: skip
+            return []
+
+        code.loop(*thread_share(code, pixels, 1), i64(1), pixel)
+
+    def _window(self, index: Reg) -> tuple[list[tuple[Reg, Reg]], list[Reg], Reg, Reg]:
+        """Of a pixel: per axis the taps inside x and the bytes from one to the next; its first tap; how many count."""
+        code, rest = self.code, index
+        spans, steps, size = [], [], i64(1)
+        base, stride = i64(0), times(code, self.channels, i64(4))
+        for axis in self.axes:
+            results = most(code, axis.results, i64(1))
+            place, rest = code.binary("urem", rest, results), code.binary("udiv", rest, results)
+            first = plus(code, times(code, place, axis.stride), code.binary("sub", axis.crop, axis.pad))
+            low = self._taps(axis, first, axis.crop)
+            span = low, most(code, low, self._taps(axis, first, axis.end))
+            counted = code.binary("sub", span[1], low)
+            if self.kernel.count_padding:
+                counted = self._taps(axis, first, axis.padded_end)
+            spans.append(span)
+            steps.append(times(code, axis.dilation, stride))
+            base = plus(code, base, times(code, first, stride))
+            size = times(code, size, counted)
+            stride = times(code, stride, axis.extent)
+        return spans, steps, plus(code, base, times(code, rest, stride)), most(code, size, i64(1))
+
+    def _taps(self, axis: Axis, first: Reg, end: Reg) -> Reg:
+        """How many taps lie before `end`."""
+        code = self.code
+        room = most(code, code.binary("sub", end, first), i64(0))
+        return least(code, ceil_div(code, room, axis.dilation), axis.kernel)
+
+    def _fold(
+        self, spans: list[tuple[Reg, Reg]], steps: list[Reg], base: Reg, size: Reg, to: Reg, first: Reg, chains: int
+    ) -> list[Reg]:
+        code, lanes = self.code, self.kernel.lanes
+        last = code.binary("sub", self.channels, i64(chains * lanes))
+        channel = times(code, clamp(code, first, i64(0), last), i64(4))
+        start = code.at(self.x, plus(code, base, channel))
+
+        def taps(axis: int, place: Reg, values: list[Reg]) -> list[Reg]:
+            if axis < 0:
+                return self._folded(place, values)
+
+            def tap(k: Reg, values: list[Reg]) -> list[Reg]:
+                return taps(axis - 1, code.at(place, times(code, k, steps[axis])), values)
+
+            return code.loop(*spans[axis], i64(1), tap, values)
+
+        initial = literal(self._kind, LOWEST if self.kernel.kind == "max" else 0)
+        values = taps(AXES - 1, start, [initial] * chains)
+        if self.kernel.kind == "average":
+            count = splat(code, code.let("float", f"sitofp {size} to float"), lanes)
+            values = [code.binary("fdiv", value, count) for value in values]
+        for i, value in enumerate(values):
+            code.store(value, code.at(to, plus(code, channel, i64(4 * lanes * i))), 4)
+        return []
+
+    def _folded(self, place: Reg, values: list[Reg]) -> list[Reg]:
+        code, lanes = self.code, self.kernel.lanes
+        loaded = [code.load(self._kind, code.at(place, i64(4 * lanes * i)), 4) for i in range(len(values))]
+        return [
+            write_expr(code, self.kernel.fold, {0: value, 1: new}, lanes)
+            for value, new in zip(values, loaded, strict=True)
+        ]
+
+
+def pool_call(op: Pool, x: tuple[int, tuple[Dim, ...]], out: tuple[int, tuple[Dim, ...]], target: Target) -> Native | None:
+    """The pool of buffer and shape `x` [N, spatial..., C] to `out`, at most three spatial axes, float32; None if an
+    extent of the channels or of the padding is not known now."""
+    channels, rank = x[1][-1], len(op.kernel)
+    if not isinstance(channels, int) or not channels or rank > AXES:
+        return None
+    lanes = min(target.vector_nbytes // 4, 1 << (channels.bit_length() - 1))
+    unit: Sequence[Dim] = Axis(1, 1, 1, 1, 1, 0, 0, 1, 1)
+    axes = [
+        Axis(
+            extent, count, kernel, stride, dilation, dims.maximum(before, 0), dims.maximum(-before, 0),
+            extent - dims.maximum(-after, 0), extent + after,
+        )
+        for extent, count, kernel, stride, dilation, before, after in zip(
+            x[1][1:-1], out[1][1:-1], op.kernel, op.strides, op.dilations, op.before, op.after, strict=True
+        )
+    ]  # fmt: skip
+    numbers = [number for axis in (*reversed(axes), *[unit] * (AXES - rank)) for number in axis]
+    kernel = PoolKernel(op.kind, op.count_include_pad, lanes)
+    return Native(kernel, (Address(x[0]), Address(out[0]), dims.product(out[1][:-1]), channels, *numbers))
