@@ -82,9 +82,7 @@ class _Writer:
             tiling = tiles_of_windows(code, self.target, self._shape, g, planar=self.kernel.source == PLANAR)
         panels = self._panels(tiling)
         chunks, columns = self._shares(tiling.chunks, times(code, panels.count, g.groups))
-        fitting = code.binary("udiv", self.room, most(code, tiling.chunk_nbytes, i64(1)))
-        most_chunks = most(code, code.binary("udiv", i64(MOST), tiling.chunk), i64(1))
-        block = most_chunks if tiling.windows is None else clamp(code, fitting, i64(1), most_chunks)
+        block = tiling.block(self.room)
         lists = (stack(code, RECORD * MOST), stack(code, RECORD * MOST))
 
         def some_chunks(first: Reg, _: list[Reg]) -> list[Reg]:
@@ -129,24 +127,28 @@ class _Writer:
         """Lists the tiles of `count` chunks, those with few pixels in the second list; the lengths of both."""
         code = self.code
 
-        def chunk(index: Reg, lengths: list[Reg]) -> list[Reg]:
+        def chunk(index: Reg, carried: list[Reg]) -> list[Reg]:
             initial, number = tiling.tiles(plus(code, first, index))
             start = tiling.copy(self.x, self.scratch, group, index, initial)
 
-            def tile(i: Reg, lengths: list[Reg]) -> list[Reg]:
+            def tile(i: Reg, carried: list[Reg]) -> list[Reg]:
+                many, some, used = carried
                 pixel, rows, result = tiling.pixels(plus(code, initial, i))
-                place = tiling.place(self.x, self.scratch, group, start, i, pixel, rows)
+                if tiling.windows is None:
+                    place, used = tiling.in_place(self.x, self.scratch, group, pixel, rows, used)
+                else:
+                    place = tiling.place(start, i)
                 few = code.compare("icmp sle", rows, i64(self._shape.few))
-                length = code.select(few, lengths[1], lengths[0])
+                length = code.select(few, some, many)
                 record = code.at(code.select(few, lists[1], lists[0]), times(code, length, i64(RECORD)))
                 for word, value in enumerate((place, rows, result)):
                     code.store(value, code.at(record, i64(8 * word)), 8)
                 more = code.convert("zext", few, "i64")
-                return [code.binary("sub", plus(code, lengths[0], i64(1)), more), plus(code, lengths[1], more)]
+                return [code.binary("sub", plus(code, many, i64(1)), more), plus(code, some, more), used]
 
-            return code.loop(i64(0), number, i64(1), tile, lengths)
+            return code.loop(i64(0), number, i64(1), tile, carried)
 
-        return code.loop(i64(0), count, i64(1), chunk, [i64(0), i64(0)])
+        return code.loop(i64(0), count, i64(1), chunk, [i64(0), i64(0), i64(0)])[:2]
 
     def _panel(
         self, tiling: Tiling, panels: _Panels, group: Reg, panel: Reg, tiles: list[tuple[Reg, Reg]]

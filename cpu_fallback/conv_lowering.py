@@ -33,6 +33,8 @@ from gpu_engine.plan.lower import Lowering
 AXES = 3
 SCRATCH = 512 << 10
 """Bytes of windows for a thread: what the second cache has room for beside weights."""
+COPIES = 3
+"""Tiles that would read behind the image at the end of rows of at least half a tile."""
 LONGEST_RUN = 8
 """Kernel columns up to which planar windows get code of their own."""
 
@@ -84,7 +86,7 @@ def _emit_tiles(layer: Layer, source: str, group: int, weights: Floats, geometry
     """`offset` in bytes is where the first result lies."""
     packed = layer.lowering.constant(tile_weights(weights, group, layer.shape, planar=layer.planar))
     run = weights.shape[-1] if layer.planar and weights.shape[-1] <= LONGEST_RUN else 0
-    elements = geometry.channels * geometry.stride_w if source == IN_PLACE else prod(weights.shape[1:])
+    elements = geometry.channels * geometry.stride_w * COPIES if source == IN_PLACE else prod(weights.shape[1:])
     nbytes = layer.shape.rows * elements * 4 + SLACK
     nbytes = nbytes if source == IN_PLACE else max(nbytes, SCRATCH)
     kernel = ConvKernel(source, run, layer.finish.epilogue)

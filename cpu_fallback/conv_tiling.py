@@ -88,14 +88,13 @@ class Tiling:
         code.loop(i64(0), ceil_div(code, rows, self.part), i64(1), part)
         return offset
 
-    def place(self, x: Reg, scratch: Reg, group: Reg, start: Reg, index: Reg, pixel: Reg, rows: Reg) -> Reg:
-        """Where tile number `index` of the chunk copied to `start` reads: an offset from scratch, or x."""
-        if self.windows is None:
-            return self._in_place(x, scratch, group, pixel, rows)
+    def place(self, start: Reg, index: Reg) -> Reg:
+        """Where tile number `index` of the chunk copied to `start` reads, from scratch on."""
         return plus(self.code, start, times(self.code, index, self.a_row, i64(self.shape.rows)))
 
-    def _in_place(self, x: Reg, scratch: Reg, group: Reg, pixel: Reg, rows: Reg) -> Reg:
-        """Pixels where they are; copied to scratch where fewer are left than a tile reads."""
+    def in_place(self, x: Reg, scratch: Reg, group: Reg, pixel: Reg, rows: Reg, used: Reg) -> tuple[Reg, Reg]:
+        """Where a tile reads the image itself, from x on; a copy in scratch, the one after `used` others, where the
+        tile would read behind the image. How many are used then."""
         code, g = self.code, self.geometry
         (column, y, z), image = coordinates(code, g, pixel)
         plane = plus(code, times(code, image, g.in_d), times(code, z, g.stride_d))
@@ -105,17 +104,43 @@ class Tiling:
         offset = times(code, element, i64(4))
         few = code.compare("icmp sle", rows, i64(self.shape.few))
         read = code.select(few, i64(self.shape.few), i64(self.shape.rows))
+        end = plus(code, offset, self._reach(read))
 
         def copied() -> list[Reg]:
             name = define_copy(code, self.target)
-            steps = times(code, code.binary("sub", rows, i64(1)), g.stride_w, g.channels)
-            count = plus(code, steps, g.group_channels)
-            arguments = [scratch, code.at(x, offset), i64(0), i64(1), count, self.a_row, i64(0)]
+            to = code.at(scratch, times(code, used, self.chunk_nbytes))
+            count = code.binary("udiv", self._reach(rows), i64(4))
+            arguments = [to, code.at(x, offset), i64(0), i64(1), count, self.a_row, i64(0)]
             code.do(f"call void @{name}({', '.join(map(str, arguments))})")
-            ends = [code.convert("ptrtoint", end, "i64") for end in (scratch, x)]
-            return [code.binary("sub", *ends)]
+            ends = [code.convert("ptrtoint", end, "i64") for end in (to, x)]
+            return [code.binary("sub", *ends), plus(code, used, i64(1))]
 
-        return code.either(code.compare("icmp eq", rows, read), lambda: [offset], copied)[0]
+        inside = code.compare("icmp sle", end, self._image_nbytes())
+        found, used = code.either(inside, lambda: [offset, used], copied)
+        return found, used
+
+    def _reach(self, rows: Reg) -> Reg:
+        """Bytes from the first element that so many pixels read to behind the last."""
+        code = self.code
+        steps = times(code, code.binary("sub", rows, i64(1)), self.a_row)
+        return plus(code, steps, times(code, self.geometry.group_channels, i64(4)))
+
+    def _image_nbytes(self) -> Reg:
+        """Of the whole batch."""
+        code, g = self.code, self.geometry
+        each = most(code, times(code, g.out_d, g.out_h, g.out_w), i64(1))
+        return times(code, code.binary("udiv", g.pixels, each), g.in_d, g.in_h, g.in_w, g.channels, i64(4))
+
+    def block(self, room: Reg) -> Reg:
+        """Chunks at a time: what scratch has room for, though in place only the last few tiles are ever copied."""
+        code = self.code
+        fitting = code.binary("udiv", room, most(code, self.chunk_nbytes, i64(1)))
+        limit = most(code, code.binary("udiv", i64(MOST), self.chunk), i64(1))
+        if self.windows is None:
+            lines = ceil_div(code, i64(self.shape.rows), most(code, self.geometry.out_w, i64(1)))
+            copied = code.select(code.compare("icmp sgt", self.in_row, i64(0)), plus(code, lines, i64(1)), i64(1))
+            fitting = code.select(code.compare("icmp sge", fitting, copied), limit, fitting)
+        return clamp(code, fitting, i64(1), limit)
 
 
 def coordinates(code: Code, geometry: Geometry, pixel: Reg) -> tuple[tuple[Reg, Reg, Reg], Reg]:
@@ -135,9 +160,10 @@ def _spread(code: Code, g: Geometry) -> Reg:
 
 
 def tiles_in_place(code: Code, target: Target, shape: TileShape, g: Geometry) -> Tiling:
-    """Tiles of a 1x1 convolution without padding: pixels as they come, or rows of them with a stride."""
-    strides = code.compare("icmp ne", times(code, g.stride_d, g.stride_h, g.stride_w), i64(1))
-    rows = code.binary("or", strides, _spread(code, g))
+    """Tiles of a 1x1 convolution without padding: pixels as they come, or rows of them where some are skipped."""
+    rows = _spread(code, g)
+    for inside, outside in ((g.in_d, g.out_d), (g.in_h, g.out_h), (g.in_w, g.out_w)):
+        rows = code.binary("or", rows, code.compare("icmp ne", inside, outside))
     in_row = ceil_div(code, g.out_w, i64(shape.rows))
     lines = code.binary("udiv", g.pixels, most(code, g.out_w, i64(1)))
     count = code.select(rows, times(code, lines, in_row), ceil_div(code, g.pixels, i64(shape.rows)))

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
+from cpu_fallback.channels_last import LastConv, LastConvTranspose, LastPool
 from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
 from cpu_fallback.fused_attention import lower_fused_attention
 from cpu_fallback.gemm import lower_gemm
+from cpu_fallback.image_lowering import lower_last_conv, lower_last_conv_transpose, lower_last_pool
 from cpu_fallback.maps import map_call
 from cpu_fallback.movement import (
     lower_concat,
@@ -69,6 +71,9 @@ LOWERINGS: dict[type, LowerOp] = {
     ConvTranspose: lower_conv_transpose,
     Expand: lower_expand,
     Gather: lower_gather,
+    LastConv: lower_last_conv,
+    LastConvTranspose: lower_last_conv_transpose,
+    LastPool: lower_last_pool,
     LayerNorm: lower_layer_norm,
     Map: lower_map,
     MatMul: lower_gemm,

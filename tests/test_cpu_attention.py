@@ -51,7 +51,7 @@ def mask_of(kind: str, random: np.random.Generator, lead: tuple[int, ...], s: in
     return np.where(random.random((*lead, 1, t)) < 0.3, -20, 0).astype(np.float32)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     target=st.sampled_from(targets()), leads=LEADS, s=EXTENTS, t=KEYS, d=EXTENTS, e=EXTENTS, threads=st.integers(1, 3),
     mask=st.sampled_from(["", "whole", "added", "row"]), causal=st.booleans(), zero_nan=st.booleans(),

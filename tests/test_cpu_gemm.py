@@ -73,7 +73,7 @@ def assert_product(got: Array, a: Array, b: Array, slack: float = 1.0) -> None:
     assert (np.abs(got - exact) <= bound).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=EXTENTS, k=DEPTHS, n=EXTENTS,
     transposes=st.tuples(st.booleans(), st.booleans()), threads=st.integers(1, 3), seed=st.integers(0, 99),
@@ -98,7 +98,7 @@ def test_symbolic_extents(
     assert_product(got, a, b)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=EXTENTS, k=DEPTHS, n=EXTENTS, constant=st.integers(0, 1),
     transposes=st.tuples(st.booleans(), st.booleans()), threads=st.integers(1, 3), seed=st.integers(0, 99),
@@ -124,7 +124,7 @@ def test_constant_operands(
     assert_product(got, a, b)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=st.integers(1, 4), k=DEPTHS, n=st.one_of(EXTENTS, st.just(500)),
     threads=st.integers(1, 3), seed=st.integers(0, 99), batch=st.sampled_from([(), (2,), (3, 2)]),
@@ -146,7 +146,7 @@ def test_few_rows_times_columns_in_place(
     assert_product(got, a, b)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=st.one_of(EXTENTS, st.just(500)), k=DEPTHS,
     transposes=st.tuples(st.booleans(), st.booleans()), constants=st.sampled_from([(), (0,), (1,)]),
@@ -248,7 +248,7 @@ def test_errors_are_those_of_blas(target: Target, depth: int) -> None:
     assert own <= 1.25 * other
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=EXTENTS, k=DEPTHS, n=EXTENTS, transposed=st.booleans(),
     kinds=st.sampled_from([(np.uint8, np.int8), (np.int8, np.int8), (np.uint8, np.uint8), (np.int8, np.uint8)]),

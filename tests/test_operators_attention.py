@@ -74,7 +74,7 @@ def test_windows_and_valid_keys(form: str) -> None:
 
 def test_attention_is_two_products_around_a_softmax() -> None:
     q, k, v = numbers(1, 2, 3, 4), numbers(1, 2, 3, 4), numbers(1, 2, 3, 4)
-    graph = graph_of(model_of("Attention", {"q": q, "k": k, "v": v}, {"is_causal": 1}, 23, 1, (), False))
+    graph = graph_of(model_of("Attention", {"q": q, "k": k, "v": v}, {"is_causal": 1}, 23, 1))
     kinds = [type(node.op) for node in graph.nodes if not isinstance(node.op, Map | Iota)]
     assert kinds == [MatMul, Softmax, MatMul]
 

@@ -139,7 +139,7 @@ def test_extents_of_same_padding_stay_exact() -> None:
     height, width = dims.symbol("h"), dims.symbol("w")
     weights = {"w": numbers(4, 4, 3, 3), "x": numbers(1, 4, 9, 9)}
     attributes = {"strides": [2, 2], "auto_pad": "SAME_UPPER"}
-    model = model_of("Conv", {"x": weights["x"], "w": weights["w"]}, attributes, 21, 1, ("w",), True)
+    model = model_of("Conv", {"x": weights["x"], "w": weights["w"]}, attributes, 21, 1, ("w",), ("x",))
     graph = graph_of(opened(model, ["n", 4, "h", "w"]))
     assert graph.outputs[0].shape[2:] == (dims.ceil_div(height, 2), dims.ceil_div(width, 2))
     attributes = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
@@ -151,7 +151,7 @@ def test_extents_of_same_padding_stay_exact() -> None:
 def test_batch_normalization_of_constants_is_one_map() -> None:
     inputs = {"x": numbers(2, 3, 4, 5), **{name: abs(numbers(3, seed=i)) for i, name in enumerate("sbmv")}}
     agree("BatchNormalization", inputs, opset=15, known=tuple("sbmv"), epsilon=1e-3)
-    graph = graph_of(model_of("BatchNormalization", inputs, {}, 15, 1, tuple("sbmv"), True))
+    graph = graph_of(model_of("BatchNormalization", inputs, {}, 15, 1, tuple("sbmv"), ("x",)))
     assert [type(node.op) for node in graph.nodes] == [Map]
 
 
@@ -354,5 +354,5 @@ def test_what_cannot_be_is_refused(name: str, inputs: Inputs, attributes: dict[s
 
 def test_a_bias_is_a_map_behind_the_convolution() -> None:
     inputs = {"x": numbers(1, 3, 5, 5), "w": numbers(2, 3, 3, 3), "b": numbers(2)}
-    graph = graph_of(model_of("Conv", inputs, {}, 21, 1, ("w", "b"), True))
+    graph = graph_of(model_of("Conv", inputs, {}, 21, 1, ("w", "b"), ("x",)))
     assert [type(node.op) for node in graph.nodes] == [Conv, Map]

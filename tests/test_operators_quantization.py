@@ -85,7 +85,7 @@ def test_weights_around_128_become_signed_bytes() -> None:
         "xz": None,
         "wz": np.asarray(128, np.uint8),
     }
-    graph = graph_of(model_of("ConvInteger", inputs, {}, 10, 1, ("w", "wz"), True))
+    graph = graph_of(model_of("ConvInteger", inputs, {}, 10, 1, ("w", "wz"), ("x", "xz")))
     (node,) = graph.nodes
     assert isinstance(node.op, Conv)
     assert node.inputs[1].dtype == INT8
