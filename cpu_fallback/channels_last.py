@@ -121,7 +121,9 @@ def _infer(
     return (TensorType(finished.dtype, product.shape),)
 
 
-def _evaluate(form: Op, epilogue: Expr | None, xp: Any, arrays: tuple[Any, ...], *, planar: bool = False) -> Any:
+def _evaluate(
+    form: Op, epilogue: Expr | None, xp: Any, arrays: tuple[Any, ...], *, planar: bool = False
+) -> tuple[Any, ...]:
     x, *rest = arrays
     operands, extras = (rest[:1], rest[1:]) if not isinstance(form, Pool) else ([], rest)
     (result,) = form.evaluate(xp, x if planar else x.transpose(to_first(x.ndim)), *operands)

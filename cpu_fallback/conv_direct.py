@@ -93,11 +93,11 @@ class _Writer:
                 base = times(code, index, panels.count)
                 span = [clamp(code, code.binary("sub", end, base), i64(0), panels.count) for end in columns]
                 tiles = list(zip(lists, lengths, strict=True))
-                code.loop(*span, i64(1), lambda panel, _: self._panel(tiling, panels, index, panel, tiles))
+                code.loop(span[0], span[1], i64(1), lambda panel, _: self._panel(tiling, panels, index, panel, tiles))
                 return []
 
             groups = code.binary("udiv", columns[0], panels.count), ceil_div(code, columns[1], panels.count)
-            code.loop(*groups, i64(1), group)
+            code.loop(groups[0], groups[1], i64(1), group)
             return []
 
         code.loop(*chunks, block, some_chunks)
@@ -157,7 +157,9 @@ class _Writer:
         code, g, width = self.code, self.geometry, self._shape.width
         first = times(code, panel, i64(width))
         columns = least(code, code.binary("sub", g.group_outputs, first), i64(width))
-        weights = code.at(self.w, plus(code, times(code, group, panels.group_nbytes), times(code, panel, panels.nbytes)))
+        weights = code.at(
+            self.w, plus(code, times(code, group, panels.group_nbytes), times(code, panel, panels.nbytes))
+        )
         channel = times(code, plus(code, times(code, group, g.group_outputs), first), i64(4))
         ahead = self._ahead(tiling, panels, panel, weights, tiles)
         operands = self.kernel.epilogue.for_channel(code, self.operands, channel)
@@ -176,7 +178,11 @@ class _Writer:
         code = self.code
         (records, many), (_, few) = tiles
         part = code.binary("udiv", i64(2 * LINE), most(code, plus(code, many, few), i64(1)))
-        own = (code.at(weights, panels.nbytes), times(code, tiling.segments, tiling.run, part), times(code, part, i64(UNROLL)))
+        own = (
+            code.at(weights, panels.nbytes),
+            times(code, tiling.segments, tiling.run, part),
+            times(code, part, i64(UNROLL)),
+        )
         if tiling.windows is not None:
             return own
         step = i64(4 * self._shape.rows * UNROLL)

@@ -20,8 +20,8 @@ from cpu_fallback.conv_tiles import TileShape, tile_shape
 from cpu_fallback.conv_weights import Floats, aligned, depthwise_weights, tile_weights, winograd_weights
 from cpu_fallback.conv_windows import SLACK, Geometry
 from cpu_fallback.conv_winograd import WinogradKernel, scratch_nbytes
-from cpu_fallback.epilogues import Finish
 from cpu_fallback.cores import usable_cores
+from cpu_fallback.epilogues import Finish
 from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target
 from gpu_engine.ir import dims
@@ -221,7 +221,7 @@ def geometry_of(
     spatial = (x[2:] if planar else x[1:-1]), out[1:-1], tuple(weights[2:]), op.strides, op.dilations
     inside, outside, kernel, strides, dilations = (ones + tuple(axis) for axis in spatial)
     pads = (0,) * missing + op.before
-    return Geometry(
+    words = (
         dims.product(out[:-1]),
         *outside,
         *inside,
@@ -238,3 +238,4 @@ def geometry_of(
         weights[0],
         weights[0] // op.group,
     )
+    return Geometry._make(words)

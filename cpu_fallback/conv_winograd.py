@@ -35,7 +35,8 @@ LISTED = 64
 def transformed_weights(weights: NDArray[np.float32], m: int) -> NDArray[np.float64]:
     """[points, channels, outputs] of weights [outputs, channels, 3, 3]."""
     found = np.einsum("ih,ochw,jw->ijco", FILTERS[m], weights.astype(np.float64), FILTERS[m], optimize=True)
-    return found.reshape((m + 2) ** 2, *found.shape[2:])
+    points: NDArray[np.float64] = found.reshape((m + 2) ** 2, *found.shape[2:])
+    return points
 
 
 def points(m: int) -> int:
@@ -164,7 +165,9 @@ class _Writer:
     def _chunk(self, tiles: Reg) -> _Chunk:
         """As many tiles at a time as scratch has room for, in equal parts."""
         code, g, shape = self.code, self.geometry, self._shape
-        line = times(code, code.binary("or", ceil_div(code, times(code, g.channels, i64(4)), i64(LINE)), i64(1)), i64(LINE))
+        line = times(
+            code, code.binary("or", ceil_div(code, times(code, g.channels, i64(4)), i64(LINE)), i64(1)), i64(LINE)
+        )
         window = times(code, g.channels, i64(4 * self._side**2))
         each = times(code, plus(code, line, i64(shape.width * 4)), i64(self._side**2))
         free = code.binary("sub", self.room, plus(code, window, i64(SLACK)))
@@ -269,7 +272,9 @@ class _Writer:
             return []
 
         code.loop(i64(0), i64(self._side**2), i64(1), point)
-        code.loop(i64(0), count, i64(1), lambda tile, _: self._back(grid, chunk, first, tile, channel, columns, vectors))
+        code.loop(
+            i64(0), count, i64(1), lambda tile, _: self._back(grid, chunk, first, tile, channel, columns, vectors)
+        )
         return []
 
     def _multiply(
@@ -321,7 +326,9 @@ class _Writer:
             for i, value in enumerate(value for line in twice(BACKWARD[m], loaded) for value in line):
                 code.store(value.reg, code.at(stage, i64(i * self._lanes * 4)), 4)
             left = code.binary("sub", columns, lane)
-            self._finish(stage, plus(code, cell, offset), plus(code, times(code, channel, i64(4)), offset), left, down, across)
+            self._finish(
+                stage, plus(code, cell, offset), plus(code, times(code, channel, i64(4)), offset), left, down, across
+            )
             return []
 
         code.loop(i64(0), vectors, i64(1), some_channels)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
-from cpu_fallback.layouts import assign_layouts
 from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import host
 from cpu_fallback.program import Program, build_program, zone_sizes
@@ -47,7 +46,7 @@ class CpuDevice:
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         """The plan, its kernels compiled."""
-        plan = lower_graph(assign_layouts(graph, host()), batching, lower_node)
+        plan = lower_graph(graph, batching, lower_node)
         return dataclasses.replace(plan, program=build_program(plan))
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream]:

@@ -250,9 +250,7 @@ class Finish(NamedTuple):
         )
 
 
-def finish_of(
-    root: Expr | None, operands: Sequence[tuple[int, Shape]], result: Shape, target: Target
-) -> Finish | None:
+def finish_of(root: Expr | None, operands: Sequence[tuple[int, Shape]], result: Shape, target: Target) -> Finish | None:
     """The epilogue of a result [..., channels] with operands (buffer, shape); None if it cannot run on tiles."""
     if root is None:
         return Finish(Epilogue(), (), ())

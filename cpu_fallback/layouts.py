@@ -4,6 +4,9 @@ A convolution, pool or resize of an image is written as a transpose to channels 
 back. Pointwise maps, concatenations, reductions and other operations that can take any order of axes move such
 transposes behind themselves, where they meet the next operation's and vanish. Vectors then lie along channels, whose
 number does not depend on the input.
+
+`CpuDevice.lower` does not call it yet: with the native convolutions the PP-OCR recognizer is 1.1e-4 from float64, with
+BLAS 1e-5. Their sums must come closer first.
 """
 
 from __future__ import annotations

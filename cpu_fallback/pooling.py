@@ -89,10 +89,11 @@ class _Writer:
             lanes = self.kernel.lanes
             many = times(code, code.binary("udiv", self.channels, i64(CHAINS * lanes)), i64(CHAINS * lanes))
             for start, stop, chains in ((i64(0), many, CHAINS), (many, self.channels, 1)):
-                code.loop(
-                    start, stop, i64(chains * lanes),
-                    lambda channel, _, chains=chains: self._fold(spans, steps, base, size, to, channel, chains),
-                )  # fmt: skip
+
+                def fold(channel: Reg, _: list[Reg], chains: int = chains) -> list[Reg]:
+                    return self._fold(spans, steps, base, size, to, channel, chains)
+
+                code.loop(start, stop, i64(chains * lanes), fold)
             return []
 
         code.loop(*thread_share(code, pixels, 1), i64(1), pixel)
@@ -159,7 +160,9 @@ class _Writer:
         ]
 
 
-def pool_call(op: Pool, x: tuple[int, tuple[Dim, ...]], out: tuple[int, tuple[Dim, ...]], target: Target) -> Native | None:
+def pool_call(
+    op: Pool, x: tuple[int, tuple[Dim, ...]], out: tuple[int, tuple[Dim, ...]], target: Target
+) -> Native | None:
     """The pool of buffer and shape `x` [N, spatial..., C] to `out`, at most three spatial axes, float32; None if an
     extent of the channels or of the padding is not known now."""
     channels, rank = x[1][-1], len(op.kernel)

@@ -213,7 +213,12 @@ class _Builder:
         starts = np.cumsum([0, len(self.numbers), len(owned), len(statics)])
         gather = np.array([starts[kind] + place for kind, place in kinds], np.intp)
         columns = np.array(shifts, np.intp).reshape(-1, 2)
-        return gather, np.array(list(statics), np.int64), tuple(foreign), (columns[:, 0].copy(), columns[:, 1].copy())
+        return (
+            gather,
+            np.array([_signed(value) for value in statics], np.int64),
+            tuple(foreign),
+            (columns[:, 0].copy(), columns[:, 1].copy()),
+        )
 
 
 def zone_sizes(segment: Segment, values: Sequence[int]) -> tuple[int, int]:
@@ -280,3 +285,8 @@ def _filled(table: Table, numbers: Ints, addresses: Ints, before: Sequence[Bound
 def _foreign_address(owner: int, before: Sequence[Bound]) -> int:
     memory, offset = next(bound.located[owner] for bound in before if owner in bound.located)
     return address_of(memory) + offset
+
+
+def _signed(word: int) -> int:
+    """The 64 bits of a word as a signed number."""
+    return word - (1 << 64) if word >= 1 << 63 else word

@@ -64,7 +64,9 @@ def inputs_for(engine: Engine | StructuredEngine, case: FuzzCase) -> list[Any] |
 
 def _takes(declared: tuple[dims.Dim, ...], shape: tuple[int, ...]) -> bool:
     """Whether the shape may be one of the declared form."""
-    return len(declared) == len(shape) and all(not isinstance(a, int) or a == b for a, b in zip(declared, shape))
+    return len(declared) == len(shape) and all(
+        not isinstance(a, int) or a == b for a, b in zip(declared, shape, strict=True)
+    )
 
 
 def _array(generator: Generator, dtype: DType, shape: tuple[int, ...]) -> Any:

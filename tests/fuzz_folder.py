@@ -13,7 +13,8 @@ import numpy as np
 CANARY = 13371337.0
 """What every file outside the model's folder holds, as float32."""
 LOCATIONS = (
-    "w.bin", "w.bin", "./w.bin", "sub/w.bin", "sub/./w.bin", "sub/../w.bin", "", ".", "..", "../secret.bin", "/secret.bin",
+    "w.bin", "w.bin", "./w.bin", "sub/w.bin", "sub/./w.bin", "sub/../w.bin", "", ".", "..", "../secret.bin",
+    "/secret.bin",
     "sub/../../secret.bin", "link.bin", "folder-link/secret.bin", "hard.bin", "fifo", "sub", "missing.bin",
     "/etc/passwd", "/dev/zero", "/proc/self/environ", "/proc/self/mem", "file:///etc/passwd", "..\\secret.bin",
     "w.bin\0/../../secret.bin", "~/.profile", "$HOME/.profile", "a" * 300, "/".join(["sub"] * 3000), "m.onnx",

@@ -386,7 +386,9 @@ def test_optionals() -> None:
 
 
 @pytest.mark.parametrize(
-    "inputs", [{"x": [], "v": 1}, {"x": []}, [[]], [[], F32([1]), 1], 3], ids=["name", "missing", "one", "three", "number"]
+    "inputs",
+    [{"x": [], "v": 1}, {"x": []}, [[]], [[], F32([1]), 1], 3],
+    ids=["name", "missing", "one", "three", "number"],
 )
 def test_structured_engines_check_what_they_get(inputs: Any) -> None:
     with structured(MAPPED) as engine, pytest.raises(InputError):

@@ -1,4 +1,4 @@
-"""Convolutions of the CPU device against float64: every algorithm, odd sizes, every vector width, any team of threads."""
+"""Convolutions of the CPU device against float64: all algorithms, odd sizes, vector widths, teams of threads."""
 
 from __future__ import annotations
 

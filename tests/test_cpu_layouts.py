@@ -34,7 +34,7 @@ from gpu_engine.ir.ops import (
     Softmax,
     Transpose,
 )
-from tests.cpu_execution import assert_close, lowered, run_slot, DEVICE
+from tests.cpu_execution import DEVICE, assert_close, lowered, run_slot
 from tests.kernel_runner import guarded, guards_hold, run_native, targets
 from tests.reference import graph_of, pointwise, random_inputs, run_graph
 
@@ -51,7 +51,8 @@ def normal(seed: int, *shape: int) -> Array:
 def conv(b: Builder, x: Value, outputs: int, kernel: int = 3, stride: int = 1, group: int = 1) -> Value:
     """With a bias and Relu."""
     assert isinstance(x.shape[1], int)
-    w = b.constant(normal(outputs, outputs, x.shape[1] // group, kernel, kernel))
+    depth = x.shape[1] // group * kernel**2
+    w = b.constant(normal(outputs, outputs, x.shape[1] // group, kernel, kernel) / np.float32(depth**0.5))
     bias = b.constant(normal(1, outputs, 1, 1))
     pads = (kernel // 2,) * 2
     epilogue = expr.maximum(expr.arg(0, FLOAT32) + expr.arg(1, FLOAT32), 0.0)
@@ -98,7 +99,7 @@ def test_branches_meet_channels_last() -> None:
     def build(b: Builder, x: Value) -> Value:
         x = conv(b, x, 16)
         left, right = conv(b, x, 20), conv(b, x, 20, 1)
-        both = b.emit(Concat(1), pointwise(b, lambda l, r: l * r, left, right), right)
+        both = b.emit(Concat(1), pointwise(b, lambda a, c: a * c, left, right), right)
         return conv(b, both, 17)
 
     check(build, 2)
@@ -120,7 +121,8 @@ def test_gates_pools_and_heads_stay_channels_last() -> None:
 def test_a_pyramid_of_resizes_and_transposed_convolutions() -> None:
     def build(b: Builder, x: Value) -> Value:
         x = conv(b, x, 16)
-        up = b.emit(Resize((x.shape[0], 16, 2 * x.shape[2], 2 * x.shape[3]), (1.0, 1.0, 2.0, 2.0), "nearest", "asymmetric", "floor"), x)  # fmt: skip
+        twice = (x.shape[0], 16, 2 * x.shape[2], 2 * x.shape[3])
+        up = b.emit(Resize(twice, (1.0, 1.0, 2.0, 2.0), "nearest", "asymmetric", "floor"), x)
         wide = b.emit(ConvTranspose((2, 2), (0, 0), (0, 0), (1, 1), (0, 0)), x, b.constant(normal(5, 16, 16, 2, 2)))
         return pointwise(b, lambda a, c: a + c, up, wide)
 
