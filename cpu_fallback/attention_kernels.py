@@ -6,11 +6,10 @@ the weights are multiplied with the values; dividing by the sums of the weights 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from cpu_fallback import packing
+from cpu_fallback.attention_weights import SIZE, Masks, Rule, Scores, Weighing
 from cpu_fallback.blocks import Rows, call_block, define_block, most
 from cpu_fallback.caches import Caches
 from cpu_fallback.code import Code, Reg, i64, literal, vector
@@ -25,30 +24,27 @@ from cpu_fallback.loops import (
     Words,
     Write,
     folded,
-    lane_mask,
     lane_zero,
     least,
     row_offsets,
-    splat,
     vector_loop,
 )
 from cpu_fallback.native import Target
 from cpu_fallback.packing import Panels
 from cpu_fallback.tiles import tile_shape, tile_table
-from cpu_fallback.vector_math import Num, exp_of_negative
-from gpu_engine.ir.dtypes import BOOL, FLOAT32, DType
+from cpu_fallback.vector_math import Num
+from gpu_engine.ir.dtypes import FLOAT32, DType
 
 MOST_TILES = 8
 """Tiles of queries in a block, at most; fewer where their scores would take more than a quarter of the second cache."""
-SIZE = FLOAT32.itemsize
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """softmax(scale q k^T + mask) v by content; see `ir.ops.Attention` for the fields.
+    """softmax(scale q k^T + mask) v by content.
 
-    `dtype` is that of the result; queries, keys and values are float32. `mask` is the dtype of the mask, `access` how
-    its rows are read. `vectors` are the widths of panels that can occur. `rank` leading axes are left.
+    `dtype` is that of the result; queries, keys and values are float32. `vectors` are the widths of panels that can
+    occur. `rank` leading axes are left.
 
     Words: addresses of q, k, v, the result, scratch, and the mask; queries, keys, features of q and of v; bytes from
     row to row of q, k, v and the result; how many threads the scratch has room for, and bytes for each; with a mask the
@@ -57,12 +53,7 @@ class AttentionKernel:
     """
 
     dtype: DType
-    scale: float
-    causal: bool
-    fill: float
-    zero_nan: bool
-    mask: DType | None
-    access: str
+    rule: Rule
     vectors: tuple[int, ...]
     rank: int
     caches: Caches
@@ -76,9 +67,10 @@ class _Writer:
         self.kernel, self.code, self.target = kernel, code, target
         self.shape = tile_shape(target, "float")
         self.lanes, self.kind = self.shape.lanes, vector(self.shape.lanes, "float")
-        table = tile_table(code, target, self.shape, range(1, self.shape.rows + 1), kernel.vectors)
+        heights = tuple(sorted({1, 4, self.shape.rows}))
+        table = tile_table(code, target, self.shape, range(1, self.shape.rows + 1), kernel.vectors, heights)
         self.tiles, self.product = Reg(f"@{table}", "ptr"), define_block(code, target, self.shape)
-        masked = kernel.mask is not None
+        masked = kernel.rule.mask is not None
         words = Words(code)
         self.q, self.k, self.v, self.out, self.scratch = words.pointers(5)
         self.mask = words.take("ptr") if masked else None
@@ -86,7 +78,7 @@ class _Writer:
         self.q_row, self.k_row, self.v_row, self.out_row = words.numbers(4)
         self.slots, self.slot_nbytes = words.numbers(2)
         self.mask_row = words.take() if masked else i64(0)
-        self.mask_column = words.take() if kernel.access == STRIDED else None
+        self.mask_column = words.take() if kernel.rule.access == STRIDED else None
         self.heads = words.take()
         self.extents = words.numbers(max(0, kernel.rank - 1))
         self.strides = [words.numbers(kernel.rank) for _ in range(4 + masked)]
@@ -142,7 +134,7 @@ class _Writer:
             bases = [code.at(base, offset) for base, offset in zip(bases, offsets, strict=True)]
         q, k, v, out, *masks = bases
         self._pack(k, v)
-        finite = self._finite(v) if self.kernel.causal else None
+        finite = self._finite(v) if self.kernel.rule.causal else None
 
         def block(index: Reg, _: list[Reg]) -> list[Reg]:
             row = code.binary("mul", index, self.block)
@@ -152,8 +144,12 @@ class _Writer:
                 seen = least(code, code.binary("add", row, count), self.keys)
                 used = code.select(finite, seen, self.keys)
             self._score(code.at(q, code.binary("mul", row, self.q_row)), count, used)
-            mask = code.at(masks[0], code.binary("mul", row, self.mask_row)) if masks else None
-            self._weigh(row, count, used, mask)
+            scores = Scores(self.scores, self.scores_row, self.factors)
+            mask = None
+            if masks:
+                first = code.at(masks[0], code.binary("mul", row, self.mask_row))
+                mask = Masks(first, self.mask_row, self.mask_column)
+            Weighing(self.kernel.rule, code, self.target).weigh(scores, row, count, self.keys, used, mask)
             self._combine(code.at(out, code.binary("mul", row, self.out_row)), count, used)
             return []
 
@@ -237,108 +233,6 @@ class _Writer:
             return []
 
         code.loop(i64(0), self.key_panels.count, i64(1), panel)
-
-    def _weigh(self, row: Reg, count: Reg, used: Reg, mask: Reg | None) -> None:
-        """Scores to weights that are not divided by their sum yet; zeros behind what a query sees."""
-        code = self.code
-
-        def line(index: Reg, _: list[Reg]) -> list[Reg]:
-            scores = code.at(self.scores, code.binary("mul", index, self.scores_row))
-            seen = self.keys
-            if self.kernel.causal:
-                seen = least(code, code.binary("add", code.binary("add", row, index), i64(1)), self.keys)
-            own = None if mask is None else code.at(mask, code.binary("mul", index, self.mask_row))
-            total = self._weigh_row(scores, seen, own)
-            zero = code.compare("fcmp oeq", total, literal("float", 0))
-            factor = code.select(zero, literal("float", 0), code.binary("fdiv", literal("float", 1), total))
-            behind = code.binary("and", code.binary("add", seen, i64(self.lanes - 1)), i64(-self.lanes))
-            if self.kernel.zero_nan:
-                lost = code.compare("fcmp uno", total, total)
-                behind, factor = code.select(lost, i64(0), behind), code.select(lost, literal("float", 1), factor)
-            code.store(factor, code.at(self.factors, code.binary("mul", index, i64(SIZE))), SIZE)
-            if self.kernel.zero_nan or self.kernel.causal:
-                code.loop(behind, used, i64(self.lanes), lambda i, _: self._clear(scores, i))
-            return []
-
-        code.loop(i64(0), count, i64(1), line)
-
-    def _clear(self, scores: Reg, index: Reg) -> list[Reg]:
-        self.code.store(literal(self.kind, 0), self._at(scores, index), SIZE)
-        return []
-
-    def _at(self, base: Reg, index: Reg) -> Reg:
-        return self.code.let("ptr", f"getelementptr float, {base}, {index}")
-
-    def _weigh_row(self, scores: Reg, seen: Reg, mask: Reg | None) -> Reg:
-        """exp(score - greatest score) in place; their sum. A row without finite scores sums to NaN."""
-        code, scale = self.code, self.kernel.scale
-        plain = mask is None and scale > 0
-        lowest = literal(self.kind, -math.inf)
-        if plain:
-            (tops,) = self._walk(scores, seen, lambda x: (None, x), "max", -math.inf)
-        else:
-            (tops,) = self._mask_row(scores, seen, mask, lowest)
-        top = lane_zero(code, folded(code, tops, lambda a, b: code.select(code.compare("fcmp ogt", a, b), a, b)))
-        factor = scale if plain else 1.0
-        shift = Num(code, splat(code, code.binary("fmul", top, literal("float", -factor)), self.lanes))
-
-        def weight(x: Reg) -> tuple[Reg | None, Reg]:
-            result = exp_of_negative(Num(code, x).fma(factor, shift)).reg
-            return result, result
-
-        (sums,) = self._walk(scores, seen, weight, "sum", 0.0)
-        return lane_zero(code, folded(code, sums, lambda a, b: code.binary("fadd", a, b)))
-
-    def _walk(
-        self, scores: Reg, seen: Reg, change: Callable[[Reg], tuple[Reg | None, Reg]], fold: str, neutral: float
-    ) -> list[Reg]:
-        """Change scores in place, if `change` gives something to store, and fold what else it gives."""
-        code = self.code
-
-        def combined(total: Reg, x: Reg) -> Reg:
-            if fold == "sum":
-                return code.binary("fadd", total, x)
-            return code.select(code.compare("fcmp ogt", x, total), x, total)
-
-        def step(index: Reg, totals: list[Reg]) -> list[Reg]:
-            place = self._at(scores, index)
-            stored, x = change(code.load(self.kind, place, SIZE))
-            if stored is not None:
-                code.store(stored, place, SIZE)
-            return [combined(totals[0], x)]
-
-        def tail() -> list[Reg]:
-            place, mask = self._at(scores, whole), lane_mask(code, self.lanes, left)
-            stored, x = change(code.load(self.kind, place, SIZE))
-            if stored is not None:
-                code.store(code.select(mask, stored, literal(self.kind, 0)), place, SIZE)
-            return [combined(totals[0], code.select(mask, x, literal(self.kind, neutral)))]
-
-        whole = code.binary("and", seen, i64(-self.lanes))
-        left = code.binary("sub", seen, whole)
-        totals = code.loop(i64(0), whole, i64(self.lanes), step, [literal(self.kind, neutral)])
-        return code.either(code.compare("icmp sgt", left, i64(0)), tail, lambda: totals)
-
-    def _mask_row(self, scores: Reg, seen: Reg, mask: Reg | None, lowest: Reg) -> list[Reg]:
-        """Scores scaled and masked in place; the greatest of every lane."""
-        code, kernel = self.code, self.kernel
-        reads = [Read(scores, FLOAT32, CONTIGUOUS)]
-        if mask is not None and kernel.mask is not None:
-            reads.append(Read(mask, kernel.mask, kernel.access, self.mask_column))
-
-        def body(loaded: list[Reg], inside: Mask, tops: list[Reg]) -> tuple[list[Reg], list[Reg]]:
-            x = Num(code, loaded[0])
-            if kernel.mask is None:
-                x = x * kernel.scale
-            elif kernel.mask == BOOL:
-                x = Num(code, loaded[1]).select(x * kernel.scale, kernel.fill)
-            else:
-                x = x.fma(kernel.scale, Num(code, loaded[1]))
-            counted = code.select(inside(), x.reg, lowest)
-            return [x.reg], [code.select(code.compare("fcmp ogt", counted, tops[0]), counted, tops[0])]
-
-        writes = [Write(scores, FLOAT32)]
-        return vector_loop(code, self.target, self.lanes, (i64(0), seen), reads, writes, body, [lowest])
 
     def _combine(self, out: Reg, count: Reg, used: Reg) -> None:
         """The weights of some queries times the values up to `used`, divided by the sums of the weights."""

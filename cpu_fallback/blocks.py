@@ -17,7 +17,7 @@ PARAMETERS = (
     "ptr %finish, ptr %block, i64 %batch, i64 %row, i64 %column, i64 %columns"
 )
 FINISH = "ptr %block, i64 %batch, i64 %row, i64 %column, i64 %rows, i64 %columns, ptr %sums"
-DEPTH = 384
+DEPTH = 256
 """Products that one sum takes: sums of sums keep the error from growing with the depth, and parts of panels small."""
 
 

@@ -29,8 +29,8 @@ class DepthwiseKernel:
     windows, rows of a tile.
 
     There are at least as many channels as `lanes`. Words: addresses of x, of weights [taps, channels], of as many zeros
-    as `blank_elements` says, of the result and of every operand of the epilogue; bytes of rows to keep in the first
-    cache, of an image that the second one keeps; the Geometry.
+    as `blank_elements` says, and of the result; bytes of rows to keep in the first cache, of an image that the second
+    one keeps; the Geometry; the operands of the epilogue.
     """
 
     width: int
@@ -44,9 +44,9 @@ class DepthwiseKernel:
     def write(self, code: Code, target: Target) -> None:
         words = Words(code)
         x, w, blank, out = words.pointers(4)
-        operands = self.epilogue.addresses(words)
         near, far = words.numbers(2)
         geometry = Geometry(*words.numbers(len(Geometry._fields)))
+        operands = words.address()
         kind, count = vector(self.lanes, "float"), len(self.columns)
         lists = _Lists(stack(code, 8 * ROWS), stack(code, 8 * count), stack(code, 4 * self.lanes * count))
         _Writer(code, self, x, w, blank, out, operands, geometry, kind, lists).write(near, far)
@@ -91,7 +91,7 @@ class _Writer:
     w: Reg
     blank: Reg
     out: Reg
-    operands: tuple[Reg, ...]
+    operands: Reg
     geometry: Geometry
     kind: str
     lists: _Lists
@@ -243,7 +243,7 @@ class _Writer:
         def store() -> list[Reg]:
             line = plus(code, tile.line, i64(r))
             moved = times(code, plus(code, times(code, line, g.out_w), tile.x), self._pixel)
-            operands = epilogue.for_channel(code, self.operands, channel)
+            operands = epilogue.addresses(code, self.operands, channel)
             count = i64(PIXELS) if tile.inner else least(code, code.binary("sub", g.out_w, tile.x), i64(PIXELS))
             base = code.at(self.out, plus(code, moved, channel))
             place = Place(base, self._pixel, count, None, PIXELS, 1, self.kernel.lanes, None)

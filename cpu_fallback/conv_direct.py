@@ -10,39 +10,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64
-from cpu_fallback.conv_tiles import LINE, RECORD, UNROLL, TileShape, call_tiles, define_tiles, tile_shape
+from cpu_fallback.conv_tiles import LINE, RECORD, UNROLL, TileShape, call_tiles, define_table, tile_shape
 from cpu_fallback.conv_tiling import MOST, Tiling, tiles_in_place, tiles_of_windows
 from cpu_fallback.conv_windows import Geometry
 from cpu_fallback.epilogues import Epilogue, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
-from cpu_fallback.loops import THREAD, THREADS, Words
-from cpu_fallback.native import Target
+from cpu_fallback.loops import BLOCK, THREAD, THREADS, Words
+from cpu_fallback.native import SIGNATURE, Target, attributes
 
 IN_PLACE, WINDOWS, PLANAR = "in place", "windows", "planar windows"
 
 
+PARAMETERS = f"{SIGNATURE}, ptr %tiles"
+
+
 @dataclass(frozen=True)
 class ConvKernel:
-    """A convolution by content: where tiles read from, in runs of how many elements (0: any), what happens to sums.
+    """A convolution by content: where tiles read from, in runs of how many elements (0: any), how many vectors panels
+    of weights have, what happens to sums.
 
-    Words: addresses of x, of packed weights (`conv_lowering.packed`), of the result, of every operand of the epilogue
-    and of scratch; bytes of scratch for a thread, threads that it has room for; the Geometry.
+    Words: addresses of x, of packed weights (`conv_weights.tile_weights`), of the result and of scratch; bytes of
+    scratch for a thread, threads that it has room for; the Geometry; the operands of the epilogue. All but the tiles
+    is a function that kernels share.
     """
 
     source: str
     run: int
+    vectors: tuple[int, ...]
     epilogue: Epilogue
 
     def write(self, code: Code, target: Target) -> None:
-        words = Words(code)
-        x, w, out = words.pointers(3)
-        operands = self.epilogue.addresses(words)
-        scratch = words.take("ptr")
-        room, slots = words.numbers(2)
-        geometry = Geometry(*words.numbers(len(Geometry._fields)))
-        scratch = code.at(scratch, times(code, THREAD, room))
-        team = least(code, THREADS, slots)
-        _Writer(code, target, self, x, w, out, operands, scratch, room, team, geometry).write()
+        name = f"convolve_{self.source.replace(' ', '_')}_{target.vector_nbytes}"
+        code.define(name, PARAMETERS, attributes(target), lambda inner: _write_driver(inner, target, self.source))
+        table = define_table(code, target, self.vectors, self.epilogue, self.run)
+        code.do(f"call void @{name}({BLOCK}, {THREAD}, {THREADS}, ptr @{table})")
+
+
+def _write_driver(code: Code, target: Target, source: str) -> None:
+    words = Words(code)
+    x, w, out, scratch = words.pointers(4)
+    room, slots = words.numbers(2)
+    geometry = Geometry(*words.numbers(len(Geometry._fields)))
+    scratch = code.at(scratch, times(code, THREAD, room))
+    team = least(code, THREADS, slots)
+    _Driver(code, target, source, x, w, out, words.address(), scratch, room, team, geometry).write()
 
 
 @dataclass(frozen=True)
@@ -55,16 +66,16 @@ class _Panels:
 
 
 @dataclass(frozen=True)
-class _Writer:
-    """A convolution while its code is written."""
+class _Driver:
+    """The function around the tiles while it is written."""
 
     code: Code
     target: Target
-    kernel: ConvKernel
+    source: str
     x: Reg
     w: Reg
     out: Reg
-    operands: tuple[Reg, ...]
+    operands: Reg
     scratch: Reg
     room: Reg
     team: Reg
@@ -76,10 +87,10 @@ class _Writer:
 
     def write(self) -> None:
         code, g = self.code, self.geometry
-        if self.kernel.source == IN_PLACE:
+        if self.source == IN_PLACE:
             tiling = tiles_in_place(code, self.target, self._shape, g)
         else:
-            tiling = tiles_of_windows(code, self.target, self._shape, g, planar=self.kernel.source == PLANAR)
+            tiling = tiles_of_windows(code, self.target, self._shape, g, planar=self.source == PLANAR)
         panels = self._panels(tiling)
         chunks, columns = self._shares(tiling.chunks, times(code, panels.count, g.groups))
         block = tiling.block(self.room)
@@ -162,13 +173,13 @@ class _Writer:
         )
         channel = times(code, plus(code, times(code, group, g.group_outputs), first), i64(4))
         ahead = self._ahead(tiling, panels, panel, weights, tiles)
-        operands = self.kernel.epilogue.for_channel(code, self.operands, channel)
+        vectors = ceil_div(code, columns, i64(self._shape.lanes))
         source = self.x if tiling.windows is None else self.scratch
         reading = (source, tiling.a_row, tiling.a_jump, tiling.segments, tiling.segment_nbytes, tiling.run)
         writing = (code.at(self.out, channel), times(code, g.step_w, g.outputs, i64(4)))
         for (records, length), rows in zip(tiles, (self._shape.rows, self._shape.few), strict=True):
-            arguments = [length, records, columns, *reading, weights, *writing, *ahead, *operands]
-            self._call(rows, columns, arguments)
+            arguments = [length, records, columns, *reading, weights, *writing, *ahead, self.operands, channel]
+            call_tiles(code, Reg("%tiles", "ptr"), self._shape, rows, vectors, arguments)
         return []
 
     def _ahead(
@@ -191,14 +202,3 @@ class _Writer:
         initial = code.compare("icmp eq", panel, i64(0))
         chosen = [code.select(initial, a, b) for a, b in zip(following, own, strict=True)]
         return chosen[0], chosen[1], chosen[2]
-
-    def _call(self, rows: int, columns: Reg, arguments: list[Reg]) -> None:
-        """The tile function for panels of so many columns."""
-
-        def with_vectors(vectors: int) -> list[Reg]:
-            name = define_tiles(self.code, self.target, rows, vectors, self.kernel.epilogue, self.kernel.run)
-            call_tiles(self.code, name, arguments)
-            return []
-
-        wide = self.code.compare("icmp sgt", columns, i64(self._shape.lanes))
-        self.code.either(wide, lambda: with_vectors(2), lambda: with_vectors(1))

@@ -89,8 +89,15 @@ def _emit_tiles(layer: Layer, source: str, group: int, weights: Floats, geometry
     elements = geometry.channels * geometry.stride_w * COPIES if source == IN_PLACE else prod(weights.shape[1:])
     nbytes = layer.shape.rows * elements * 4 + SLACK
     nbytes = nbytes if source == IN_PLACE else max(nbytes, SCRATCH)
-    kernel = ConvKernel(source, run, layer.finish.epilogue)
+    kernel = ConvKernel(source, run, _panel_vectors(geometry.group_outputs, layer.shape), layer.finish.epilogue)
     _emit(layer, kernel, packed, offset, _lines(nbytes), geometry)
+
+
+def _panel_vectors(outputs: int, shape: TileShape) -> tuple[int, ...]:
+    """How many vectors the panels of so many results have."""
+    return tuple(
+        sorted({-(-min(shape.width, outputs - start) // shape.lanes) for start in range(0, outputs, shape.width)})
+    )
 
 
 def emit_winograd(layer: Layer, op: Conv, weights: Floats, m: int) -> None:
@@ -105,7 +112,7 @@ def _emit(layer: Layer, kernel: Any, packed: int, offset: Dim, nbytes: int, geom
     lowering, finish = layer.lowering, layer.finish
     scratch = lowering.buffer(UINT8, (thread_limit() * nbytes,))
     addresses = Address(layer.x.buffer), Address(packed), Address(layer.out.buffer, offset)
-    words = (*addresses, *finish.shifted(offset), Address(scratch), nbytes, thread_limit(), *geometry)
+    words = (*addresses, Address(scratch), nbytes, thread_limit(), *geometry, *finish.shifted(offset))
     inputs = (layer.x.buffer, packed, *finish.buffers)
     lowering.emit(Native(kernel, words), inputs, (layer.out.buffer,), scratch=(scratch,))
 
@@ -144,7 +151,7 @@ def emit_depthwise(layer: Layer, op: Conv, weights: Floats) -> None:
     packed = lowering.constant(depthwise_weights(weights))
     blank = lowering.constant(aligned(np.zeros(kernel.blank_elements(channels))))
     addresses = map(Address, (layer.x.buffer, packed, blank, layer.out.buffer))
-    words = (*addresses, *finish.words, caches().l1 // 2, caches().l2 // 2, *geometry)
+    words = (*addresses, caches().l1 // 2, caches().l2 // 2, *geometry, *finish.words)
     lowering.emit(Native(kernel, words), (layer.x.buffer, packed, blank, *finish.buffers), (layer.out.buffer,))
 
 

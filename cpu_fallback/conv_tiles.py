@@ -12,17 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64, literal, vector
-from cpu_fallback.epilogues import Epilogue, Place
+from cpu_fallback.epilogues import Epilogue, Place, stack
+from cpu_fallback.integers import least
 from cpu_fallback.loops import lane_mask, splat
 from cpu_fallback.native import Target, attributes
 from cpu_fallback.vector_math import mangled
 
 UNROLL = 4
 """Steps of the depth between two tests for its end."""
+CHAIN = 128
+"""Products in a sum, behind which it is put aside."""
 LINE = 64
 PARAMETERS = (
     "i64 %count, ptr %records, i64 %columns, ptr %a, i64 %a_row, i64 %a_jump, i64 %segments, "
-    "i64 %segment_step, i64 %run, ptr %w, ptr %c, i64 %c_row, ptr %ahead, i64 %ahead_tile, i64 %ahead_step"
+    "i64 %segment_step, i64 %run, ptr %w, ptr %c, i64 %c_row, ptr %ahead, i64 %ahead_tile, i64 %ahead_step, "
+    "ptr %operands, i64 %channel"
 )
 RECORD = 24
 """Bytes of a tile in a list of tiles: where A starts, how many pixels, where C starts; offsets in bytes."""
@@ -56,27 +60,37 @@ def tile_shape(target: Target) -> TileShape:
     return TileShape(14, 7, 2, lanes) if target.registers >= 32 else TileShape(6, 3, 2, lanes)
 
 
-def define_tiles(code: Code, target: Target, rows: int, vectors: int, epilogue: Epilogue, run: int = 0) -> str:
-    """The name of the function that computes a list of tiles with one panel of weights; `call_tiles` calls it.
+def define_table(code: Code, target: Target, vectors: Sequence[int], epilogue: Epilogue, run: int = 0) -> str:
+    """The name of a table of functions, for `call_tiles`, that compute lists of tiles with one panel of `vectors`.
 
     C[rows, columns] = epilogue(A W) for each: row r of A starts a_row bytes after row r - 1, a_jump more where the
     second half of the tile begins; segment s of its depth starts s * segment_step bytes later and has `run` elements,
-    known now if not 0. W is [segments * run, vectors *
-    lanes]. Rows of C are c_row bytes apart. All `rows` of A must be readable, only those asked for are stored. With
-    every UNROLL steps of the depth of tile i two lines are prefetched, from ahead + i * ahead_tile on, each time
-    ahead_step bytes further.
+    known now if not 0. W is [segments * run, vectors * lanes]. Rows of C are c_row bytes apart, `channel` bytes behind
+    those of channel 0; `operands` are the epilogue's, as argument words. All rows of A that a tile has must be
+    readable, only those asked for are stored. With every UNROLL steps of the depth of tile i two lines are prefetched,
+    from ahead + i * ahead_tile on, each time ahead_step bytes further.
     """
-    lanes = target.vector_nbytes // 4
-    name = f"conv_tiles{rows}x{vectors}_{lanes}_{run}_{epilogue.digest}"
-    parameters = PARAMETERS + "".join(f", ptr %e{i}" for i in range(len(epilogue.kinds)))
-    writer = _Tiles(target, rows, vectors, lanes, run, epilogue)
-    code.define(name, parameters, attributes(target), writer.write)
+    shape = tile_shape(target)
+    suffix = f"{shape.lanes}_{run}_{epilogue.digest}"
+    name = "_".join(map(str, ("conv_table", *vectors, suffix)))
+    entries = []
+    for rows in (shape.rows, shape.few):
+        for width in range(1, shape.vectors + 1):
+            tile = f"conv_tiles{rows}x{width}_{suffix}"
+            entries.append(f"ptr @{tile}" if width in vectors else "ptr null")
+            if width in vectors:
+                writer = _Tiles(target, rows, width, shape.lanes, run, epilogue)
+                code.define(tile, PARAMETERS, attributes(target), writer.write)
+    code.definitions[name] = f"@{name} = internal constant [{len(entries)} x ptr] [{', '.join(entries)}]"
     return name
 
 
-def call_tiles(code: Code, name: str, arguments: Sequence[Reg]) -> None:
-    """`arguments` are those of PARAMETERS, then the addresses of the epilogue's operands for result 0 of the panel."""
-    code.do(f"call void @{name}({', '.join(map(str, arguments))})")
+def call_tiles(code: Code, table: Reg, shape: TileShape, rows: int, vectors: Reg, arguments: Sequence[Reg]) -> None:
+    """`rows` is one of the two numbers that tiles have; `arguments` are those of PARAMETERS."""
+    first = -1 if rows == shape.rows else shape.vectors - 1
+    place = code.binary("shl", code.binary("add", vectors, i64(first)), i64(3))
+    function = code.load("ptr", code.at(table, place), 8)
+    code.do(f"call void {function.name}({', '.join(map(str, arguments))})")
 
 
 @dataclass(frozen=True)
@@ -91,10 +105,10 @@ class _Tiles:
     epilogue: Epilogue
 
     def write(self, code: Code) -> None:
-        number, records, columns, a, a_row, a_jump, segments, step, run, w, c, c_row, ahead, ahead_tile, ahead_step = (
+        number, records, columns, a, a_row, a_jump, segments, step, run, w, c, c_row, ahead, ahead_tile, far, *rest = (
             Reg(text.split()[1], text.split()[0]) for text in PARAMETERS.split(", ")
         )
-        operands = [Reg(f"%e{i}", "ptr") for i in range(len(self.epilogue.kinds))]
+        operands = self.epilogue.addresses(code, rest[0], rest[1])
 
         def tile(index: Reg, _: list[Reg]) -> list[Reg]:
             record = code.at(records, code.binary("mul", index, i64(RECORD)))
@@ -105,7 +119,7 @@ class _Tiles:
                     prefetch(code, code.at(line, i64(LINE * v)))
             lines = self._lines(code, code.at(a, start), a_row, a_jump)
             coming = code.at(ahead, code.binary("mul", index, ahead_tile))
-            sums = self._product(code, lines, a_row, segments, step, run, w, coming, ahead_step)
+            sums = self._product(code, lines, a_row, segments, step, run, w, coming, far)
             self.epilogue.write_tile(code, place, sums, self.epilogue.moved(code, operands, offset))
             return []
 
@@ -141,21 +155,33 @@ class _Tiles:
     ) -> list[Reg]:
         """The sums of a tile, row by row."""
         zero = [literal(self._kind, 0)] * (self.rows * self.vectors)
+        aside = _Aside(code, stack(code, self.rows * self._row_nbytes), self._kind, 4 * self.lanes)
+        several, longest = self.run or UNROLL, i64(max(CHAIN, self.run))
 
         def segment(index: Reg, carried: list[Reg]) -> list[Reg]:
             offset = code.binary("mul", index, step)
             moved = [hidden(code, code.at(line, offset)) for line in lines]
-            count = len(carried)
-            several = self.run or UNROLL
             whole = run if self.run else code.binary("and", run, i64(-UNROLL))
-            carried = code.loop(
-                i64(0), whole, i64(several), lambda _, x: self._steps(code, several, a_row, far, x), [*carried, *moved]
-            )
-            if not self.run:
-                carried = code.loop(whole, run, i64(1), lambda _, x: self._steps(code, 1, a_row, far, x), carried)
-            return carried[:count]
 
-        return code.loop(i64(0), segments, i64(1), segment, [w, ahead, *zero])[2:]
+            def part(start: Reg, carried: list[Reg]) -> list[Reg]:
+                stop = least(code, code.binary("add", start, longest), whole)
+                return walked(start, stop, several, carried)
+
+            both = code.loop(i64(0), whole, longest, part, [*carried, *moved])
+            return (both if self.run else walked(whole, run, 1, both))[: len(carried)]
+
+        def walked(start: Reg, stop: Reg, count: int, carried: list[Reg]) -> list[Reg]:
+            """A part of the depth, `count` steps at a time."""
+            length, used, *rest = carried
+            w, ahead, *rest = code.loop(
+                start, stop, i64(count), lambda _, x: self._steps(code, count, a_row, far, x), rest
+            )
+            length = code.binary("add", length, code.binary("sub", stop, start))
+            length, used, *sums = aside.shortened(length, used, rest[: len(zero)])
+            return [length, used, w, ahead, *sums, *rest[len(zero) :]]
+
+        _, used, _, _, *sums = code.loop(i64(0), segments, i64(1), segment, [i64(0), i64(0), w, ahead, *zero])
+        return aside.total(used, sums)
 
     def _steps(self, code: Code, count: int, a_row: Reg, far: Reg, carried: list[Reg]) -> list[Reg]:
         """Some steps of the depth; carried are the addresses of weights and of what is prefetched, sums, lines."""
@@ -188,6 +214,40 @@ class _Tiles:
         if row < half:
             return row // 3, row % 3
         return -(-half // 3) + (row - half) // 3, (row - half) % 3
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """Sums of a tile, put aside before they get long: sums of sums keep the error from growing with the depth."""
+
+    code: Code
+    memory: Reg
+    kind: str
+    nbytes: int
+
+    def shortened(self, length: Reg, used: Reg, sums: list[Reg]) -> list[Reg]:
+        """[products in a sum, whether some are put aside, sums] behind `length` products; new ones begin at CHAIN."""
+        code = self.code
+
+        def put() -> list[Reg]:
+            for total, place in zip(self.total(used, sums), self._places(len(sums)), strict=True):
+                code.store(total, place, 4)
+            return [i64(0), i64(1), *[literal(self.kind, 0)] * len(sums)]
+
+        return code.either(code.compare("icmp sge", length, i64(CHAIN)), put, lambda: [length, used, *sums])
+
+    def total(self, used: Reg, sums: list[Reg]) -> list[Reg]:
+        """With what is put aside, if there is any."""
+        code = self.code
+
+        def added() -> list[Reg]:
+            places = self._places(len(sums))
+            return [code.binary("fadd", code.load(self.kind, p, 4), x) for p, x in zip(places, sums, strict=True)]
+
+        return code.either(code.compare("icmp ne", used, i64(0)), added, lambda: sums)
+
+    def _places(self, count: int) -> list[Reg]:
+        return [self.code.at(self.memory, i64(i * self.nbytes)) for i in range(count)]
 
 
 def hidden(code: Code, value: Reg) -> Reg:

@@ -10,7 +10,7 @@ from cpu_fallback.conv_windows import Geometry, Windows, define_copy
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
 from cpu_fallback.native import Target
 
-MOST = 16
+MOST = 8
 """Tiles that share a panel of weights while it is in the first cache."""
 NEAR_NBYTES = 64 << 10
 """Bytes of a window that several tiles share."""

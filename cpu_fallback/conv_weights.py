@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_fallback.conv_tiles import TileShape
-from cpu_fallback.conv_winograd import transformed_weights
 from cpu_fallback.pages import PAGES
+from cpu_fallback.winograd_transforms import transformed_weights
 
 Floats = NDArray[np.float32]
 

@@ -1,46 +1,26 @@
 """Winograd convolutions F(m x m, 3 x 3) of stride 1, channels last: m is 2 or 4.
 
-Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", https://arxiv.org/abs/1509.09308. An image tile of
-(m + 2) x (m + 2) pixels is transformed, multiplied point by point with transformed weights, and transformed back to
-m x m results. Some tiles at a time, so that what is transformed stays in the second cache.
+An image tile of (m + 2) x (m + 2) pixels is transformed, multiplied point by point with transformed weights, and
+transformed back to m x m results. Some tiles at a time, so that what is transformed stays in the second cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cpu_fallback.code import Code, Reg, i64, vector
-from cpu_fallback.conv_tiles import LINE, RECORD, TileShape, call_tiles, define_tiles, tile_shape
+from cpu_fallback.conv_tiles import LINE, RECORD, UNROLL, TileShape, call_tiles, define_table, tile_shape
 from cpu_fallback.conv_windows import SLACK, Geometry, Windows
 from cpu_fallback.epilogues import Epilogue, Place, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
-from cpu_fallback.loops import THREAD, THREADS, Words, lane_mask
-from cpu_fallback.native import Target
+from cpu_fallback.loops import BLOCK, THREAD, THREADS, Words, lane_mask
+from cpu_fallback.native import SIGNATURE, Target, attributes
 from cpu_fallback.vector_math import Num
+from cpu_fallback.winograd_transforms import BACKWARD, FORWARD, points, twice
 
-Row = Sequence[Num]
-FILTERS = {
-    2: np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]) / 2,
-    4: np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24,
-}
 TAPS = 3
 LISTED = 64
 """Register tiles of transformed image tiles at a time."""
-
-
-def transformed_weights(weights: NDArray[np.float32], m: int) -> NDArray[np.float64]:
-    """[points, channels, outputs] of weights [outputs, channels, 3, 3]."""
-    found = np.einsum("ih,ochw,jw->ijco", FILTERS[m], weights.astype(np.float64), FILTERS[m], optimize=True)
-    points: NDArray[np.float64] = found.reshape((m + 2) ** 2, *found.shape[2:])
-    return points
-
-
-def points(m: int) -> int:
-    return (m + 2) ** 2
 
 
 def scratch_nbytes(m: int, channels: int, shape: TileShape, room: int) -> int:
@@ -57,27 +37,66 @@ def _line_nbytes(channels: int) -> int:
     return (-(-channels * 4 // LINE) | 1) * LINE
 
 
+FINISH = (
+    "ptr %stage, i64 %cell, i64 %channel, i64 %left, i64 %down, i64 %across, i64 %pixel, i64 %row, ptr %out, "
+    "ptr %operands"
+)
+PARAMETERS = f"{SIGNATURE}, ptr %finish"
+
+
 @dataclass(frozen=True)
 class WinogradKernel:
     """A Winograd convolution by content.
 
-    Words: addresses of x, of transformed and packed weights (every panel has all its points), of the result, of every
-    operand of the epilogue and of scratch; bytes of scratch for a thread, threads that it has room for; the Geometry.
+    Words: addresses of x, of transformed and packed weights (`conv_weights.winograd_weights`), of the result and of
+    scratch; bytes of scratch for a thread, threads that it has room for; the Geometry; the operands of the epilogue.
+    All but what happens to results is a function that kernels share.
     """
 
     m: int
     epilogue: Epilogue
 
     def write(self, code: Code, target: Target) -> None:
-        words = Words(code)
-        x, w, out = words.pointers(3)
-        operands = self.epilogue.addresses(words)
-        scratch = words.take("ptr")
-        room, slots = words.numbers(2)
-        geometry = Geometry(*words.numbers(len(Geometry._fields)))
-        scratch = code.at(scratch, times(code, THREAD, room))
-        team = least(code, THREADS, slots)
-        _Writer(code, target, self.m, self.epilogue, x, w, out, operands, scratch, room, team, geometry).write()
+        suffix = f"{self.m}_{target.vector_nbytes}"
+        name, finish = f"winograd_{suffix}", f"winograd_finish_{suffix}_{self.epilogue.digest}"
+        code.define(name, PARAMETERS, attributes(target), lambda inner: _write_driver(inner, target, self.m))
+        code.define(
+            finish, FINISH, attributes(target), lambda inner: _write_finish(inner, target, self.m, self.epilogue)
+        )  # fmt: skip
+        code.do(f"call void @{name}({BLOCK}, {THREAD}, {THREADS}, ptr @{finish})")
+
+
+def _write_driver(code: Code, target: Target, m: int) -> None:
+    words = Words(code)
+    x, w, out, scratch = words.pointers(4)
+    room, slots = words.numbers(2)
+    geometry = Geometry(*words.numbers(len(Geometry._fields)))
+    scratch = code.at(scratch, times(code, THREAD, room))
+    team = least(code, THREADS, slots)
+    _Driver(code, target, m, x, w, out, words.address(), scratch, room, team, geometry).write()
+
+
+def _write_finish(code: Code, target: Target, m: int, epilogue: Epilogue) -> None:
+    """The epilogue on `down` rows of `across` results, `left` channels of a vector; `channel` and `cell` are the byte
+    offsets of the first channel and of its first result, `pixel` and `row` are how far the next are."""
+    stage, cell, channel, left, down, across, pixel, row, out, words = (
+        Reg(text.split()[1], text.split()[0]) for text in FINISH.split(", ")
+    )
+    lanes = tile_shape(target).lanes
+    kind, nbytes = vector(lanes, "float"), 4 * lanes
+    mask = lane_mask(code, lanes, left) if target.masked else None
+    operands = epilogue.addresses(code, words, channel)
+    columns = least(code, left, i64(lanes))
+
+    def line(index: Reg, _: list[Reg]) -> list[Reg]:
+        moved = plus(code, code.binary("sub", cell, channel), times(code, index, row))
+        here = code.at(stage, times(code, index, i64(m * nbytes)))
+        sums = [code.load(kind, code.at(here, i64(i * nbytes)), 4) for i in range(m)]
+        place = Place(code.at(out, plus(code, moved, channel)), pixel, across, columns, m, 1, lanes, mask)
+        epilogue.write_tile(code, place, sums, epilogue.moved(code, operands, moved))
+        return []
+
+    code.loop(i64(0), down, i64(1), line)
 
 
 @dataclass(frozen=True)
@@ -94,17 +113,16 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _Writer:
-    """A convolution while its code is written."""
+class _Driver:
+    """The function around tiles and epilogue while it is written."""
 
     code: Code
     target: Target
     m: int
-    epilogue: Epilogue
     x: Reg
     w: Reg
     out: Reg
-    operands: tuple[Reg, ...]
+    operands: Reg
     scratch: Reg
     room: Reg
     team: Reg
@@ -285,23 +303,13 @@ class _Writer:
         a = code.at(chunk.images, times(code, point, chunk.plane))
         c = code.at(chunk.products, times(code, point, chunk.product_plane))
         part = code.binary("udiv", i64(2 * LINE), ceil_div(code, count, i64(shape.rows)))
-        ahead = (code.at(w, nbytes), times(code, g.channels, part), part)
+        ahead = (code.at(w, nbytes), times(code, g.channels, part), times(code, part, i64(UNROLL)))
+        table = Reg(f"@{define_table(code, self.target, (1, 2), Epilogue())}", "ptr")
+        columns, c_row = times(code, vectors, i64(shape.lanes)), i64(shape.width * 4)
         for (records, length), rows in zip(lists, (shape.rows, shape.few), strict=True):
-            arguments = [
-                length, records, i64(shape.width), a, chunk.line, i64(0), i64(1), i64(0), g.channels, w, c,
-                i64(shape.width * 4), *ahead,
-            ]  # fmt: skip
-            self._call(rows, vectors, arguments)
-
-    def _call(self, rows: int, vectors: Reg, arguments: list[Reg]) -> None:
-        code = self.code
-
-        def wide(count: int) -> list[Reg]:
-            arguments[2] = i64(count * self._lanes)
-            call_tiles(code, define_tiles(code, self.target, rows, count, Epilogue()), arguments)
-            return []
-
-        code.either(code.compare("icmp sgt", vectors, i64(1)), lambda: wide(2), lambda: wide(1))
+            reading = (a, chunk.line, i64(0), i64(1), i64(0), g.channels)
+            arguments = [length, records, columns, *reading, w, c, c_row, *ahead, self.operands, i64(0)]
+            call_tiles(code, table, shape, rows, vectors, arguments)
 
     def _back(
         self, grid: Geometry, chunk: _Chunk, first: Reg, tile: Reg, channel: Reg, columns: Reg, vectors: Reg
@@ -316,6 +324,7 @@ class _Writer:
         pixel = plus(code, times(code, plus(code, times(code, image, g.out_h), y), g.out_w), x)
         cell = times(code, plus(code, times(code, pixel, g.outputs), channel), i64(4))
         stage = stack(code, m * m * self._lanes * 4)
+        pixel_nbytes = times(code, g.outputs, i64(4))
 
         def some_channels(index: Reg, _: list[Reg]) -> list[Reg]:
             lane = times(code, index, i64(self._lanes))
@@ -326,33 +335,16 @@ class _Writer:
             for i, value in enumerate(value for line in twice(BACKWARD[m], loaded) for value in line):
                 code.store(value.reg, code.at(stage, i64(i * self._lanes * 4)), 4)
             left = code.binary("sub", columns, lane)
-            self._finish(
-                stage, plus(code, cell, offset), plus(code, times(code, channel, i64(4)), offset), left, down, across
-            )
+            place = times(code, channel, i64(4))
+            arguments = [
+                stage, plus(code, cell, offset), plus(code, place, offset), left, down, across, pixel_nbytes,
+                times(code, pixel_nbytes, g.out_w), self.out, self.operands,
+            ]  # fmt: skip
+            code.do(f"call void %finish({', '.join(map(str, arguments))})")
             return []
 
         code.loop(i64(0), vectors, i64(1), some_channels)
         return []
-
-    def _finish(self, stage: Reg, cell: Reg, channel: Reg, left: Reg, down: Reg, across: Reg) -> None:
-        """The epilogue on rows of results; `cell` is the byte offset of the first, `channel` that of its channel."""
-        code, g, nbytes = self.code, self.geometry, self._lanes * 4
-        pixel = times(code, g.outputs, i64(4))
-        row = times(code, pixel, g.out_w)
-        mask = lane_mask(code, self._lanes, left) if self.target.masked else None
-        operands = self.epilogue.for_channel(code, self.operands, channel)
-        columns = least(code, left, i64(self._lanes))
-
-        def line(index: Reg, _: list[Reg]) -> list[Reg]:
-            moved = plus(code, code.binary("sub", cell, channel), times(code, index, row))
-            base = code.at(self.out, plus(code, moved, channel))
-            here = code.at(stage, times(code, index, i64(self.m * nbytes)))
-            sums = [code.load(self._kind, code.at(here, i64(i * nbytes)), 4) for i in range(self.m)]
-            place = Place(base, pixel, across, columns, self.m, 1, self._lanes, mask)
-            self.epilogue.write_tile(code, place, sums, self.epilogue.moved(code, operands, moved))
-            return []
-
-        code.loop(i64(0), down, i64(1), line)
 
 
 def _steps(code: Code, base: Reg, step: Reg, count: int) -> list[Reg]:
@@ -361,33 +353,3 @@ def _steps(code: Code, base: Reg, step: Reg, count: int) -> list[Reg]:
     for _ in range(count - 1):
         found.append(code.at(found[-1], step))
     return found
-
-
-def twice(once: Callable[[Row], Row], values: Sequence[Row]) -> list[Row]:
-    """A one-dimensional transform of the columns, then of the rows."""
-    columns = [once(column) for column in zip(*values, strict=True)]
-    return [once(row) for row in zip(*columns, strict=True)]
-
-
-def _forward2(d: Row) -> Row:
-    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[3] - d[1]]
-
-
-def _forward4(d: Row) -> Row:
-    even, odd = d[2].fma(-4, d[4]), d[1].fma(-4, d[3])
-    far, near = d[4] - d[2], d[3] - d[1]
-    first, last = d[0].fma(4, d[2].fma(-5, d[4])), d[1].fma(4, d[3].fma(-5, d[5]))
-    return [first, even + odd, even - odd, near.fma(2, far), near.fma(-2, far), last]
-
-
-def _backward2(v: Row) -> Row:
-    return [v[0] + (v[1] + v[2]), (v[1] - v[2]) + v[3]]
-
-
-def _backward4(v: Row) -> Row:
-    even, odd, far, near = v[1] + v[2], v[1] - v[2], v[3] + v[4], v[3] - v[4]
-    return [v[0] + even + far, near.fma(2, odd), far.fma(4, even), near.fma(8, odd) + v[5]]
-
-
-FORWARD = {2: _forward2, 4: _forward4}
-BACKWARD = {2: _backward2, 4: _backward4}

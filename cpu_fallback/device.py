@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
+from cpu_fallback.layouts import assign_layouts
 from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import host
 from cpu_fallback.program import Program, build_program, zone_sizes
 from cpu_fallback.stream import CpuStream
+from cpu_fallback.turned_attention import turn_attention
 from gpu_engine.errors import DeviceError
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.lower import lower_graph
@@ -46,7 +48,7 @@ class CpuDevice:
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         """The plan, its kernels compiled."""
-        plan = lower_graph(graph, batching, lower_node)
+        plan = lower_graph(turn_attention(assign_layouts(graph, host()), host()), batching, lower_node)
         return dataclasses.replace(plan, program=build_program(plan))
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream]:

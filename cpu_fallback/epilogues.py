@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cpu_fallback.calls import Address, Word
 from cpu_fallback.code import Code, Reg, i64, vector
 from cpu_fallback.lanes import is_supported, write_expr
-from cpu_fallback.loops import Words, literal_zero, splat
+from cpu_fallback.loops import literal_zero, splat
 from cpu_fallback.maps import Shape, hoisted
 from cpu_fallback.native import Target
 from cpu_fallback.vector_math import mangled
@@ -54,14 +54,15 @@ class Epilogue:
         """The result for sums `value` and operands in registers of as many lanes."""
         return write_expr(code, self.expr, dict(enumerate((value, *operands))), lanes)
 
-    def addresses(self, words: Words) -> tuple[Reg, ...]:
-        """The operands' addresses, read from a kernel's argument words; a literal lies among the words itself."""
-        return tuple(words.address() if kind == LITERAL else words.take("ptr") for kind in self.kinds)
-
-    def for_channel(self, code: Code, operands: Sequence[Reg], nbytes: Reg) -> list[Reg]:
-        """The operands' addresses for results that begin `nbytes` after channel 0."""
-        pairs = zip(self.kinds, operands, strict=True)
-        return [code.at(operand, nbytes) if kind in (CHANNEL, FULL) else operand for kind, operand in pairs]
+    def addresses(self, code: Code, words: Reg, channel: Reg) -> list[Reg]:
+        """The operands' addresses for results that begin `channel` bytes after channel 0, from their argument words; a
+        literal lies among the words itself."""
+        found = []
+        for i, kind in enumerate(self.kinds):
+            place = code.at(words, i64(8 * i))
+            operand = place if kind == LITERAL else code.load("ptr", place, 8)
+            found.append(code.at(operand, channel) if kind in (CHANNEL, FULL) else operand)
+        return found
 
     def moved(self, code: Code, operands: Sequence[Reg], nbytes: Reg) -> list[Reg]:
         """The addresses of the operands for a cell `nbytes` further in the result."""

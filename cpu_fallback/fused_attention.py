@@ -5,18 +5,19 @@ from __future__ import annotations
 from cpu_fallback import packing
 from cpu_fallback.attention import lower_attention
 from cpu_fallback.attention_kernels import MOST_TILES, AttentionKernel
+from cpu_fallback.attention_weights import Rule
 from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native, Word
 from cpu_fallback.gemm import converted
-from cpu_fallback.lanes import is_supported
 from cpu_fallback.loops import STRIDED
-from cpu_fallback.maps import broadcast_strides, collapsed, contiguous_strides, inner_access
+from cpu_fallback.maps import Shape, broadcast_strides, collapsed, contiguous_strides, inner_access
 from cpu_fallback.native import Target, host
 from cpu_fallback.product_calls import thread_limit, tile_widths
 from cpu_fallback.tiles import TileShape, tile_shape
-from gpu_engine.ir import dims, expr
+from cpu_fallback.turned_attention import Perm, TurnedAttention, has_kernel, straight
+from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import FLOAT32, compute_dtype
+from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Attention
 from gpu_engine.plan.lower import Lowering
@@ -32,42 +33,62 @@ def lower_fused_attention(
     return found or lower_attention(lowering, op, node, inputs, outputs)
 
 
+def lower_turned_attention(
+    lowering: Lowering, op: TurnedAttention, node: Node, inputs: Buffers, outputs: Buffers
+) -> bool:  # fmt: skip
+    return emit_turned_attention(lowering, op, node, inputs, outputs, host())
+
+
 def emit_attention(
     lowering: Lowering, op: Attention, node: Node, inputs: Buffers, outputs: Buffers, target: Target
 ) -> bool:  # fmt: skip
     """Append the steps of native attention; False if it has no native form."""
+    turned = straight(op, [value.type for value in node.inputs], node.outputs[0].rank)
+    return emit_turned_attention(lowering, turned, node, inputs, outputs, target)
+
+
+def emit_turned_attention(
+    lowering: Lowering, op: TurnedAttention, node: Node, inputs: Buffers, outputs: Buffers, target: Target
+) -> bool:  # fmt: skip
+    """Append the steps of native attention; False if it has no native form."""
     kinds, result = [value.type for value in node.inputs], node.outputs[0]
-    casts = [expr.cast(expr.arg(0, kind.dtype), FLOAT32) for kind in kinds] + [
-        expr.cast(expr.arg(0, FLOAT32), result.dtype)
-    ]
-    if compute_dtype(result.dtype) != FLOAT32 or not all(is_supported(cast, target) for cast in casts):
+    if not has_kernel(result.type, kinds, target):
         return False
-    lead, size = result.shape[:-2], FLOAT32.itemsize
+    size, rule, masks = FLOAT32.itemsize, op.attention, kinds[3:]
     factors = [
         converted(lowering, buffer, kind.shape, FLOAT32)
         for buffer, kind in zip(inputs[:3], kinds[:3], strict=True)
     ]  # fmt: skip
-    strides = [broadcast_strides(kind.shape, (*lead, *kind.shape[-2:])) for kind in kinds[:3]]
-    strides.append(contiguous_strides(result.shape))
-    sizes = [size, size, size, result.dtype.itemsize]
-    if masks := kinds[3:]:
-        strides.append(broadcast_strides(masks[0].shape, (*lead, result.shape[-2], kinds[1].shape[-2])))
+    back = tuple(map(op.out.index, range(result.rank)))
+    shapes = [*op.shapes, tuple(result.shape[axis] for axis in back)]
+    walks = [
+        _walk(kind.shape, axes, starts)
+        for kind, axes, starts in zip(kinds[:3], op.axes, op.starts, strict=True)
+    ]  # fmt: skip
+    walks.append(_walk(result.shape, back, (0,) * result.rank))
+    lead, sizes = shapes[3][:-2], [size, size, size, result.dtype.itemsize]
+    strides = [
+        _spread(shape, steps, (*lead, *shape[-2:])) for shape, (steps, _) in zip(shapes, walks, strict=True)
+    ]  # fmt: skip
+    if masks:
+        strides.append(broadcast_strides(masks[0].shape, (*lead, shapes[3][-2], shapes[1][-2])))
         sizes.append(masks[0].dtype.itemsize)
     access = inner_access(strides[4][-1]) if masks else ""
     axes = collapsed(lead, [steps[:-2] for steps in strides])
-    queries, depth = kinds[0].shape[-2:]
-    keys, width = kinds[2].shape[-2:]
-    shape = tile_shape(target, "float")
-    widths = tuple(sorted({*tile_widths(keys, shape), *tile_widths(width, shape)}))
-    kernel = AttentionKernel(
-        result.dtype, op.scale, op.causal, op.fill, op.zero_nan, masks[0].dtype if masks else None, access, widths,
-        len(axes), caches(),
-    )  # fmt: skip
-    nbytes = _slot_nbytes(shape, keys, depth, width)
+    (queries, depth), (keys, width) = shapes[0][-2:], shapes[2][-2:]
+    tile = tile_shape(target, "float")
+    widths = tuple(sorted({*tile_widths(keys, tile), *tile_widths(width, tile)}))
+    mask = masks[0].dtype if masks else None
+    weights = Rule(rule.scale, rule.causal, rule.fill, rule.zero_nan, mask, access)
+    kernel = AttentionKernel(result.dtype, weights, widths, len(axes), caches())
+    nbytes = _slot_nbytes(tile, keys, depth, width)
     scratch = lowering.buffer(FLOAT32, (thread_limit(), dims.floor_div(nbytes, size)))
-    words: list[Word] = [Address(buffer) for buffer in (*factors, outputs[0], scratch, *inputs[3:])]
+    words: list[Word] = [
+        Address(buffer, start * size) for buffer, (_, start) in zip(factors, walks[:3], strict=True)
+    ]  # fmt: skip
+    words += map(Address, (outputs[0], scratch, *inputs[3:]))
     words += [queries, keys, depth, width]
-    words += [steps[-2] * nbytes for steps, nbytes in zip(strides[:4], sizes, strict=False)]
+    words += [steps[-2] * own for steps, own in zip(strides[:4], sizes, strict=False)]
     words += [thread_limit(), nbytes]
     if masks:
         words += [strides[4][-2] * sizes[4], *[strides[4][-1] * sizes[4]] * (access == STRIDED)]
@@ -75,6 +96,23 @@ def emit_attention(
     words += [own[i] * sizes[i] for i in range(len(sizes)) for _, own in axes]
     lowering.emit(Native(kernel, tuple(words)), (*factors, *inputs[3:]), outputs, scratch=(scratch,))
     return True
+
+
+def _walk(stored: Shape, axes: Perm, starts: Shape) -> tuple[Shape, Dim]:
+    """(element strides of some axes of a contiguous tensor, the element that the starts are at)."""
+    steps = contiguous_strides(stored)
+    offset: Dim = sum((start * step for start, step in zip(starts, steps, strict=True)), 0)
+    return tuple(steps[axis] for axis in axes), offset
+
+
+def _spread(shape: Shape, steps: Shape, full: Shape) -> Shape:
+    """Strides over the axes of `full`, 0 where the tensor is broadcast."""
+    more = len(full) - len(shape)
+    padded, strides = (1,) * more + shape, (0,) * more + steps
+    return tuple(
+        step if extent == whole else dims.many(extent) * step
+        for extent, step, whole in zip(padded, strides, full, strict=True)
+    )
 
 
 def _slot_nbytes(shape: TileShape, keys: Dim, depth: Dim, width: Dim) -> Dim:

@@ -11,7 +11,7 @@ from cpu_fallback.calls import Array, ArrayCall, evaluate_into
 from cpu_fallback.channels_last import LastConv, LastConvTranspose, LastPool
 from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
-from cpu_fallback.fused_attention import lower_fused_attention
+from cpu_fallback.fused_attention import lower_fused_attention, lower_turned_attention
 from cpu_fallback.gemm import lower_gemm
 from cpu_fallback.image_lowering import lower_last_conv, lower_last_conv_transpose, lower_last_pool
 from cpu_fallback.maps import map_call
@@ -25,8 +25,10 @@ from cpu_fallback.movement import (
 )
 from cpu_fallback.recurrent import lower_recurrent
 from cpu_fallback.reductions import lower_reduce
+from cpu_fallback.resizing import lower_resize
 from cpu_fallback.rows import lower_layer_norm, lower_softmax
 from cpu_fallback.taps import lower_pool
+from cpu_fallback.turned_attention import TurnedAttention
 from gpu_engine.ir.graph import Node, Op
 from gpu_engine.ir.ops import (
     Attention,
@@ -42,6 +44,7 @@ from gpu_engine.ir.ops import (
     Pool,
     Recurrent,
     Reduce,
+    Resize,
     Slice,
     Softmax,
     Transpose,
@@ -81,9 +84,11 @@ LOWERINGS: dict[type, LowerOp] = {
     Pool: lower_pool,
     Recurrent: lower_recurrent,
     Reduce: lower_reduce,
+    Resize: lower_resize,
     Slice: lower_slice,
     Softmax: lower_softmax,
     Transpose: lower_transpose,
+    TurnedAttention: lower_turned_attention,
 }
 
 

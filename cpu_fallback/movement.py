@@ -9,6 +9,7 @@ import numpy as np
 from cpu_fallback.calls import Array, ArrayCall
 from cpu_fallback.copies import Padding, can_copy, emit_copy, emit_pad
 from cpu_fallback.maps import broadcast_strides, contiguous_strides
+from cpu_fallback.transposition import SCALARS, as_matrices, transpose_call
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.ir.graph import Node
@@ -21,8 +22,13 @@ Buffers = tuple[int, ...]
 def lower_transpose(lowering: Lowering, op: Transpose, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
     if not can_copy(node.outputs[0].dtype):
         return False
-    shape = node.outputs[0].shape
-    own = contiguous_strides(node.inputs[0].shape)
+    shape, before = node.outputs[0].shape, node.inputs[0].shape
+    matrices = as_matrices(before, op.perm)
+    if matrices is not None and node.outputs[0].dtype.itemsize in SCALARS:
+        call = transpose_call(inputs[0], outputs[0], *matrices, node.outputs[0].dtype.itemsize)
+        lowering.emit(call, inputs, outputs)
+        return True
+    own = contiguous_strides(before)
     emit_copy(lowering, inputs[0], outputs[0], shape, (tuple(own[axis] for axis in op.perm), contiguous_strides(shape)))
     return True
 

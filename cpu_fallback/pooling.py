@@ -140,7 +140,10 @@ class _Writer:
             def tap(k: Reg, values: list[Reg]) -> list[Reg]:
                 return taps(axis - 1, code.at(place, times(code, k, steps[axis])), values)
 
-            return code.loop(*spans[axis], i64(1), tap, values)
+            if axis or self.kernel.kind == "max":
+                return code.loop(*spans[axis], i64(1), tap, values)
+            sums = code.loop(*spans[axis], i64(1), tap, [literal(self._kind, 0)] * chains)
+            return [code.binary("fadd", value, part) for value, part in zip(values, sums, strict=True)]
 
         initial = literal(self._kind, LOWEST if self.kernel.kind == "max" else 0)
         values = taps(AXES - 1, start, [initial] * chains)

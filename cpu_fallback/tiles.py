@@ -58,10 +58,6 @@ class TileShape:
         """Bytes of a row."""
         return self.width * self.nbytes
 
-    def height(self, rows: int) -> int:
-        """Rows of the tile that computes `rows` rows."""
-        return next(height for height in HEIGHTS if height >= rows)
-
 
 def tile_shape(target: Target, scalar: str, terms: int = 1) -> TileShape:
     """8 x 3 of 32 vector registers, 6 x 2 of 16: what benchmarks/gemm.py found fastest.
@@ -73,19 +69,31 @@ def tile_shape(target: Target, scalar: str, terms: int = 1) -> TileShape:
     return TileShape(rows, vectors, target.vector_nbytes // NBYTES[scalar], scalar, terms)
 
 
-def tile_table(code: Code, target: Target, shape: TileShape, rows: Iterable[int], vectors: Iterable[int]) -> str:
-    """The name of a table of tile functions for these numbers of rows and of vectors: see `call_tile`."""
-    heights, widths = sorted({shape.height(count) for count in rows}), sorted(set(vectors))
+def tile_table(
+    code: Code,
+    target: Target,
+    shape: TileShape,
+    rows: Iterable[int],
+    vectors: Iterable[int],
+    heights: Sequence[int] = HEIGHTS,
+) -> str:
+    """The name of a table of tile functions for these numbers of rows and of vectors: see `call_tile`.
+
+    Rows are computed by tiles of the next of `heights`.
+    """
+    height_of = {count: next(height for height in heights if height >= count) for count in range(1, shape.rows + 1)}
+    wanted, widths = {height_of[count] for count in rows}, set(vectors)
     stem = f"tile_{shape.scalar}{shape.lanes}_{shape.terms}"
-    name = "_".join(map(str, (stem, shape.rows, shape.vectors, "heights", *heights, "widths", *widths)))
+    content = (stem, shape.rows, shape.vectors, *heights, "of", *sorted(wanted), "widths", *sorted(widths))
+    name = "_".join(map(str, content))
     if name in code.definitions:
         return name
     entries = []
     for count, alone in [*((count, True) for count in range(1, shape.rows + 1)), (shape.rows, False)]:
-        height = shape.height(count)
         for width in range(1, shape.vectors + 1):
+            height = height_of[count]
             function = f"{stem}_{height}x{width}" + "_of_many" * (not alone)
-            known = height in heights and width in widths
+            known = height in wanted and width in widths
             if known:
                 code.define(function, PARAMETERS, attributes(target), _Tile(shape, height, width, alone).write)
             entries.append(f"ptr @{function}" if known else "ptr null")

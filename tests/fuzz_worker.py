@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,19 +23,27 @@ from typing import Any
 import numpy as np
 
 import gpu_engine
+from gpu_engine.runtime.engine import Engine
 from tests.fuzz_cases import FuzzCase, fuzz_case, inputs_for
 from tests.fuzz_folder import CANARY, Watch, prepare
+from tests.fuzz_reference import Reference, disagreement
 
 HEADROOM_NBYTES = 2 << 30
 CASES_PER_PROCESS = 250
 LOOK_AFTER_S, ENDLESS_ITERATIONS = 3.0, 500
 START_LIMIT_S = 60.0
-FINE = ("runs", "compiles, wants large inputs", "a loop of the model's own without an end")
+Ran = tuple[Mapping[str, Any], Mapping[str, Any]]
+AGREES, RUNS, LARGE, ENDLESS = (
+    "runs as ONNX Runtime does",
+    "runs, with nothing to compare",
+    "compiles, wants large inputs",
+    "a loop of the model's own without an end",
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case: one of FINE, the typed error and its stage, or `failure`: what must not happen.
+    """What became of a case: it ran, a typed error and its stage, or `failure`: what must not happen.
 
     `seconds` are of the processor, so that other processes do not count; a worker that sleeps is a hang all the same.
     """
@@ -135,7 +143,7 @@ def _serve(connection: Connection, first_seed: int, limit_s: float) -> None:
     warnings.simplefilter("ignore")
     logging.disable()
     with tempfile.TemporaryDirectory() as root:
-        folder, watch = prepare(Path(root).resolve()), Watch()
+        folder, watch, reference = prepare(Path(root).resolve()), Watch(), Reference()
         warm_up()
         limit_memory()
         while True:
@@ -143,7 +151,7 @@ def _serve(connection: Connection, first_seed: int, limit_s: float) -> None:
                 number = connection.recv()
             except EOFError:
                 return
-            connection.send(measured(fuzz_case(first_seed, number), folder, watch, limit_s))
+            connection.send(measured(fuzz_case(first_seed, number), folder, watch, limit_s, reference))
 
 
 def warm_up() -> None:
@@ -159,47 +167,63 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def measured(case: FuzzCase, folder: Path, watch: Watch, limit_s: float) -> Outcome:
+def measured(case: FuzzCase, folder: Path, watch: Watch, limit_s: float, reference: Reference) -> Outcome:
     """The outcome of one case within `limit_s`, with its time and the memory it took at most."""
     path = folder / "m.onnx"
     path.write_bytes(case.model)
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    started = time.process_time()
+    started, ran = time.process_time(), None
     look_s = min(LOOK_AFTER_S, limit_s)
     signal.signal(signal.SIGPROF, _Alarm())
     signal.setitimer(signal.ITIMER_PROF, look_s, max(limit_s - look_s, 0.1))
     watch.folder = folder
     try:
-        kind, failure = run_case(case, path if case.from_file else None)
+        kind, failure, ran = run_case(case, path if case.from_file else None)
     except TimeUp as error:
         kind, failure = "hang", f"takes more than {limit_s:g} s {_place(error)}"
     except Endless:
-        kind, failure = FINE[2], ""
+        kind, failure = ENDLESS, ""
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         watch.folder = None
     if watch.found:
         kind, failure = "reads outside the model's folder", ", ".join(watch.found)
         watch.found.clear()
-    return Outcome(case.number, kind, time.process_time() - started, max(0, _memory("VmHWM") - before), failure)
+    seconds, nbytes = time.process_time() - started, max(0, _memory("VmHWM") - before)
+    if ran is not None and not failure:
+        kind, failure = compared(case, ran, reference)
+    return Outcome(case.number, kind, seconds, nbytes, failure)
 
 
-def run_case(case: FuzzCase, path: Path | None) -> tuple[str, str]:
-    """(the outcome's kind, what is wrong with it or "")."""
+def compared(case: FuzzCase, ran: Ran, reference: Reference) -> tuple[str, str]:
+    """(the outcome's kind, how the results differ from ONNX Runtime's or "")."""
+    inputs, outputs = ran
+    expected = reference.outputs(case.model, inputs)
+    if expected is None:
+        return RUNS, ""
+    found = disagreement(case.model, outputs, expected)
+    return ("differs from ONNX Runtime", found) if found else (AGREES, "")
+
+
+def run_case(case: FuzzCase, path: Path | None) -> tuple[str, str, Ran | None]:
+    """(the outcome's kind, what is wrong with it or "", inputs and outputs if both are plain arrays by name)."""
     stage = "compile"
     try:
         with gpu_engine.compile(case.model if path is None else path, device="cpu") as engine:
-            inputs = inputs_for(engine, case)
-            if inputs is None:
-                return FINE[1], ""
+            values = inputs_for(engine, case)
+            if values is None:
+                return LARGE, "", None
             stage = "run"
+            inputs = dict(zip(engine.input_names, values, strict=True))
             outputs = engine.run(inputs)
     except gpu_engine.GpuEngineError as error:
-        return f"{type(error).__name__} ({stage})", ""
+        return f"{type(error).__name__} ({stage})", "", None
     except Exception as error:
-        return f"{type(error).__name__} ({stage}), untyped", f"{_first_line(error)} {_place(error)}"
-    return (FINE[0], "") if not _holds_canary(outputs) else ("leak", "an output holds what lies outside the folder")
+        return f"{type(error).__name__} ({stage}), untyped", f"{_first_line(error)} {_place(error)}", None
+    if _holds_canary(list(outputs.values())):
+        return "leak", "an output holds what lies outside the folder", None
+    return RUNS, "", (inputs, outputs) if isinstance(engine, Engine) else None
 
 
 def _holds_canary(value: Any) -> bool:

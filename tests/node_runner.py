@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from cpu_fallback.calls import Native
+from cpu_fallback.calls import Address, Native
 from cpu_fallback.lowering import lower_node
-from cpu_fallback.native import Target
+from cpu_fallback.native import LIBRARY, Target
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.evaluation import evaluator
@@ -27,6 +30,7 @@ def run_node(
     target: Target,
     *,
     threads: int = 1,
+    at_once: bool = False,
     constants: Collection[int] = (),
     shapes: Mapping[int, tuple[Dim, ...]] | None = None,
     values: Mapping[str, int] | None = None,
@@ -35,7 +39,7 @@ def run_node(
     """The first result of `op`, lowered by `emit`; fails if a step writes outside its buffers.
 
     Operands named by `constants` are known when lowering; `shapes` gives symbolic shapes to others, `values` their
-    symbols. All memory that steps write is full of NaN before.
+    symbols. All memory that steps write is full of NaN before. Threads take turns, or run `at_once`.
     """
     kinds = [TensorType(array.dtype, (shapes or {}).get(i, array.shape)) for i, array in enumerate(operands)]
     known = [array if i in constants else None for i, array in enumerate(operands)]
@@ -59,8 +63,35 @@ def run_node(
     before = [operand.copy() for operand in operands]
     for step in lowering.steps:
         assert isinstance(step.kernel, Native)
-        run_native(step.kernel, arrays, target, threads, values)  # type: ignore[arg-type]
+        run = run_together if at_once else run_native
+        run(step.kernel, arrays, target, threads, values)  # type: ignore[operator]
     assert all(map(guards_hold, memories)), "a step wrote outside its buffers"
     for own, copy in zip(operands, before, strict=True):
         np.testing.assert_array_equal(own, copy)
     return arrays[out]
+
+
+def run_together(
+    call: Native, arrays: Mapping[int, Array], target: Target, threads: int, values: Mapping[str, int] | None
+) -> None:
+    """Run all threads' shares of the call at the same time."""
+    address = LIBRARY.addresses([call.kernel], target)[call.kernel]
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(address)
+    numbers = evaluator([word for word in call.words if not isinstance(word, Address)], list(values or {}))
+    found = iter(numbers(*(values or {}).values()))
+    words = []
+    for word in call.words:
+        if isinstance(word, Address):
+            (offset,) = evaluator([word.offset], list(values or {}))(*(values or {}).values())
+            words.append(arrays[word.buffer].ctypes.data + offset)
+        else:
+            words.append(next(found))
+    block = np.array(words, np.int64)
+    started = threading.Barrier(threads)
+
+    def share(thread: int) -> None:
+        started.wait()
+        function(block.ctypes.data, thread, threads)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(share, range(threads)))

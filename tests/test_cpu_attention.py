@@ -12,10 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpu_fallback.fused_attention import emit_attention
+from cpu_fallback.fused_attention import emit_attention, emit_turned_attention
 from cpu_fallback.native import Target
+from cpu_fallback.turned_attention import TurnedAttention, turn_attention
+from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim, symbol
-from gpu_engine.ir.ops import Attention
+from gpu_engine.ir.dtypes import FLOAT32
+from gpu_engine.ir.graph import Builder, Graph, TensorType, Value, verify
+from gpu_engine.ir.interpreter import run_graph
+from gpu_engine.ir.ops import Attention, Reshape, Slice, Transpose
 from tests.kernel_runner import targets
 from tests.node_runner import run_node
 
@@ -103,6 +108,20 @@ def test_nan_and_infinity(target: Target, zero_nan: bool, causal: bool, masked: 
         assert_same(run_node(emit_attention, op, operands, target, threads=2), exact(op, [*operands]))
 
 
+@pytest.mark.parametrize("heads", [1, 5])
+def test_threads_at_once_compute_the_same(heads: int) -> None:
+    random = np.random.default_rng(13)
+    target = targets()[0]
+    operands = [floats(random, heads, n, 32) for n in (150, 170, 170)]
+    alone = run_node(emit_attention, Attention(0.2, causal=True), operands, target)
+    for threads in (2, 3, 7):
+        for _ in range(5):
+            got = run_node(
+                emit_attention, Attention(0.2, causal=True), operands, target, threads=threads, at_once=True
+            )  # fmt: skip
+            np.testing.assert_array_equal(got, alone)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_negative_scale_and_a_finite_fill(target: Target) -> None:
     random = np.random.default_rng(6)
@@ -121,6 +140,66 @@ def test_halves(target: Target, dtype: Any) -> None:
     got = run_node(emit_attention, op, [q, k, v, mask], target)
     assert got.dtype == dtype
     assert_same(got, exact(op, [q, k, v, mask]), 3 * float(ml_dtypes.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_heads_between_tokens_and_features(target: Target) -> None:
+    random = np.random.default_rng(9)
+    turn, rest = (0, 2, 1, 3), (0, 0, 0, 0)
+    q, k, v = floats(random, 2, 11, 3, 16), floats(random, 1, 37, 3, 16), floats(random, 2, 3, 37, 20)
+    mask = floats(random, 2, 1, 1, 37)
+    b, s, t = map(symbol, "bst")
+    logical = (b, 3, s, 16), (1, 3, t, 16), (b, 3, t, 20)
+    op = TurnedAttention(Attention(0.25), logical, (turn, turn, (0, 1, 2, 3)), (rest, rest, rest), turn)
+    for threads in (1, 2):
+        got = run_node(
+            emit_turned_attention, op, [q, k, v, mask], target, threads=threads,
+            shapes={0: (b, s, 3, 16), 1: (1, t, 3, 16), 2: (b, 3, t, 20)}, values={"b": 2, "s": 11, "t": 37},
+        )  # fmt: skip
+        assert_same(got, exact(op.attention, [q.transpose(turn), k.transpose(turn), v, mask]).transpose(turn))
+
+
+@pytest.mark.parametrize("used_twice", [False, True])
+def test_transposes_around_attention_vanish(used_twice: bool) -> None:
+    builder = Builder()
+    q, k, v = (Value(TensorType(FLOAT32, (2, 8, 3, 4))) for _ in range(3))
+    turned = [builder.emit(Transpose((0, 2, 1, 3)), value) for value in (q, k, v)]
+    result = builder.emit(Attention(0.5), *turned)
+    outputs = [builder.emit(Transpose((0, 2, 1, 3)), result), *([result] if used_twice else [])]
+    names = tuple(f"y{i}" for i in range(len(outputs)))
+    graph = Graph((q, k, v), tuple(outputs), tuple(builder.nodes), ("q", "k", "v"), names)
+    check_turned(graph, [TurnedAttention, *([Transpose] if used_twice else [])])
+
+
+def test_slices_of_one_projection_vanish() -> None:
+    builder = Builder()
+    x = Value(TensorType(FLOAT32, (2, 8, 36)))
+    parted = builder.emit(Reshape((2, 8, 3, 3, 4)), x)
+    turned = []
+    for i in range(3):
+        part = builder.emit(Slice((0, 0, i, 0, 0), (1,) * 5, (2, 8, 1, 3, 4)), parted)
+        turned.append(builder.emit(Transpose((0, 2, 1, 3)), builder.emit(Reshape((2, 8, 3, 4)), part)))
+    result = builder.emit(Transpose((0, 2, 1, 3)), builder.emit(Attention(0.5), *turned))
+    check_turned(Graph((x,), (result,), tuple(builder.nodes), ("x",), ("y",)), [Reshape, TurnedAttention])
+
+
+def check_turned(graph: Graph, expected: list[type]) -> None:
+    """The graph is turned into these operations and computes the same, natively too."""
+    own = targets()[0]
+    found = verify(turn_attention(graph, own), "turned")
+    assert [type(node.op) for node in found.nodes] == expected
+    shapes = [tuple(map(dims.number, value.shape)) for value in graph.inputs]
+    arrays = [floats(np.random.default_rng(i), *shape) for i, shape in enumerate(shapes)]
+    for array, other in zip(run_graph(np, found, arrays), run_graph(np, graph, arrays), strict=True):
+        np.testing.assert_allclose(array, other, rtol=0, atol=1e-6)
+    node = next(node for node in found.nodes if isinstance(node.op, TurnedAttention))
+    operands = [
+        (arrays[i] if len(arrays) == 3 else arrays[0]).reshape(tuple(map(dims.number, value.shape)))
+        for i, value in enumerate(node.inputs)
+    ]
+    (truth,) = node.op.evaluate(np, *operands)
+    native = run_node(emit_turned_attention, node.op, operands, own)
+    np.testing.assert_allclose(native, truth, rtol=0, atol=1e-6)
 
 
 def test_doubles_have_no_native_form() -> None:

@@ -248,6 +248,24 @@ def test_errors_are_those_of_blas(target: Target, depth: int) -> None:
     assert own <= 1.25 * other
 
 
+@pytest.mark.parametrize("transposed_b", [False, True])
+@pytest.mark.parametrize("constants", [(), (1,)])
+@pytest.mark.parametrize("batch", [(), (5,)], ids=["flat", "batched"])
+def test_threads_at_once_compute_the_same(transposed_b: bool, constants: tuple[int, ...], batch: Any) -> None:
+    random = np.random.default_rng(12)
+    target = targets()[0]
+    a, b, bias = floats(random, *batch, 100, 500), floats(random, *batch, 500, 300), floats(random, 300)
+    op = MatMul(False, transposed_b, epilogue=GELU)
+    operands = [a, stored(b, transposed_b), bias]
+    alone = run_node(emit_product, op, operands, target, constants=constants)
+    for threads in (2, 3, 4, 7):
+        for _ in range(5):
+            got = run_node(
+                emit_product, op, operands, target, threads=threads, at_once=True, constants=constants
+            )  # fmt: skip
+            np.testing.assert_array_equal(got, alone)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     target=st.sampled_from(targets()), m=EXTENTS, k=DEPTHS, n=EXTENTS, transposed=st.booleans(),

@@ -8,11 +8,11 @@ from tests.conformance_cases import Case, collect
 from tests.conformance_check import check
 from tests.opset_matrix import NEWEST, OLDEST, conversions, excluded, opset_of
 
-SAMPLE = (OLDEST, 9, 11, 13, 18, NEWEST)
+SAMPLE = (OLDEST, 9, 13, NEWEST)
 EXPORTS = {
     case.name: case
     for i, case in enumerate(collect(("pytorch-converted", "pytorch-operator")))
-    if i % 6 == 0 and not excluded(f"{case.name}@{NEWEST}")
+    if i % 8 == 0 and not excluded(f"{case.name}@{NEWEST}")
 }
 NETWORKS = {case.name: case for case in collect(("light",)) if case.name in ("test_squeezenet", "test_shufflenet")}
 
@@ -20,7 +20,7 @@ NETWORKS = {case.name: case for case in collect(("light",)) if case.name in ("te
 @pytest.mark.parametrize("name", EXPORTS)
 def test_exports_at_other_opsets(name: str) -> None:
     found = list(conversions(EXPORTS[name], SAMPLE))
-    assert len(found) >= 4
+    assert len(found) >= 3
     for case in found:
         assert check(case, "cpu") == "", case.label
 

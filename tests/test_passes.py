@@ -290,6 +290,19 @@ def test_slices_come_before_transposes() -> None:
     assert {node.op.perm for node in graph.nodes if isinstance(node.op, ops.Transpose)} == {(0, 2, 1, 3)}
 
 
+def test_a_transpose_of_merged_axes_drops_extents_of_one() -> None:
+    """Keys of one head of three, transposed as exporters of attention do: heads and batch merged around it."""
+
+    def build(b: Builder, x: Value) -> Value:
+        parted = b.emit(ops.Transpose((2, 0, 3, 1, 4)), x)
+        merged = b.emit(ops.Reshape((3 * N, S, 4)), parted)
+        return b.emit(ops.Reshape((N, 3, 4, S)), b.emit(ops.Transpose((0, 2, 1)), merged))
+
+    graph = optimized(graph_of({"x": (N, S, 1, 3, 4)}, build), N=2, S=5)
+    assert kinds(graph) == ["Reshape", "Transpose"]
+    assert graph.nodes[-1].op == ops.Transpose((0, 2, 3, 1))
+
+
 def test_zero_padding_joins_the_convolution() -> None:
     def build(b: Builder, x: Value) -> Value:
         return conv(b, b.emit(ops.Pad((0, 0, 0, 1), (0, 0, 2, 1)), x), weights(2, 3, 3, 3), pads=1)

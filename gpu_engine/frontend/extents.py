@@ -11,7 +11,7 @@ from gpu_engine.frontend.registry import constant_ints
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Value
 
-MAX_LATE_ELEMENTS = 1 << 30
+MAX_LATE_ELEMENTS, MAX_LATE_EMPTY = 1 << 30, 1 << 26
 
 
 def extents_of(b: Builder, value: Value, count: int | None = None) -> tuple[Dim, ...]:
@@ -51,6 +51,6 @@ def room(extents: Iterable[Any]) -> tuple[int, ...]:
     MemoryError beyond MAX_LATE_ELEMENTS: nothing else sees its size before it is allocated.
     """
     shape = tuple(map(int, extents))
-    if math.prod(max(extent, 1) for extent in shape) > MAX_LATE_ELEMENTS:
+    if math.prod(max(extent, 1) for extent in shape) > (MAX_LATE_EMPTY if 0 in shape else MAX_LATE_ELEMENTS):
         raise MemoryError(f"a tensor of the extents {list(shape)}, which were not known when the model was compiled")
     return shape

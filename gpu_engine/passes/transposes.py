@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from gpu_engine.ir.dims import Dim, product
 from gpu_engine.ir.graph import Builder, Graph, Node, Value
@@ -135,13 +136,16 @@ def _after_slice(node: Node, builder: Builder) -> Value | None:
 def _around_unit_axes(node: Node, builder: Builder) -> Value | None:
     """Reshape(Transpose(x)) that only drops extents of 1 as Transpose(Reshape(x)) of fewer axes."""
     (x,), shape = node.inputs, node.outputs[0].shape
-    found = transposed(x, builder)
-    if found is None or len(shape) >= x.rank:
+    if transposed(x, builder) is None or len(shape) >= x.rank:
         return None
-    source, perm = found
     kept = _kept_axes(x.shape, shape)
-    if kept is None:
-        return None
+    return None if kept is None else _with_axes(x, kept, builder)
+
+
+def _with_axes(x: Value, kept: Sequence[int], builder: Builder) -> Value:
+    """x without its other axes, whose extents are 1; a Transpose that makes x comes after that."""
+    found = transposed(x, builder)
+    source, perm = found if found is not None else (x, tuple(range(x.rank)))
     order = sorted(perm[axis] for axis in kept)
     dropped = builder.emit(Reshape(tuple(source.shape[axis] for axis in order)), source)
     return emit_transpose(dropped, tuple(order.index(perm[axis]) for axis in kept), builder)
@@ -159,19 +163,24 @@ def _kept_axes(before: tuple[Dim, ...], after: tuple[Dim, ...]) -> list[int] | N
 
 
 def _past_merged_axes(node: Node, builder: Builder) -> Value | None:
-    """Reshape(Transpose(Reshape(x))) that merges leading axes, leaves them in front and parts them again."""
+    """Reshape(Transpose(Reshape(x))) that merges leading axes, leaves them in front and parts them again, but for
+    extents of 1 at the very front."""
     shape = node.outputs[0].shape
     outer = transposed(node.inputs[0], builder)
     inner = None if outer is None else builder.producer(outer[0])
     if outer is None or inner is None or not isinstance(inner.op, Reshape):
         return None
     (merged, perm), (x,) = outer, inner.inputs
-    lead, tail = x.rank - merged.rank + 1, merged.rank - 1
-    if lead < 1 or perm[0] != 0 or merged.shape[1:] != x.shape[lead:] or len(shape) != x.rank:
+    extra = max(0, x.rank - len(shape))
+    if any(extent != 1 for extent in x.shape[:extra]):
         return None
-    if merged.shape[0] != product(x.shape[:lead]) or shape[:lead] != x.shape[:lead]:
+    own = x.shape[extra:]
+    lead, tail = len(own) - merged.rank + 1, merged.rank - 1
+    if lead < 1 or perm[0] != 0 or merged.shape[1:] != own[lead:] or len(shape) != len(own):
+        return None
+    if merged.shape[0] != product(own[:lead]) or shape[:lead] != own[:lead]:
         return None
     full = (*range(lead), *(axis - 1 + lead for axis in perm[1:]))
-    if shape != tuple(x.shape[axis] for axis in full) or tail < 1:
+    if shape != tuple(own[axis] for axis in full) or tail < 1:
         return None
-    return emit_transpose(x, full, builder)
+    return emit_transpose(_with_axes(x, range(extra, x.rank), builder) if extra else x, full, builder)

@@ -10,7 +10,7 @@ from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim, Sym
 from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.ir.graph import Op, op_dims
-from gpu_engine.plan.plan import LARGEST, Requirement
+from gpu_engine.plan.plan import Requirement
 
 
 class Numbers:
@@ -42,15 +42,15 @@ class Numbers:
         self._evaluate = evaluator(list(self._places), self.names)
 
     def evaluate(self, extents: Sequence[int]) -> tuple[int, ...]:
-        """The value of every dim, by place; InputError if the extents contradict a requirement, OutOfMemory beyond
-        what any machine holds."""
+        """The value of every dim, by place; InputError if the extents contradict a requirement, OutOfMemory if
+        one does not fit 64 bits."""
         assert self._evaluate is not None
         try:
             values = self._evaluate(*extents)
         except (ValueError, ZeroDivisionError) as error:
             raise InputError(self._explain(extents, str(error))) from error
-        if values and not -LARGEST <= min(values) <= max(values) <= LARGEST:
-            raise OutOfMemory(f"a tensor of more than {LARGEST:,} bytes is needed with {self._bound(extents)}")
+        if values and not -(1 << 63) <= min(values) <= max(values) < 1 << 63:
+            raise OutOfMemory(f"extents beyond 64 bits with {self._bound(extents)}")
         for left, right, may_be_one in self._checks:
             if values[left] != values[right] and not (may_be_one and values[left] == 1):
                 raise InputError(self._contradiction(values, extents))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING, DType
 from gpu_engine.ir.graph import Graph, Node, TensorType, Value
 from gpu_engine.ir.ops import Reshape
-from gpu_engine.plan.plan import LARGEST, Batching, Buffer, Plan, Port, Requirement, Step, root
+from gpu_engine.plan.plan import LARGEST, LARGEST_EMPTY, Batching, Buffer, Plan, Port, Requirement, Step, root
 from gpu_engine.plan.requirements import node_requirements
 
 
@@ -32,7 +33,8 @@ class Lowering:
     def buffer(self, dtype: DType, shape: tuple[Dim, ...]) -> int:
         """A new tensor that steps write: an output or scratch."""
         nbytes = dims.product(shape) * dtype.itemsize
-        if any(isinstance(number, int) and number > LARGEST for number in (nbytes, *shape)):
+        walked = math.prod(max(extent, 1) for extent in shape if isinstance(extent, int))
+        if (isinstance(nbytes, int) and nbytes > LARGEST) or walked > (LARGEST_EMPTY if nbytes == 0 else LARGEST):
             raise OutOfMemory(f"{self.source}: no machine holds {TensorType(dtype, shape)}")
         return self._add(Buffer(dtype, shape))
 

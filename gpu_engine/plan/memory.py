@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_engine.errors import OutOfMemory
 from gpu_engine.ir import dims
 from gpu_engine.ir.evaluation import evaluator
-from gpu_engine.plan.plan import Buffer, Plan, root
+from gpu_engine.plan.plan import LARGEST, Buffer, Plan, root
 
 ALIGNMENT = 64
 Sizes = NDArray[np.int64]
@@ -38,10 +39,15 @@ class Layout:
         _, self._starts = np.unique(self.regions[self._order], return_index=True)
 
     def offsets(self, sizes: Sizes) -> tuple[Sizes, int]:
-        """(byte offset of every buffer, bytes of the arena) for buffers of `sizes` bytes; offsets are aligned."""
+        """(byte offset of every buffer, bytes of the arena) for buffers of `sizes` bytes; offsets are aligned.
+
+        OutOfMemory for a buffer so large that offsets would not add up.
+        """
         if not len(self.regions):
             return sizes, 0
         greatest = np.maximum.reduceat(sizes[self._order], self._starts)
+        if greatest.max() > LARGEST:
+            raise OutOfMemory(f"no machine holds a tensor of {greatest.max():,} bytes")
         ends = ((greatest + (ALIGNMENT - 1)) & -ALIGNMENT).cumsum()
         starts = np.empty_like(ends)
         starts[0], starts[1:] = 0, ends[:-1]

@@ -11,6 +11,8 @@ from gpu_engine.ir.structure import Structure
 
 LARGEST = 1 << 47
 """No tensor has more bytes, no extent is greater: what processors address, and many of them still add up in int64."""
+LARGEST_EMPTY = 1 << 26
+"""An empty tensor takes no memory, but kernels walk its other extents."""
 
 
 @dataclass(frozen=True)

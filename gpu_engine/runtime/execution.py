@@ -72,9 +72,9 @@ def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float,
     try:
         outputs, computed = _launch(worker, fit.extents, arrays, started)
         result = [output.copy() for output in outputs]
-    except Exception:
+    except Exception as error:
         counters.failed += 1
-        raise
+        raise _typed(error) from error.__cause__
     counters.copy_out_s += clock() - computed
     counters.sizes[fit.rows] += 1
     counters.alone[reason] += 1
@@ -86,7 +86,7 @@ def execute(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[boo
     try:
         results = _run(worker, parts, batched_outputs)
     except BaseException as error:
-        failure = error
+        failure = _typed(error)
     else:
         _settle(parts, results)
         return
@@ -150,6 +150,13 @@ def _settle(parts: Sequence[Part], results: Sequence[Any]) -> None:
     for (request, _, _), result in zip(parts, results, strict=True):
         if result is not None:
             request.succeed(result)
+
+
+def _typed(error: BaseException) -> BaseException:
+    """The error itself, but what Python says about memory in our terms."""
+    if isinstance(error, MemoryError) and not isinstance(error, OutOfMemory):
+        return OutOfMemory(f"no memory is left for the results: {error}")
+    return error
 
 
 def _may_retry(error: BaseException) -> bool:
