@@ -12,12 +12,10 @@ import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall, copy_exactly
 from cpu_fallback.cores import free_memory
-from cpu_fallback.layouts import assign_layouts
-from cpu_fallback.native import host
 from cpu_fallback.program import build_program
 from cpu_fallback.stream import CpuSlot, CpuStream
 from gpu_engine.errors import OutOfMemory
-from gpu_engine.ir.graph import Graph, Node
+from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops.control import If, Loop, bound_symbols, run_loop
 from gpu_engine.plan.binding import solve_binds
 from gpu_engine.plan.lower import Lowering
@@ -123,16 +121,12 @@ class Iteration:
             copy_exactly(out, result)
 
 
-def _body(lowering: Lowering, graph: Graph, names: tuple[str, ...]) -> Body:
-    return Body(lowering.body(assign_layouts(graph, host()), names))
-
-
 def lower_control(lowering: Lowering, node: Node, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> None:
     """One step that runs bodies."""
     match node.op:
         case If() as op:
-            bodies = (_body(lowering, graph, op.names) for graph in (op.then_branch, op.else_branch))
+            bodies = (Body(lowering.body(graph, op.names)) for graph in (op.then_branch, op.else_branch))
             lowering.emit(ArrayCall(Branch(*bodies), op), inputs, outputs, binds=op.binds)
         case Loop() as op:
-            body = _body(lowering, op.body, op.names)
+            body = Body(lowering.body(op.body, op.names))
             lowering.emit(ArrayCall(Iteration(body), op), inputs, outputs, binds=op.binds)

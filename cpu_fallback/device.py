@@ -48,7 +48,7 @@ class CpuDevice:
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         """The plan, its kernels compiled."""
-        plan = lower_graph(turn_attention(assign_layouts(graph, host()), host()), batching, lower_node)
+        plan = lower_graph(graph, batching, lower_node, _arrange)
         return dataclasses.replace(plan, program=build_program(plan))
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream]:
@@ -68,3 +68,7 @@ class CpuDevice:
 
     def free_memory(self) -> int:
         return cores.free_memory()
+
+
+def _arrange(graph: Graph) -> Graph:
+    return turn_attention(assign_layouts(graph, host()), host())

@@ -107,6 +107,7 @@ def main(arguments: Sequence[str]) -> None:
 def _answer(model: bytes, inputs: Mapping[str, Any]) -> Mapping[str, Any] | None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
+    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         names = [port.name for port in session.get_outputs()]

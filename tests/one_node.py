@@ -88,5 +88,6 @@ def same(actual: Any, expected: Any, rtol: float = 0.0, atol: float = 0.0) -> No
 def onnxruntime_of(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[Any]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return list(session.run(None, dict(inputs)))

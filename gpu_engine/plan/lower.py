@@ -13,20 +13,20 @@ from gpu_engine.errors import GpuEngineError, OutOfMemory
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING, DType
+from gpu_engine.ir.folding import hidden_nbytes
 from gpu_engine.ir.graph import Graph, Node, TensorType, Value
 from gpu_engine.ir.ops import Reshape
-from gpu_engine.plan.plan import LARGEST, LARGEST_EMPTY, Batching, Buffer, Plan, Port, Requirement, Step, root
+from gpu_engine.plan.plan import LARGEST, LARGEST_EMPTY, Batching, Buffer, Plan, Port, Step, root
 from gpu_engine.plan.requirements import node_requirements
 
 
 class Lowering:
     """Numbers buffers and appends steps; handed to a device's lowering of each node."""
 
-    def __init__(self, lower_node: LowerNode) -> None:
-        self._lower_node = lower_node
+    def __init__(self, lower_node: LowerNode, arrange: Arrange = lambda graph: graph) -> None:
+        self._lower_node, self._arrange = lower_node, arrange
         self.buffers: list[Buffer] = []
         self.steps: list[Step] = []
-        self.requirements: list[Requirement] = []
         self.source = ""
         self._numbers: dict[Value, int] = {}
 
@@ -39,8 +39,8 @@ class Lowering:
         return self._add(Buffer(dtype, shape))
 
     def constant(self, array: Any) -> int:
-        """A tensor known now, such as a packed weight; kept C-contiguous, aligned and read-only."""
-        return self._add(Buffer(array.dtype, array.shape, frozen_array(array)))
+        """A tensor known now, such as a packed weight. The plan keeps it C-contiguous, aligned and read-only."""
+        return self._add(Buffer(array.dtype, array.shape, array))
 
     def alias(self, buffer: int, shape: tuple[Dim, ...]) -> int:
         """The same elements under another shape."""
@@ -64,18 +64,24 @@ class Lowering:
         found = self._numbers.get(value)
         if found is None:
             known = value.constant
-            found = self.buffer(value.dtype, value.shape) if known is None else self.constant(known)
+            found = self.buffer(value.dtype, value.shape) if known is None else self.constant(self._admitted(known))
             self._numbers[value] = found
         return found
 
+    def _admitted(self, array: Any) -> Any:
+        """The array itself; OutOfMemory if those that grow when a kernel needs them whole do not fit."""
+        self._room_nbytes -= hidden_nbytes(array)
+        if self._room_nbytes < 0:
+            raise OutOfMemory(f"{self.source}: the tensors that the model fills with repeated elements do not fit")
+        return array
+
     def body(self, graph: Graph, names: tuple[str, ...]) -> Plan:
         """The plan of a body: the values of `names` come first among its symbols, then what its inputs' shapes bind."""
-        return lower_graph(graph, NOT_BATCHED, self._lower_node, names)
+        return lower_graph(graph, NOT_BATCHED, self._lower_node, self._arrange, names)
 
     def lower(self, node: Node) -> None:
         """Append the node's steps; a Reshape is an alias and has none."""
         self.source = node.source
-        self.requirements += node_requirements(node)
         inputs = tuple(map(self.number, node.inputs))
         if isinstance(node.op, Reshape):
             self._numbers[node.outputs[0]] = self.alias(inputs[0], node.outputs[0].shape)
@@ -89,17 +95,27 @@ class Lowering:
 
 LowerNode = Callable[[Lowering, Node, tuple[int, ...], tuple[int, ...]], None]
 """lower_node(lowering, node, input buffers, output buffers): appends the steps of one node."""
+Arrange = Callable[[Graph], Graph]
+"""The graph in a device's own operations and layouts: what extents must be was said by those before it."""
 
 
 NOT_BATCHED = Batching(None, (), (), "a body")
 
 
-def lower_graph(graph: Graph, batching: Batching, lower_node: LowerNode, names: tuple[str, ...] = ()) -> Plan:
-    """The plan of `graph` for the device whose lowering of one node is `lower_node`.
+def lower_graph(
+    graph: Graph,
+    batching: Batching,
+    lower_node: LowerNode,
+    arrange: Arrange = lambda graph: graph,
+    names: tuple[str, ...] = (),
+) -> Plan:
+    """The plan of `graph` for the device that arranges it, then lowers one node after the other.
 
     `names` are symbols that binding gets the values of before those that the inputs' shapes bind.
     """
-    lowering = Lowering(lower_node)
+    lowering = Lowering(lower_node, arrange)
+    requirements = dict.fromkeys(requirement for node in graph.nodes for requirement in node_requirements(node))
+    graph = arrange(graph)
     inputs = tuple(map(lowering.number, graph.inputs))
     for node in graph.nodes:
         lowering.lower(node)
@@ -113,18 +129,21 @@ def lower_graph(graph: Graph, batching: Batching, lower_node: LowerNode, names: 
         output_ports=_ports(graph.output_names, graph.outputs),
         symbols=tuple(dict.fromkeys((*names, *_input_symbols(graph)))),
         batching=batching,
-        requirements=tuple(dict.fromkeys(lowering.requirements)),
+        requirements=tuple(requirements),
         output_structures=graph.output_structures,
     )
 
 
 def without_unused(buffers: Sequence[Buffer], steps: Sequence[Step], outputs: Sequence[int]) -> tuple[Buffer, ...]:
-    """The buffers, without the contents of constants that no step reads: a packed weight stands for its original."""
+    """The buffers, their constants frozen, without the contents of those that no step reads: a packed weight stands
+    for its original."""
     found = tuple(buffers)
     named = {index for step in steps for index in (*step.inputs, *step.outputs, *step.scratch)} | set(outputs)
     used = {root(found, index) for index in named}
     return tuple(
-        buffer if buffer.constant is None or i in used else dataclasses.replace(buffer, constant=None)
+        buffer
+        if buffer.constant is None
+        else dataclasses.replace(buffer, constant=frozen_array(buffer.constant) if i in used else None)
         for i, buffer in enumerate(found)
     )
 
