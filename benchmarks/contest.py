@@ -43,20 +43,25 @@ class Contender:
         return min(self.times_s)
 
 
-def contest(contenders: Sequence[Contender], seconds: float) -> None:
-    """Sample all contenders in turns for so long, and at least five times."""
+def contest(
+    contenders: Sequence[Contender],
+    seconds: float,
+    clock: Callable[[], int] = time.thread_time_ns,
+    sample_s: float = SAMPLE_S,
+) -> None:
+    """Sample all contenders in turns for so long, and at least five times; `clock` tells nanoseconds."""
     repeats = []
     for contender in contenders:
         contender.run(1)
         started = time.perf_counter()
         contender.run(1)
-        repeats.append(max(1, int(SAMPLE_S / max(1e-7, time.perf_counter() - started))))
+        repeats.append(max(1, int(sample_s / max(1e-7, time.perf_counter() - started))))
     end = time.perf_counter() + seconds
     while len(contenders[0].times_s) < 5 or time.perf_counter() < end:
         for contender, count in zip(contenders, repeats, strict=True):
-            started_ns = time.thread_time_ns()
+            started_ns = clock()
             contender.run(count)
-            contender.times_s.append((time.thread_time_ns() - started_ns) / count / 1e9)
+            contender.times_s.append((clock() - started_ns) / count / 1e9)
 
 
 def speed(first: Contender, other: Contender) -> float:

@@ -21,7 +21,7 @@ class Tolerance:
     input: both engines are within that distance of the exact answer, in different directions. Where that distance is
     next to nothing (a saturated softmax) it is 16 units in the last place of a float32 output near 1; where ONNX
     Runtime is further from onnx's reference evaluator in float64 than from itself, twice that distance (magika: 1.5e-5
-    against our 3.4e-7; voice detectors' states: 5.2e-6 against our 1.5e-6).
+    against our 3.4e-7; voice detectors' states: 5.2e-6 against our 1.5e-6; unet: 3.6e-6).
 
     A rounding to int8 that falls the other way moves everything behind it. `mean` bounds the mean of the differences:
     it tells some moved values from a wrong network.

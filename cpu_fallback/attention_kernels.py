@@ -13,6 +13,7 @@ from cpu_fallback.attention_weights import SIZE, Masks, Rule, Scores, Weighing
 from cpu_fallback.blocks import Rows, call_block, define_block, most
 from cpu_fallback.caches import Caches
 from cpu_fallback.code import Code, Reg, i64, literal, vector
+from cpu_fallback.gemm_kernels import rectangle
 from cpu_fallback.loops import (
     BROADCAST,
     CONTIGUOUS,
@@ -99,8 +100,17 @@ class _Writer:
         tile = code.binary("mul", self.scores_row, i64(self.shape.rows))
         fits = code.binary("udiv", i64(self.kernel.caches.l2 // 4), code.binary("or", tile, i64(1)))
         tiles = most(code, least(code, fits, i64(MOST_TILES)), 1)
-        self.block = code.binary("mul", tiles, i64(self.shape.rows))
+        self.block = code.binary("mul", self._even(tiles), i64(self.shape.rows))
         self.factors = code.at(self.scores, code.binary("mul", tiles, tile))
+
+    def _even(self, tiles: Reg) -> Reg:
+        """Tiles in a block if no more than `tiles` may be and blocks are nearly equal."""
+        code, wanted = self.code, packing.ceil_div(self.code, self.queries, self.shape.rows)
+
+        def per(count: Reg) -> Reg:
+            return code.binary("udiv", code.binary("add", wanted, code.binary("sub", count, i64(1))), count)
+
+        return most(code, per(most(code, per(tiles), 1)), 1)
 
     def write(self) -> None:
         """Threads that have room share out the blocks of queries of all heads."""
@@ -257,15 +267,27 @@ class _Writer:
     def _divide(self, out: Reg, count: Reg, columns: Reg) -> None:
         code = self.code
 
-        def row(index: Reg, _: list[Reg]) -> list[Reg]:
+        def read(index: Reg) -> list[Read]:
             sums = code.at(self.sums, code.binary("mul", index, i64(self.shape.line)))
             factor = code.at(self.factors, code.binary("mul", index, i64(SIZE)))
-            reads = [Read(sums, FLOAT32, CONTIGUOUS), Read(factor, FLOAT32, BROADCAST)]
-            write = Write(code.at(out, code.binary("mul", index, self.out_row)), self.kernel.dtype)
-            vector_loop(code, self.target, self.lanes, (i64(0), columns), reads, [write], body)
+            return [Read(sums, FLOAT32, CONTIGUOUS), Read(factor, FLOAT32, BROADCAST)]
+
+        def write(index: Reg) -> Write:
+            return Write(code.at(out, code.binary("mul", index, self.out_row)), self.kernel.dtype)
+
+        def row(index: Reg, _: list[Reg]) -> list[Reg]:
+            vector_loop(code, self.target, self.lanes, (i64(0), columns), read(index), [write(index)], body)
+            return []
+
+        def pair(index: Reg, _: list[Reg]) -> list[Reg]:
+            both = [index, code.binary("add", index, i64(1))]
+            rectangle(code, self.lanes, columns, [*map(read, both)], [*map(write, both)], body)
             return []
 
         def body(loaded: list[Reg], _: Mask, __: list[Reg]) -> tuple[list[Reg], list[Reg]]:
             return [code.binary("fmul", *loaded)], []
 
-        code.loop(i64(0), count, i64(1), row)
+        whole = code.compare("icmp eq", code.binary("urem", columns, i64(self.lanes)), i64(0))
+        even = code.select(whole, code.binary("and", count, i64(-2)), i64(0))
+        code.loop(i64(0), even, i64(2), pair)
+        code.loop(even, count, i64(1), row)

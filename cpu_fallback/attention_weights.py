@@ -9,13 +9,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cpu_fallback.code import Code, Reg, i64, literal, vector
+from cpu_fallback.code import Code, Reg, i64, lane_count, literal, vector
 from cpu_fallback.loops import CONTIGUOUS, Mask, Read, Write, folded, lane_mask, lane_zero, least, splat, vector_loop
 from cpu_fallback.native import Target
-from cpu_fallback.vector_math import Num, exp_of_negative
+from cpu_fallback.packing import lanes_of
+from cpu_fallback.vector_math import Num, exp2_of_negative
 from gpu_engine.ir.dtypes import BOOL, FLOAT32, DType
 
 SIZE = FLOAT32.itemsize
+GROUP = 4
+"""Vectors of a row that are taken at a time."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,12 @@ class Weighing:
         else:
             (tops,) = self._masked(row, seen, mask)
         top = lane_zero(code, folded(code, tops, lambda a, b: code.select(code.compare("fcmp ogt", a, b), a, b)))
-        factor = scale if plain else 1.0
-        shift = Num(code, splat(code, code.binary("fmul", top, literal("float", -factor)), self.lanes))
+        factor = (scale if plain else 1.0) / math.log(2)
+        spread = splat(code, top, self.lanes * GROUP)
 
         def weight(x: Reg) -> tuple[Reg | None, Reg]:
-            result = exp_of_negative(Num(code, x).fma(factor, shift)).reg
+            shift = Num(code, lanes_of(code, spread, 0, lane_count(x.type)))
+            result = exp2_of_negative(Num(code, x) - shift, factor).reg
             return result, result
 
         (sums,) = self._walk(row, seen, weight, "sum", 0.0)
@@ -120,7 +124,10 @@ class Weighing:
     def _walk(
         self, row: Reg, seen: Reg, change: Callable[[Reg], tuple[Reg | None, Reg]], fold: str, neutral: float
     ) -> list[Reg]:
-        """Change a row in place, if `change` gives something to store, and fold what else it gives."""
+        """Change a row in place, if `change` gives something to store, and fold what else it gives.
+
+        `GROUP` vectors at a time, while there are so many: chains of instructions side by side.
+        """
         code = self.code
 
         def combined(total: Reg, x: Reg) -> Reg:
@@ -130,7 +137,7 @@ class Weighing:
 
         def step(index: Reg, totals: list[Reg]) -> list[Reg]:
             place = self._at(row, index)
-            stored, x = change(code.load(self.kind, place, SIZE))
+            stored, x = change(code.load(totals[0].type, place, SIZE))
             if stored is not None:
                 code.store(stored, place, SIZE)
             return [combined(totals[0], x)]
@@ -142,9 +149,14 @@ class Weighing:
                 code.store(code.select(mask, stored, literal(self.kind, 0)), place, SIZE)
             return [combined(totals[0], code.select(mask, x, literal(self.kind, neutral)))]
 
-        whole = code.binary("and", seen, i64(-self.lanes))
+        wide = self.lanes * GROUP
+        most, whole = (code.binary("and", seen, i64(-size)) for size in (wide, self.lanes))
         left = code.binary("sub", seen, whole)
-        totals = code.loop(i64(0), whole, i64(self.lanes), step, [literal(self.kind, neutral)])
+        (total,) = code.loop(i64(0), most, i64(wide), step, [literal(vector(wide, "float"), neutral)])
+        parts = [lanes_of(code, total, start, self.lanes) for start in range(0, wide, self.lanes)]
+        while len(parts) > 1:
+            parts = [combined(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        totals = code.loop(most, whole, i64(self.lanes), step, parts)
         return code.either(code.compare("icmp sgt", left, i64(0)), tail, lambda: totals)
 
     def _masked(self, row: Reg, seen: Reg, mask: Masks | None) -> list[Reg]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # the garbage collector may close a stream while this thread holds it
 _CAPS: list[int] = []
 _BEFORE: dict[str, int] = {}
 

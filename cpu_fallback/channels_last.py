@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Op, TensorType
 from gpu_engine.ir.ops import Conv, ConvTranspose, Map, Pool
@@ -35,7 +36,7 @@ def permuted(shape: Shape, perm: tuple[int, ...]) -> Shape:
 @dataclass(frozen=True)
 class LastConv:
     """Conv of x [N, spatial..., C]; of x [N, C, spatial...] if `planar`. Operands of the epilogue broadcast to the
-    result [N, spatial..., M]."""
+    result [N, spatial..., M]. Integers are summed in `accumulate`."""
 
     strides: tuple[int, ...]
     before: tuple[Dim, ...]
@@ -44,11 +45,14 @@ class LastConv:
     group: int
     epilogue: Expr | None
     planar: bool
+    accumulate: DType | None = None
 
     @property
     def form(self) -> Conv:
         """Without the epilogue."""
-        return Conv(self.strides, self.before, self.after, self.dilations, self.group)
+        return Conv(
+            self.strides, self.before, self.after, self.dilations, self.group, accumulate=self.accumulate
+        )  # fmt: skip
 
     def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
         return _infer(self.form, self.epilogue, inputs, planar=self.planar)

@@ -12,6 +12,7 @@ import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall, copy_exactly
 from cpu_fallback.cores import free_memory
+from cpu_fallback.inlining import can_inline, inline_if, inline_loop
 from cpu_fallback.program import build_program
 from cpu_fallback.stream import CpuSlot, CpuStream
 from gpu_engine.errors import OutOfMemory
@@ -22,10 +23,6 @@ from gpu_engine.plan.lower import Lowering
 from gpu_engine.plan.plan import Plan
 
 CHECKED_NBYTES = 64 << 20
-
-
-def _nothing() -> None:
-    """A body's slot holds on to no cores."""
 
 
 class Body:
@@ -41,7 +38,7 @@ class Body:
         try:
             return self._idle.pop()
         except IndexError:
-            return CpuStream(self._plan, 1, (), _nothing).slots[0]
+            return CpuStream(self._plan, 1, (), 1).slots[0]
 
     def release(self, slot: CpuSlot) -> None:
         self._idle.append(slot)
@@ -122,11 +119,17 @@ class Iteration:
 
 
 def lower_control(lowering: Lowering, node: Node, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> None:
-    """One step that runs bodies."""
+    """The bodies in place if they can be, else one step that runs them."""
     match node.op:
         case If() as op:
-            bodies = (Body(lowering.body(graph, op.names)) for graph in (op.then_branch, op.else_branch))
-            lowering.emit(ArrayCall(Branch(*bodies), op), inputs, outputs, binds=op.binds)
+            plans = [lowering.body(graph, op.names) for graph in (op.then_branch, op.else_branch)]
+            if can_inline(lowering, op, plans, inputs, outputs):
+                inline_if(lowering, plans, inputs, outputs)
+            else:
+                lowering.emit(ArrayCall(Branch(*map(Body, plans)), op), inputs, outputs, binds=op.binds)
         case Loop() as op:
-            body = Body(lowering.body(op.body, op.names))
-            lowering.emit(ArrayCall(Iteration(body), op), inputs, outputs, binds=op.binds)
+            plan = lowering.body(op.body, op.names)
+            if can_inline(lowering, op, [plan], inputs, outputs):
+                inline_loop(lowering, op, plan, inputs, outputs)
+            else:
+                lowering.emit(ArrayCall(Iteration(Body(plan)), op), inputs, outputs, binds=op.binds)

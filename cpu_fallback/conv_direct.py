@@ -18,7 +18,7 @@ from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, tim
 from cpu_fallback.loops import BLOCK, THREAD, THREADS, Words
 from cpu_fallback.native import SIGNATURE, Target, attributes
 
-IN_PLACE, WINDOWS, PLANAR = "in place", "windows", "planar windows"
+FLAT, IN_PLACE, WINDOWS, PLANAR = "flat", "in place", "windows", "planar windows"
 
 
 PARAMETERS = f"{SIGNATURE}, ptr %tiles"
@@ -41,12 +41,13 @@ class ConvKernel:
 
     def write(self, code: Code, target: Target) -> None:
         name = f"convolve_{self.source.replace(' ', '_')}_{target.vector_nbytes}"
-        code.define(name, PARAMETERS, attributes(target), lambda inner: _write_driver(inner, target, self.source))
+        code.define(name, PARAMETERS, attributes(target), lambda inner: write_driver(inner, target, self.source))
         table = define_table(code, target, self.vectors, self.epilogue, self.run)
         code.do(f"call void @{name}({BLOCK}, {THREAD}, {THREADS}, ptr @{table})")
 
 
-def _write_driver(code: Code, target: Target, source: str) -> None:
+def write_driver(code: Code, target: Target, source: str) -> None:
+    """The function that walks tiles and panels; `%tiles` is a table of functions as `define_table` makes it."""
     words = Words(code)
     x, w, out, scratch = words.pointers(4)
     room, slots = words.numbers(2)
@@ -87,13 +88,13 @@ class _Driver:
 
     def write(self) -> None:
         code, g = self.code, self.geometry
-        if self.source == IN_PLACE:
-            tiling = tiles_in_place(code, self.target, self._shape, g)
+        if self.source in (FLAT, IN_PLACE):
+            tiling = tiles_in_place(code, self.target, self._shape, g, flat=self.source == FLAT)
         else:
             tiling = tiles_of_windows(code, self.target, self._shape, g, planar=self.source == PLANAR)
         panels = self._panels(tiling)
         chunks, columns = self._shares(tiling.chunks, times(code, panels.count, g.groups))
-        block = tiling.block(self.room)
+        block = _in_equal_parts(code, code.binary("sub", chunks[1], chunks[0]), tiling.block(self.room))
         lists = (stack(code, RECORD * MOST), stack(code, RECORD * MOST))
 
         def some_chunks(first: Reg, _: list[Reg]) -> list[Reg]:
@@ -114,9 +115,11 @@ class _Driver:
         code.loop(*chunks, block, some_chunks)
 
     def _shares(self, tiles: Reg, panels: Reg) -> tuple[tuple[Reg, Reg], tuple[Reg, Reg]]:
-        """[start, stop) of tiles and of panels: a thread takes some of the tiles if there are enough, else panels."""
+        """[start, stop) of tiles and of panels: a thread takes some of the tiles if there are enough, and more
+        pixels to read than weights, else panels."""
         code = self.code
         plenty = code.compare("icmp sge", tiles, times(code, self.team, i64(4)))
+        plenty = code.binary("and", plenty, code.compare("icmp sge", self.geometry.pixels, self.geometry.outputs))
         spread, whole = code.select(plenty, tiles, panels), code.select(plenty, panels, tiles)
         start, stop = share(code, spread, self.team)
         own, all_of_them = (start, stop), (i64(0), whole)
@@ -202,3 +205,8 @@ class _Driver:
         initial = code.compare("icmp eq", panel, i64(0))
         chosen = [code.select(initial, a, b) for a, b in zip(following, own, strict=True)]
         return chosen[0], chosen[1], chosen[2]
+
+
+def _in_equal_parts(code: Code, total: Reg, limit: Reg) -> Reg:
+    """The least size of as many parts as parts of `limit` are: none is nearly empty."""
+    return most(code, ceil_div(code, total, most(code, ceil_div(code, total, limit), i64(1))), i64(1))

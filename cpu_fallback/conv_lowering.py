@@ -15,9 +15,9 @@ from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native
 from cpu_fallback.conv_choice import best_winograd
 from cpu_fallback.conv_depthwise import ROWS, DepthwiseKernel
-from cpu_fallback.conv_direct import IN_PLACE, PLANAR, WINDOWS, ConvKernel
+from cpu_fallback.conv_direct import FLAT, IN_PLACE, PLANAR, WINDOWS, ConvKernel
 from cpu_fallback.conv_tiles import TileShape, tile_shape
-from cpu_fallback.conv_weights import Floats, aligned, depthwise_weights, tile_weights, winograd_weights
+from cpu_fallback.conv_weights import Floats, aligned, depthwise_weights, is_balanced, tile_weights, winograd_weights
 from cpu_fallback.conv_windows import SLACK, Geometry
 from cpu_fallback.conv_winograd import WinogradKernel, scratch_nbytes
 from cpu_fallback.cores import usable_cores
@@ -31,8 +31,6 @@ from gpu_engine.ir.ops import Conv, ConvTranspose
 from gpu_engine.plan.lower import Lowering
 
 AXES = 3
-SCRATCH = 512 << 10
-"""Bytes of windows for a thread: what the second cache has room for beside weights."""
 COPIES = 3
 """Tiles that would read behind the image at the end of rows of at least half a tile."""
 LONGEST_RUN = 8
@@ -68,7 +66,7 @@ def emit_conv(layer: Layer, op: Conv, weights: Floats) -> None:
         emit_depthwise(layer, op, weights)
         return
     m = 0 if layer.planar else best_winograd(op, weights.shape, layer.x.shape, layer.out.shape, layer.target)
-    if m:
+    if m and is_balanced(weights):
         emit_winograd(layer, op, weights, m)
     else:
         emit_direct(layer, op, weights)
@@ -76,8 +74,8 @@ def emit_conv(layer: Layer, op: Conv, weights: Floats) -> None:
 
 def emit_direct(layer: Layer, op: Conv, weights: Floats) -> None:
     """By tiles, whatever `op` is."""
-    unit = all(extent == 1 for extent in weights.shape[2:]) and all(pad == 0 for pad in (*op.before, *op.after))
-    source = PLANAR if layer.planar else IN_PLACE if unit else WINDOWS
+    unit = all(extent == 1 for extent in (*weights.shape[2:], *op.strides)) and not any((*op.before, *op.after))
+    source = PLANAR if layer.planar else FLAT if unit else WINDOWS
     geometry = geometry_of(op, weights.shape, layer.x.shape, layer.out.shape, planar=layer.planar)
     _emit_tiles(layer, source, op.group, weights, geometry)
 
@@ -86,9 +84,10 @@ def _emit_tiles(layer: Layer, source: str, group: int, weights: Floats, geometry
     """`offset` in bytes is where the first result lies."""
     packed = layer.lowering.constant(tile_weights(weights, group, layer.shape, planar=layer.planar))
     run = weights.shape[-1] if layer.planar and weights.shape[-1] <= LONGEST_RUN else 0
-    elements = geometry.channels * geometry.stride_w * COPIES if source == IN_PLACE else prod(weights.shape[1:])
+    in_place = source in (FLAT, IN_PLACE)
+    elements = geometry.channels * COPIES if in_place else prod(weights.shape[1:])
     nbytes = layer.shape.rows * elements * 4 + SLACK
-    nbytes = nbytes if source == IN_PLACE else max(nbytes, SCRATCH)
+    nbytes = nbytes if in_place else max(nbytes, caches().l2)
     kernel = ConvKernel(source, run, _panel_vectors(geometry.group_outputs, layer.shape), layer.finish.epilogue)
     _emit(layer, kernel, packed, offset, _lines(nbytes), geometry)
 
@@ -104,7 +103,7 @@ def emit_winograd(layer: Layer, op: Conv, weights: Floats, m: int) -> None:
     """A 3 x 3 convolution of stride 1 by F(m x m, 3 x 3); it has at least as many channels as a vector lanes."""
     geometry = geometry_of(op, weights.shape, layer.x.shape, layer.out.shape)
     packed = layer.lowering.constant(winograd_weights(weights, m, layer.shape))
-    nbytes = scratch_nbytes(m, weights.shape[1], layer.shape, caches().l2 // 2)
+    nbytes = scratch_nbytes(m, weights.shape[1], layer.shape, caches().l2 * 3 // 4)
     _emit(layer, WinogradKernel(m, layer.finish.epilogue), packed, 0, _lines(nbytes), geometry)
 
 

@@ -10,8 +10,10 @@ from cpu_fallback.conv_windows import Geometry, Windows, define_copy
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
 from cpu_fallback.native import Target
 
-MOST = 8
-"""Tiles that share a panel of weights while it is in the first cache."""
+MOST, LEAST = 32, 8
+"""Tiles that share a panel of weights while it is in the first cache: as many as are in there with it, or at least."""
+FIRST_NBYTES = 16 << 10
+"""Bytes of pixels in the first cache."""
 NEAR_NBYTES = 64 << 10
 """Bytes of a window that several tiles share."""
 
@@ -43,9 +45,16 @@ class Tiling:
     run: Reg
     windows: Windows | None
 
+    @property
+    def _flat(self) -> bool:
+        """Whether it is known now that pixels of the result are those of the image, one after the other."""
+        return self.windows is None and self.in_row == i64(0)
+
     def tiles(self, number: Reg) -> tuple[Reg, Reg]:
         """(first tile, how many) of a chunk."""
         code = self.code
+        if self._flat:
+            return number, i64(1)
         rows = code.compare("icmp sgt", self.in_row, i64(0))
         each = most(code, ceil_div(code, self.in_row, self.chunk), i64(1))
         line, place = code.binary("udiv", number, each), code.binary("urem", number, each)
@@ -57,6 +66,10 @@ class Tiling:
     def pixels(self, tile: Reg) -> tuple[Reg, Reg, Reg]:
         """(first pixel, number of pixels, byte offset of the first result) of a tile."""
         code, g, height = self.code, self.geometry, i64(self.shape.rows)
+        if self._flat:
+            pixel = times(code, tile, height)
+            left = code.binary("sub", g.pixels, pixel)
+            return pixel, least(code, left, height), times(code, pixel, g.outputs, i64(4))
         in_row = most(code, self.in_row, i64(1))
         rows = code.compare("icmp sgt", self.in_row, i64(0))
         line, place = code.binary("udiv", tile, in_row), code.binary("urem", tile, in_row)
@@ -95,10 +108,7 @@ class Tiling:
         """Where a tile reads the image itself, from x on; a copy in scratch, the one after `used` others, where the
         tile would read behind the image. How many are used then."""
         code, g = self.code, self.geometry
-        (column, y, z), image = coordinates(code, g, pixel)
-        plane = plus(code, times(code, image, g.in_d), times(code, z, g.stride_d))
-        line = plus(code, times(code, plane, g.in_h), times(code, y, g.stride_h))
-        place = plus(code, times(code, line, g.in_w), times(code, column, g.stride_w))
+        place = pixel if self._flat else self._source(pixel)
         element = plus(code, times(code, place, g.channels), times(code, group, g.group_channels))
         offset = times(code, element, i64(4))
         few = code.compare("icmp sle", rows, i64(self.shape.few))
@@ -118,6 +128,14 @@ class Tiling:
         found, used = code.either(inside, lambda: [offset, used], copied)
         return found, used
 
+    def _source(self, pixel: Reg) -> Reg:
+        """The pixel of the image that a pixel of the result is at."""
+        code, g = self.code, self.geometry
+        (column, y, z), image = coordinates(code, g, pixel)
+        plane = plus(code, times(code, image, g.in_d), times(code, z, g.stride_d))
+        line = plus(code, times(code, plane, g.in_h), times(code, y, g.stride_h))
+        return plus(code, times(code, line, g.in_w), times(code, column, g.stride_w))
+
     def _reach(self, rows: Reg) -> Reg:
         """Bytes from the first element that so many pixels read to behind the last."""
         code = self.code
@@ -134,7 +152,11 @@ class Tiling:
         """Chunks at a time: what scratch has room for, though in place only the last few tiles are ever copied."""
         code = self.code
         fitting = code.binary("udiv", room, most(code, self.chunk_nbytes, i64(1)))
-        limit = most(code, code.binary("udiv", i64(MOST), self.chunk), i64(1))
+        near = code.binary("udiv", i64(FIRST_NBYTES), most(code, self.chunk_nbytes, i64(1)))
+        limit = clamp(
+            code, near, code.binary("udiv", i64(LEAST), self.chunk), code.binary("udiv", i64(MOST), self.chunk)
+        )
+        limit = most(code, limit, i64(1))
         if self.windows is None:
             lines = ceil_div(code, i64(self.shape.rows), most(code, self.geometry.out_w, i64(1)))
             copied = code.select(code.compare("icmp sgt", self.in_row, i64(0)), plus(code, lines, i64(1)), i64(1))
@@ -158,17 +180,15 @@ def _spread(code: Code, g: Geometry) -> Reg:
     return code.compare("icmp ne", steps, i64(1))
 
 
-def tiles_in_place(code: Code, target: Target, shape: TileShape, g: Geometry) -> Tiling:
-    """Tiles of a 1x1 convolution without padding: pixels as they come, or rows of them where some are skipped."""
-    rows = _spread(code, g)
-    for inside, outside in ((g.in_d, g.out_d), (g.in_h, g.out_h), (g.in_w, g.out_w)):
-        rows = code.binary("or", rows, code.compare("icmp ne", inside, outside))
-    in_row = ceil_div(code, g.out_w, i64(shape.rows))
+def tiles_in_place(code: Code, target: Target, shape: TileShape, g: Geometry, *, flat: bool) -> Tiling:
+    """Tiles of a 1x1 convolution without strides and padding: pixels as they come, or, if not `flat`, rows of them
+    whose results may lie apart."""
+    in_row = i64(0) if flat else ceil_div(code, g.out_w, i64(shape.rows))
     lines = code.binary("udiv", g.pixels, most(code, g.out_w, i64(1)))
-    count = code.select(rows, times(code, lines, in_row), ceil_div(code, g.pixels, i64(shape.rows)))
-    a_row = times(code, g.stride_w, g.channels, i64(4))
+    count = ceil_div(code, g.pixels, i64(shape.rows)) if flat else times(code, lines, in_row)
+    a_row = times(code, g.channels, i64(4))
     return Tiling(
-        code, target, shape, g, count, i64(1), times(code, a_row, i64(shape.rows)), code.select(rows, in_row, i64(0)),
+        code, target, shape, g, count, i64(1), times(code, a_row, i64(shape.rows)), in_row,
         i64(1), i64(0), a_row, i64(0), i64(1), i64(0), g.group_channels, None,
     )  # fmt: skip
 

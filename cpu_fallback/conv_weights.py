@@ -2,53 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpu_fallback.conv_tiles import TileShape
+from cpu_fallback.native import host
 from cpu_fallback.pages import PAGES
-from cpu_fallback.winograd_transforms import transformed_weights
+from cpu_fallback.weight_kernels import PanelKernel, WinogradPanelKernel, run_kernel
+from cpu_fallback.winograd_transforms import points
 
 Floats = NDArray[np.float32]
+
+SAMPLES, LARGEST_RATIO = 4096, 2.0**12
 
 
 def tile_weights(weights: Floats, group: int, shape: TileShape, *, planar: bool = False) -> Floats:
     """ONNX's [outputs, channels, kernel...]: for every group panels of as many vectors as they need, [depth, width]
     each. The depth goes as windows do: kernel then channels, or channels then kernel if `planar`."""
     outputs, channels, *kernel = weights.shape
-    rank = len(kernel)
-    parts = weights.reshape(group, outputs // group, channels, *kernel)
-    order = (0, 2, *range(3, 3 + rank), 1) if planar else (0, *range(3, 3 + rank), 2, 1)
-    matrices = parts.transpose(order).reshape(group, -1, outputs // group)
-    return _joined([part for matrix in matrices for part in _panels(matrix, shape)])
+    columns = outputs // group
+    packed = PAGES.zeros((group * shape.panel_width(columns) * prod(weights.shape[1:]),), np.float32)
+    source = np.ascontiguousarray(weights, np.float32)
+    words = (source, packed, group, columns, channels, prod(kernel))
+    run_kernel(PanelKernel(shape.lanes, shape.width, not planar), host(), *words)
+    return packed
+
+
+def is_balanced(weights: Floats) -> bool:
+    """Whether no weight is so much larger than the others that its rounding errors drown them: transforms add up what
+    an ordinary convolution multiplies with zeros."""
+    sizes = np.abs(weights).ravel()
+    sample = sizes[:: max(1, sizes.size // SAMPLES)]
+    sample = sample[sample > 0]
+    return bool(sample.size and sizes.max() <= LARGEST_RATIO * float(np.median(sample)))
 
 
 def winograd_weights(weights: Floats, m: int, shape: TileShape) -> Floats:
-    """For every panel all points, [channels, width] each."""
-    points = [_panels(matrix, shape) for matrix in transformed_weights(weights, m)]
-    return _joined([part for panel in zip(*points, strict=True) for part in panel])
+    """For every panel all points, [channels, width] each; transformed in float64."""
+    outputs, channels = weights.shape[:2]
+    packed = PAGES.zeros((points(m) * channels * shape.panel_width(outputs),), np.float32)
+    words = (np.ascontiguousarray(weights, np.float32), packed, 1, outputs, channels)
+    run_kernel(WinogradPanelKernel(m, shape.lanes, shape.width), host(), *words)
+    return packed
 
 
 def depthwise_weights(weights: Floats) -> Floats:
     """[taps, channels]."""
     return aligned(weights.reshape(weights.shape[0], -1).T)
-
-
-def _panels(matrix: NDArray[Any], shape: TileShape) -> list[NDArray[Any]]:
-    """[depth, outputs] cut into panels, the last one padded to whole vectors."""
-    found = []
-    for start in range(0, matrix.shape[1], shape.width):
-        part = matrix[:, start : start + shape.width]
-        width = shape.panel_width(part.shape[1])
-        found.append(np.pad(part, ((0, 0), (0, width - part.shape[1]))))
-    return found
-
-
-def _joined(parts: Sequence[NDArray[Any]]) -> Floats:
-    return aligned(np.concatenate([part.ravel() for part in parts]))
 
 
 def aligned(array: NDArray[Any]) -> Floats:

@@ -170,9 +170,11 @@ class _Driver:
         code.loop(*tiles, chunk.capacity, some_tiles)
 
     def _shares(self, tiles: Reg, panels: Reg) -> tuple[tuple[Reg, Reg], tuple[Reg, Reg]]:
-        """[start, stop) of tiles and of panels: a thread takes some of the tiles if there are enough, else panels."""
+        """[start, stop) of tiles and of panels: a thread takes some of the tiles if there are enough, and reading
+        all weights costs less than transforming all tiles, else panels."""
         code = self.code
         plenty = code.compare("icmp sge", tiles, times(code, self.team, i64(2 * self._shape.rows)))
+        plenty = code.binary("and", plenty, code.compare("icmp sge", tiles, self.geometry.outputs))
         start, stop = share(code, code.select(plenty, tiles, panels), self.team)
         tiles = code.select(code.compare("icmp slt", start, stop), tiles, i64(0))
         return (

@@ -14,15 +14,21 @@ from pathlib import Path
 
 UNLIMITED = 1 << 62
 MOUNTS, GROUPS, MEMORY = Path("/proc/self/mountinfo"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
+TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
 class Cores:
-    """Core numbers to use, and how that came about."""
+    """Core numbers to use, and how that came about.
+
+    Only `own` cores are to be pinned to. Others share them: whoever has the same quota of the same cores would pin to
+    the same first ones.
+    """
 
     numbers: tuple[int, ...]
     affinity: int
     quota: float | None
+    own: bool = True
 
     def __str__(self) -> str:
         quota = "no quota" if self.quota is None else f"a quota of {self.quota:g}"
@@ -30,11 +36,32 @@ class Cores:
 
 
 def usable_cores() -> Cores:
-    """max(1, min(affinity, floor(quota))) cores; of the mask the first ones."""
+    """max(1, min(physical cores in the affinity mask, floor(quota))) of them, neighbours in the same cache first."""
     mask = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     quota = cpu_quota(group_folders("cpu"))
-    count = len(mask) if quota is None else max(1, min(len(mask), int(quota)))
-    return Cores(tuple(mask[:count]), len(mask), quota)
+    physical = neighbours(mask)
+    count = len(physical) if quota is None else max(1, min(len(physical), int(quota)))
+    return Cores(tuple(physical[:count]), len(mask), quota, own=count == len(physical))
+
+
+def neighbours(numbers: Sequence[int], folder: Path | None = None) -> list[int]:
+    """One number of each physical core, those that share their last cache next to each other; as they are where the
+    system does not say."""
+    folder = TOPOLOGY if folder is None else folder
+    found: dict[tuple[int, int], int] = {}
+    for number in sorted(numbers):
+        own = folder / f"cpu{number}"
+        siblings = _listed(own / "topology" / "thread_siblings_list") or [number]
+        caches = [_listed(cache / "shared_cpu_list") for cache in sorted(own.glob("cache/index[0-9]"))]
+        last = max(filter(None, caches), key=len, default=siblings)
+        found.setdefault((min(last), min(siblings)), number)
+    return [found[place] for place in sorted(found)]
+
+
+def _listed(path: Path) -> list[int]:
+    """The numbers of "0-3,8"."""
+    spans = [part.split("-") for part in _read(path).strip().split(",") if part]
+    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
 
 
 def partition(cores: Sequence[int], streams: int) -> list[tuple[int, ...]]:

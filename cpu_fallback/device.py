@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 from cpu_fallback import cores
@@ -48,16 +49,26 @@ class CpuDevice:
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         """The plan, its kernels compiled."""
-        plan = lower_graph(graph, batching, lower_node, _arrange)
+        plan = lower_graph(graph, batching, lower_node, _arrange, room_nbytes=self.free_memory() // 2)
         return dataclasses.replace(plan, program=build_program(plan))
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream]:
-        """Streams on disjoint cores; `threads` cores each where given, else the cores are shared out."""
+        """Streams on disjoint cores; `threads` of each stream where given, else one for each of its cores."""
         shares = cores.partition(self._cores.numbers, streams)
-        if threads is not None:
-            shares = [share[:threads] or share for share in shares]
-        cap = max(map(len, shares))
-        return [CpuStream(plan, slots, share, cap_threads(cap)) for share in shares]
+        most = max(map(len, shares))
+        if threads is not None and threads > most:
+            warnings.warn(f"threads exceeds the cores of a stream - capping to {most}", RuntimeWarning, stacklevel=2)
+        arrays = any(not segment.only_native for segment in plan.program.segments)
+        return [
+            CpuStream(
+                plan,
+                slots,
+                share if self._cores.own else (),
+                min(threads or len(share), len(share)),
+                cap_threads(1) if arrays else lambda: None,
+            )
+            for share in shares
+        ]
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
         """(weights, activations of one slot) in bytes; the arenas count, although slots of one stream share them.

@@ -131,7 +131,7 @@ def _constant_rows(
     lowering: Lowering, known: Array, transposed: bool, batch: Shape, dtype: DType
 ) -> Matrix:  # fmt: skip
     """A constant A by rows, which are set apart where they would lie whole pages apart: caches could not hold many."""
-    array = _oriented(known, transposed).astype(dtype)
+    array = np.ascontiguousarray(_oriented(known, transposed), dtype)
     if array.shape[-1] * dtype.itemsize % PAGE == 0:
         array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, 64 // dtype.itemsize)])
     *lead, row, column = broadcast_strides(array.shape, (*batch, *array.shape[-2:]))

@@ -25,8 +25,8 @@ PARAMETERS = "ptr %block, i64 %thread, i64 %threads, ptr %tiles, ptr %finish, i1
 TILES, EPILOGUE, DIRECT = Reg("%tiles", "ptr"), Reg("%finish", "ptr"), Reg("%direct", "i1")
 BLOCK_TILES = (4, 16)
 """The least and the greatest number of tiles of rows in a block."""
-FEW_PANELS = 4
-"""With fewer panels than these to multiply with, packing a block of A does not pay."""
+FEW_COLUMNS = {True: 1024, False: 64}
+"""With fewer columns of B than these packing a block of A does not pay; by whether rows of A are contiguous."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,9 @@ class _Writer:
         place = [base, code.binary("mul", given.a_row, i64(self.shape.rows)), given.a_row, given.a_step]
         if not self.driver.packs:
             return Rows(*place)
-        many = code.compare("icmp sge", code.binary("sub", panels[1], panels[0]), i64(FEW_PANELS))
+        along = code.compare("icmp eq", given.a_step, i64(self.shape.nbytes))
+        few = code.select(along, *(i64(FEW_COLUMNS[whole] // self.shape.width) for whole in (True, False)))
+        many = code.compare("icmp sge", code.binary("sub", panels[1], panels[0]), few)
         room = code.compare("icmp sle", THREADS, given.slots[0])
         tall = code.compare("icmp sgt", count, i64(self.shape.rows))
         chosen = code.binary("and", code.binary("and", many, room), tall)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cpu_fallback import packing
+from cpu_fallback import maps, packing
 from cpu_fallback.blocks import FINISH
-from cpu_fallback.code import Code, Reg, i64, literal, vector
+from cpu_fallback.code import Code, Reg, i64, lane_count, literal, vector
 from cpu_fallback.dots import Dots
 from cpu_fallback.gemm_driver import PARAMETERS, Arguments, Driver
 from cpu_fallback.lanes import STORED, narrowed, widened, write_expr
@@ -24,10 +25,12 @@ from cpu_fallback.loops import (
     row_offsets,
     vector_loop,
 )
-from cpu_fallback.maps import lane_count, operand_dtypes
 from cpu_fallback.native import Target, attributes
 from cpu_fallback.tiles import tile_table
 from gpu_engine.ir.expr import Expr
+
+GROUP = 4
+"""Vectors that an epilogue takes at a time: its chains of instructions are long, and a scheduler holds few of them."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class GemmKernel:
     def _finish(self, code: Code, target: Target) -> None:
         """The epilogue of some rows and columns of sums: whole vectors without masks where there is nothing else."""
         _, batch, row, column, rows, columns, sums = packing.parameters(FINISH)
-        dtypes = [self.driver.dtype, *operand_dtypes(self.expr)[1:]]
+        dtypes = [self.driver.dtype, *maps.operand_dtypes(self.expr)[1:]]
         (c, c_row, _), *operands = self._places(code, batch, row, column)
-        lanes = lane_count([self.expr], target)
+        lanes = maps.lane_count([self.expr], target)
         places = [(sums, i64(self.driver.line_nbytes(target)), None), *operands]
         accesses = (CONTIGUOUS, *self.accesses)
 
@@ -79,22 +82,35 @@ class GemmKernel:
                 for (base, row_step, step), dtype, access in zip(places, dtypes, accesses, strict=True)
             ]
 
-        def walked(step: Callable[..., list[Reg]]) -> list[Reg]:
-            def line(index: Reg, _: list[Reg]) -> list[Reg]:
-                result = Write(code.at(c, code.binary("mul", index, c_row)), self.expr.dtype)
-                step(code, target, lanes, (i64(0), columns), reads(index), [result], body)
-                return []
-
-            return code.loop(i64(0), rows, i64(1), line)
+        def result(index: Reg) -> Write:
+            return Write(code.at(c, code.binary("mul", index, c_row)), self.expr.dtype)
 
         def body(loaded: list[Reg], _: Mask, __: list[Reg]) -> tuple[list[Reg], list[Reg]]:
-            return [write_expr(code, self.expr, dict(enumerate(loaded)), lanes)], []
+            return [write_expr(code, self.expr, dict(enumerate(loaded)), lane_count(loaded[0].type))], []
 
-        whole = code.compare("icmp eq", code.binary("urem", columns, i64(lanes)), i64(0))
-        if STRIDED in accesses:
-            walked(vector_loop)
-        else:
-            code.either(whole, lambda: walked(whole_vector_loop), lambda: walked(vector_loop))
+        def line(index: Reg, _: list[Reg]) -> list[Reg]:
+            return vector_loop(code, target, lanes, (i64(0), columns), reads(index), [result(index)], body)
+
+        def strip(index: Reg, _: list[Reg]) -> list[Reg]:
+            lines = [code.binary("add", index, i64(i)) for i in range(height)]
+            rectangle(code, width, columns, [*map(reads, lines)], [*map(result, lines)], body)
+            return []
+
+        height, width = self._group(lanes, target)
+        full = i64(0)
+        if STRIDED not in accesses:
+            whole = code.compare("icmp eq", code.binary("urem", columns, i64(width)), i64(0))
+            full = code.select(whole, code.binary("and", rows, i64(-height)), i64(0))
+            code.loop(i64(0), full, i64(height), strip)
+        code.loop(full, rows, i64(1), line)
+
+    def _group(self, lanes: int, target: Target) -> tuple[int, int]:
+        """Rows and columns that the epilogue takes at a time: `GROUP` vectors in the shape that tiles divide into."""
+        tallest, panel = max(self.rows, default=1), max(self.vectors, default=1) * target.vector_nbytes
+        if isinstance(self.driver, Dots):
+            tallest, panel = self.driver.rows, self.driver.line_nbytes(target)
+        across = math.gcd(panel // self.driver.dtype.itemsize // lanes, GROUP)
+        return (GROUP // across if tallest >= GROUP // across else 1), across * lanes
 
     def _places(self, code: Code, batch: Reg, row: Reg, column: Reg) -> list[tuple[Reg, Reg, Reg | None]]:
         """(address, bytes from row to row, bytes from column to column if strided) of C and of every operand."""
@@ -104,7 +120,7 @@ class GemmKernel:
         strides = [given.strides[2], *(words.numbers(self.driver.rank) for _ in self.accesses)]
         rows = [code.binary("mul", given.n, i64(self.expr.dtype.itemsize)), *words.numbers(count)]
         columns = [None, *(words.take() if access == STRIDED else None for access in self.accesses)]
-        sizes = [self.expr.dtype.itemsize, *(dtype.itemsize for dtype in operand_dtypes(self.expr)[1:])]
+        sizes = [self.expr.dtype.itemsize, *(dtype.itemsize for dtype in maps.operand_dtypes(self.expr)[1:])]
         offsets = row_offsets(code, batch, given.extents, strides) if self.driver.rank else [i64(0)] * len(bases)
         places = []
         for i, access in enumerate((CONTIGUOUS, *self.accesses)):
@@ -115,31 +131,41 @@ class GemmKernel:
         return places
 
 
-def whole_vector_loop(
-    code: Code,
-    _: Target,
-    lanes: int,
-    span: tuple[Reg, Reg],
-    reads: Sequence[Read],
-    writes: Sequence[Write],
-    body: Body,
-) -> list[Reg]:
-    """`vector_loop` where the last vector is full, nothing is strided and nothing carried."""
-    splats = broadcasts(code, reads, lanes)
+def rectangle(
+    code: Code, lanes: int, columns: Reg, reads: Sequence[Sequence[Read]], writes: Sequence[Write], body: Body
+) -> None:
+    """`vector_loop` over several rows at once, `lanes` columns at a time that divide the columns; nothing is strided or
+    carried. The body sees the rows side by side: so many independent vectors keep the multipliers busy.
+    """
+    splats = [broadcasts(code, row, lanes) for row in reads]
 
     def step(index: Reg, _: list[Reg]) -> Sequence[Reg]:
-        operands = []
-        for i, read in enumerate(reads):
-            kind, place = vector(lanes, STORED[read.dtype]), _place(read, index)
-            operands.append(
-                splats[i] if i in splats else widened(code, code.load(kind, place, read.dtype.itemsize), read.dtype)
-            )  # fmt: skip
-        results, following = body(operands, lambda: literal(vector(lanes, "i1"), True), [])
-        for write, result in zip(writes, results, strict=True):
-            code.store(narrowed(code, result, write.dtype), _place(write, index), write.dtype.itemsize)
-        return following
+        def place(stream: Read | Write) -> Reg:
+            return code.at(stream.base, code.binary("mul", index, i64(stream.dtype.itemsize)))
 
-    def _place(stream: Read | Write, index: Reg) -> Reg:
-        return code.at(stream.base, code.binary("mul", index, i64(stream.dtype.itemsize)))
+        def loaded(read: Read, splat: Reg | None) -> Reg:
+            if splat is not None:
+                return splat
+            stored = code.load(vector(lanes, STORED[read.dtype]), place(read), read.dtype.itemsize)
+            return widened(code, stored, read.dtype)
 
-    return code.loop(span[0], span[1], i64(lanes), step)
+        operands = [
+            joined(code, [loaded(row[i], known.get(i)) for row, known in zip(reads, splats, strict=True)])
+            for i in range(len(reads[0]))
+        ]
+        (result,) = body(operands, lambda: literal(vector(lanes * len(reads), "i1"), True), [])[0]
+        stored = narrowed(code, result, writes[0].dtype)
+        for i, write in enumerate(writes):
+            code.store(packing.lanes_of(code, stored, i * lanes, lanes), place(write), write.dtype.itemsize)
+        return []
+
+    code.loop(i64(0), columns, i64(lanes), step)
+
+
+def joined(code: Code, parts: Sequence[Reg]) -> Reg:
+    """A power of two of vectors behind each other as one."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    low, high = joined(code, parts[:half]), joined(code, parts[half:])
+    return packing.shuffled(code, low, high, range(2 * lane_count(low.type)))

@@ -83,11 +83,25 @@ def write_expr(code: Code, expr: Expr, operands: Mapping[int, Reg], lanes: int) 
             values[node] = Num(code, literal(kind, node.value.item() if node.dtype != BFLOAT16 else float(node.value)))
         elif node.op == "cast":
             values[node] = converted(values[node.args[0]], node.args[0].dtype, node.dtype, node.value)
+        elif (exponent := _logistic_exponent(node)) is not None:
+            values[node] = vector_math.logistic_of_negated(values[exponent])
         else:
             operation = find_operation(node.op, node.args[-1].dtype)
             assert operation is not None
             values[node] = operation(*(values[child] for child in node.args))
     return values[expr].reg
+
+
+def _logistic_exponent(node: Expr) -> Expr | None:
+    """x of 1 / (1 + exp(x)) in float32: together these need no denormal numbers, so that scaling is cheap."""
+    if node.op != "div" or compute_dtype(node.dtype) != FLOAT32:
+        return None
+    one, total = node.args
+    parts = [part for part in total.args if part.op == "exp"] if total.op == "add" else []
+    ones = [one, *(part for part in total.args if part not in parts)]
+    if len(parts) != 1 or not all(part.op == "const" and part.value == 1 for part in ones):
+        return None
+    return parts[0].args[0]
 
 
 def is_supported(expr: Expr, target: Target) -> bool:

@@ -19,15 +19,18 @@ from typing import Any
 from cpu_fallback.channels_last import LastConv, LastConvTranspose, LastPool, Shape, permuted, to_first, to_last
 from cpu_fallback.conv_lowering import AXES, has_phases
 from cpu_fallback.epilogues import finish_of
+from cpu_fallback.integer_epilogues import integer_finish
+from cpu_fallback.integer_images import has_integer_form, is_exact_in_floats, paired_channels, paired_planes
 from cpu_fallback.native import Target
-from gpu_engine.ir import dims
-from gpu_engine.ir.dtypes import FLOAT32
+from gpu_engine.ir import dims, expr
+from gpu_engine.ir.dtypes import FLOAT32, INT16, INT32
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
 from gpu_engine.ir.ops import (
     Concat,
     Conv,
     ConvTranspose,
+    LocalResponseNorm,
     Map,
     Pad,
     Pool,
@@ -78,7 +81,7 @@ class _Rule:
                 result = self._mapped(node)
             case Reduce():
                 result = self._reduced(node, node.op)
-            case Resize() | Concat() | Softmax() | Slice() | Pad():
+            case Resize() | Concat() | Softmax() | LocalResponseNorm() | Slice() | Pad():
                 result = self._moved(node)
             case Transpose(perm=perm):
                 result = self._composed(node.inputs[0], perm)
@@ -125,12 +128,46 @@ class _Rule:
 
     def _convolved(self, node: Node, op: Conv) -> Value | None:
         x, w, *extras = node.inputs
+        if op.accumulate is not None:
+            return self._convolved_integers(node, op)
         if not _fits(x, w, len(op.strides)) or x.shape[1] != w.shape[1] * op.group:
             return None
         planar = self._source(x) is None and x.shape[1] in range(FEW_CHANNELS + 1) and op.group == 1
         image = x if planar else self._last(x)
         plain = LastConv(op.strides, op.before, op.after, op.dilations, op.group, None, planar)
         return self._finished(plain, op.epilogue, image, w, extras)
+
+    def _convolved_integers(self, node: Node, op: Conv) -> Value | None:
+        x, w, *extras = node.inputs
+        if not has_integer_form(op, x, w, self.target):
+            return self._as_floats(node, op)
+        last = LastConv(
+            op.strides, op.before, op.after, op.dilations, op.group, op.epilogue, False, op.accumulate
+        )  # fmt: skip
+        planes = paired_planes(x, self.builder, self.target) if op.group == 1 and self._source(x) is None else None
+        image, weights = paired_channels(planes or self._last(x), w, self.builder)
+        operands = [self._operand(value, x.rank) for value in extras]
+        return self._first(self._emitted_integers(last, image, weights, operands))
+
+    def _as_floats(self, node: Node, op: Conv) -> Value | None:
+        """The convolution of the integers as floats, where those hold every sum, or nothing multiplies integers."""
+        x, w, *extras = node.inputs
+        if not is_exact_in_floats(x, w) and (self.target.x86 or x.dtype != INT16):
+            return None
+        root = op.epilogue or expr.arg(0, INT32)
+        epilogue = expr.substitute(root, {0: expr.cast(expr.arg(0, FLOAT32), INT32)})
+        factors = [self.builder.emit(Map(expr.cast(expr.arg(0, value.dtype), FLOAT32)), value) for value in (x, w)]
+        plain = dataclasses.replace(op, accumulate=None, epilogue=epilogue)
+        return self._convolved(dataclasses.replace(node, op=plain, inputs=(*factors, *extras)), plain)
+
+    def _emitted_integers(self, op: LastConv, image: Value, weights: Value, operands: Sequence[Value]) -> Value:
+        """With the epilogue inside if tiles can compute it, else as a map behind."""
+        plain = dataclasses.replace(op, epilogue=None)
+        (product,) = plain.infer(image.type, weights.type)
+        given = [(0, value.shape, value.dtype) for value in operands]
+        if op.epilogue is None or integer_finish(op.epilogue, given, product.shape, self.target) is not None:
+            return self.builder.emit(op, image, weights, *operands)
+        return self.builder.emit(Map(op.epilogue), self.builder.emit(plain, image, weights), *operands)
 
     def _convolved_back(self, node: Node, op: ConvTranspose) -> Value | None:
         x, w, *extras = node.inputs
@@ -208,7 +245,7 @@ class _Rule:
             return None
         order, op = to_last(rank), node.op
         match op:
-            case Concat(axis=axis) | Softmax(axis=axis):
+            case Concat(axis=axis) | Softmax(axis=axis) | LocalResponseNorm(axis=axis):
                 op = dataclasses.replace(op, axis=order.index(axis))
             case Slice():
                 op = Slice(permuted(op.starts, order), _ordered(op.steps, order), permuted(op.extents, order))

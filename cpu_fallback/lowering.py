@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from cpu_fallback.arg_reductions import lower_arg_reduce
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
 from cpu_fallback.channels_last import LastConv, LastConvTranspose, LastPool
 from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
 from cpu_fallback.fused_attention import lower_fused_attention, lower_turned_attention
-from cpu_fallback.gemm import lower_gemm
-from cpu_fallback.image_lowering import lower_last_conv, lower_last_conv_transpose, lower_last_pool
+from cpu_fallback.image_lowering import lower_last_conv_transpose, lower_last_pool
+from cpu_fallback.integer_conv import lower_image_conv
+from cpu_fallback.integer_planes import PairedPlanes, lower_paired_planes
+from cpu_fallback.integer_products import lower_integer_matmul
 from cpu_fallback.maps import map_call
 from cpu_fallback.movement import (
     lower_concat,
@@ -26,11 +29,15 @@ from cpu_fallback.movement import (
 from cpu_fallback.recurrent import lower_recurrent
 from cpu_fallback.reductions import lower_reduce
 from cpu_fallback.resizing import lower_resize
+from cpu_fallback.response_norms import lower_response_norm
 from cpu_fallback.rows import lower_layer_norm, lower_softmax
+from cpu_fallback.scalars import lower_require, lower_shape_tensor
 from cpu_fallback.taps import lower_pool
+from cpu_fallback.trees import lower_trees
 from cpu_fallback.turned_attention import TurnedAttention
-from gpu_engine.ir.graph import Node, Op
+from gpu_engine.ir.graph import Node, Op, ShapeTensor
 from gpu_engine.ir.ops import (
+    ArgReduce,
     Attention,
     Concat,
     Conv,
@@ -38,6 +45,7 @@ from gpu_engine.ir.ops import (
     Expand,
     Gather,
     LayerNorm,
+    LocalResponseNorm,
     Map,
     MatMul,
     Pad,
@@ -49,7 +57,8 @@ from gpu_engine.ir.ops import (
     Softmax,
     Transpose,
 )
-from gpu_engine.ir.ops.control import If, Loop
+from gpu_engine.ir.ops.control import If, Loop, Require
+from gpu_engine.ir.ops.trees import Trees
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
@@ -68,26 +77,32 @@ def lower_map(lowering: Lowering, op: Map, node: Node, inputs: Buffers, outputs:
 
 
 LOWERINGS: dict[type, LowerOp] = {
+    ArgReduce: lower_arg_reduce,
     Attention: lower_fused_attention,
     Concat: lower_concat,
     Conv: lower_conv,
     ConvTranspose: lower_conv_transpose,
     Expand: lower_expand,
     Gather: lower_gather,
-    LastConv: lower_last_conv,
+    LastConv: lower_image_conv,
     LastConvTranspose: lower_last_conv_transpose,
     LastPool: lower_last_pool,
     LayerNorm: lower_layer_norm,
+    LocalResponseNorm: lower_response_norm,
     Map: lower_map,
-    MatMul: lower_gemm,
+    MatMul: lower_integer_matmul,
     Pad: lower_pad,
+    PairedPlanes: lower_paired_planes,
     Pool: lower_pool,
     Recurrent: lower_recurrent,
     Reduce: lower_reduce,
+    Require: lower_require,
     Resize: lower_resize,
+    ShapeTensor: lower_shape_tensor,
     Slice: lower_slice,
     Softmax: lower_softmax,
     Transpose: lower_transpose,
+    Trees: lower_trees,
     TurnedAttention: lower_turned_attention,
 }
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cpu_fallback.borders import lower_borders
 from cpu_fallback.calls import Array, ArrayCall
 from cpu_fallback.copies import Padding, can_copy, emit_copy, emit_pad
 from cpu_fallback.maps import broadcast_strides, contiguous_strides
+from cpu_fallback.scalars import lower_pick
 from cpu_fallback.transposition import SCALARS, as_matrices, transpose_call
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING
@@ -67,13 +69,16 @@ def lower_concat(lowering: Lowering, op: Concat, node: Node, inputs: Buffers, ou
 
 
 def lower_gather(lowering: Lowering, op: Gather, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
-    lowering.emit(ArrayCall(gather_into, op), inputs, outputs)
+    if not lower_pick(lowering, op, node, inputs, outputs):
+        lowering.emit(ArrayCall(gather_into, op), inputs, outputs)
     return True
 
 
 def lower_pad(lowering: Lowering, op: Pad, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
     x = node.inputs[0]
-    if op.mode != "constant" or x.dtype == STRING:
+    if op.mode != "constant":
+        return lower_borders(lowering, op, node, inputs, outputs)
+    if x.dtype == STRING:
         return False
     value = inputs[1] if len(inputs) > 1 else lowering.constant(np.zeros((), x.dtype))
     emit_pad(lowering, inputs[0], value, outputs[0], x.shape, Padding(op.before, op.after))

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
+import llvmlite
 import llvmlite.binding as llvm
 
 from cpu_fallback.code import Code
+from cpu_fallback.object_cache import digest, object_cache
 
+VERSIONS = ("1", llvmlite.__version__, ".".join(map(str, llvm.llvm_version_info)))
+"""What machine code depends on besides its text: the passes of `_object`, counted, and the compiler."""
 SIGNATURE = "ptr %block, i64 %thread, i64 %threads"
 Walk = Callable[[int, int, int, int], None]
 
@@ -87,7 +91,7 @@ class Library:
     def walker(self) -> Walk:
         """walk(address of a table, steps, thread, threads): one call for many steps, without the GIL.
 
-        The table holds {function pointer, argument block pointer} for each step.
+        The table holds {function pointer, argument block pointer} for each step; null for `jumps.Jump`.
         """
         with self._lock:
             if self._walk is None:
@@ -109,8 +113,23 @@ LIBRARY = Library()
 
 
 def compile_module(text: str, target: Target) -> Any:
-    """Machine code of a module of LLVM IR: the only place that compiles anything on the CPU. Needs `host()` first."""
+    """Machine code of a module of LLVM IR, from disk where it was compiled before. Needs `host()` first."""
     machine = llvm.Target.from_default_triple().create_target_machine(cpu=target.cpu, features=target.features, opt=2)
+    cache = object_cache()
+    key = digest(*VERSIONS, llvm.get_default_triple(), target.cpu, target.features, text)
+    code = None if cache is None else cache.load(key)
+    if code is None:
+        code = _object(text, machine)
+        if cache is not None:
+            cache.store(key, code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine
+
+
+def _object(text: str, machine: Any) -> bytes:
+    """The only place that compiles anything on the CPU."""
     module = llvm.parse_assembly(text)
     module.triple, module.data_layout = llvm.get_default_triple(), str(machine.target_data)
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
@@ -121,9 +140,8 @@ def compile_module(text: str, target: Target) -> Any:
     for function in module.functions:
         if not function.is_declaration:
             passes.run(function, builder)
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    return engine
+    code: bytes = machine.emit_object(module)
+    return code
 
 
 def _module_text(names: dict[Kernel, str], target: Target) -> str:
@@ -150,15 +168,31 @@ entry:
   %end = getelementptr { ptr, ptr }, ptr %table, i64 %steps
   br label %head
 head:
-  %row = phi ptr [ %table, %entry ], [ %next, %body ]
+  %row = phi ptr [ %table, %entry ], [ %next, %step ], [ %target, %jump ]
   %more = icmp ult ptr %row, %end
   br i1 %more, label %body, label %done
 body:
   %function = load ptr, ptr %row
   %place = getelementptr i8, ptr %row, i64 8
   %block = load ptr, ptr %place
-  call void %function(ptr %block, i64 %thread, i64 %threads)
   %next = getelementptr { ptr, ptr }, ptr %row, i64 1
+  %plain = icmp ne ptr %function, null
+  br i1 %plain, label %step, label %jump
+step:
+  call void %function(ptr %block, i64 %thread, i64 %threads)
+  br label %head
+jump:
+  %byte = load ptr, ptr %block
+  %seen = load i8, ptr %byte
+  %set = icmp ne i8 %seen, 0
+  %wanted = getelementptr i8, ptr %block, i64 8
+  %when = load i64, ptr %wanted
+  %should = icmp ne i64 %when, 0
+  %taken = icmp eq i1 %set, %should
+  %distance = getelementptr i8, ptr %block, i64 16
+  %nbytes = load i64, ptr %distance
+  %away = getelementptr i8, ptr %row, i64 %nbytes
+  %target = select i1 %taken, ptr %away, ptr %next
   br label %head
 done:
   ret void

@@ -11,7 +11,7 @@ from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native, Word
 from cpu_fallback.cores import usable_cores
 from cpu_fallback.dots import MOST_ROWS, Dots
-from cpu_fallback.gemm_driver import BLOCK_TILES, FEW_PANELS, PACKED, PLAIN, TRANSPOSED, Driver
+from cpu_fallback.gemm_driver import BLOCK_TILES, FEW_COLUMNS, PACKED, PLAIN, TRANSPOSED, Driver
 from cpu_fallback.gemm_kernels import GemmKernel
 from cpu_fallback.loops import BROADCAST, CONTIGUOUS, STRIDED
 from cpu_fallback.maps import Shape, collapsed
@@ -119,7 +119,7 @@ def emit_call(lowering: Lowering, product: Product) -> None:
         driver = Dots(product.dtype, dims.number(found.m), len(found.batch))
     else:
         rows, vectors = _heights(found.m, product.tile), tile_widths(found.n, product.tile)
-        packs = _packs(found.m, found.n, product.tile)
+        packs = _packs(found.m, found.n, product.tile, found.a.column == size)
         driver = Driver(
             product.dtype, found.form, packs, len(found.batch), sizes[0], caches(), product.tile.terms
         )  # fmt: skip
@@ -182,6 +182,7 @@ def tile_widths(n: Dim, shape: TileShape) -> tuple[int, ...]:
     return tuple(sorted(set(packing.panel_widths(n, shape))))
 
 
-def _packs(m: Dim, n: Dim, shape: TileShape) -> bool:
-    few = isinstance(n, int) and len(packing.panel_widths(n, shape)) < FEW_PANELS
+def _packs(m: Dim, n: Dim, shape: TileShape, along: bool) -> bool:
+    """Whether blocks of A may be worth packing; `along` its rows are contiguous."""
+    few = isinstance(n, int) and n < FEW_COLUMNS[along]
     return not few and not (isinstance(m, int) and m <= shape.rows)

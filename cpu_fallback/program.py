@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_fallback.binder import Binder, Maker
+from cpu_fallback.binder import Binder, Call, Maker
 from cpu_fallback.calls import Address, Array, ArrayCall, Native, address_of
+from cpu_fallback.jumps import Jump
 from cpu_fallback.native import LIBRARY, host
+from cpu_fallback.sharing import Traffic, shares_of, traffic_of
+from cpu_fallback.team import Team
 from gpu_engine.ir import dims
+from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.plan.binding import Numbers
 from gpu_engine.plan.lower import segments
@@ -68,6 +72,7 @@ class Segment:
     arena: Zone
     ports: Zone
     table: Table
+    traffic: Traffic
     make: Maker
     array_steps: tuple[int | None, ...]
     only_native: bool
@@ -84,8 +89,9 @@ class Program:
 
 def build_program(plan: Plan) -> Program:
     """Prepare a plan whose steps are `Native` and `ArrayCall`; compiles the kernels that are new."""
-    kernels = [step.kernel.kernel for step in plan.steps if isinstance(step.kernel, Native)]
-    addresses = LIBRARY.addresses(kernels, host())
+    kernels = {step.kernel.kernel: None for step in plan.steps if isinstance(step.kernel, Native)}
+    kernels.pop(Jump(), None)
+    addresses = LIBRARY.addresses(kernels, host()) | {Jump(): 0}
     constants = {i: buffer.constant for i, buffer in enumerate(plan.buffers) if buffer.constant is not None}
     unique = {address_of(array): array.nbytes for array in constants.values()}
     homes, cuts = segment_of_buffers(plan), segments(plan)
@@ -120,6 +126,7 @@ class _Builder:
         self.steps = range(first, last)
         self.numbers = Numbers(self.names)
         self.words: list[Any] = []
+        self.sizes: list[list[Dim]] = []
 
     def segment(self) -> Segment:
         buffers = self.plan.buffers
@@ -132,12 +139,13 @@ class _Builder:
         functions, blocks, array_steps = self._steps(binder)
         binder.expose(self._exposed())
         gather, statics, foreign, shifts = self._gather(arena.owned + ports.owned)
+        traffic = traffic_of(self.sizes, self.numbers)
         self.numbers.compile()
         last = self.plan.steps[self.steps[-1]] if self.steps else None
         table = Table(np.array(functions, np.int64), np.array(blocks, np.int64) * 8, gather, statics, foreign, shifts)
         binds = self.steps[-1] if last is not None and last.binds else None
         return Segment(
-            self.names, self.numbers, arena, ports, table, binder.compile(), tuple(array_steps),
+            self.names, self.numbers, arena, ports, table, traffic, binder.compile(), tuple(array_steps),
             all(step is None for step in array_steps), binds,
         )  # fmt: skip
 
@@ -185,6 +193,7 @@ class _Builder:
             addressed = {word.buffer for word in step.kernel.words if isinstance(word, Address)}
             assert addressed <= listed, f"{step.source}: {step.kernel.kernel} reads buffers that its step does not list"
             functions.append(self.kernels[step.kernel.kernel])
+            self.sizes.append([buffer_nbytes(self.plan.buffers[i]) for i in (*step.inputs, *step.outputs)])
             blocks.append(len(self.words))
             self.words += step.kernel.words
         return functions, blocks, calls
@@ -232,21 +241,28 @@ class Bound:
     """A segment with numbers: the calls to make, the arrays that the slot needs, and where its buffers lie."""
 
     extents: tuple[int, ...]
-    calls: list[tuple[Callable[..., object], tuple[Any, ...]]]
+    calls: list[Call]
     arrays: dict[int, Array]
     located: dict[int, tuple[Array, int]]
     memory: tuple[Array, Array]
     table: Ints
+    shares: list[Array]
 
 
 Allocate = Callable[[int, int], tuple[Array, Array]]
 
 
-def bind(segment: Segment, extents: tuple[int, ...], allocate: Allocate, before: Sequence[Bound]) -> Bound:
+def bind(
+    segment: Segment,
+    extents: tuple[int, ...],
+    allocate: Allocate,
+    before: Sequence[Bound],
+    team: Team | None = None,
+) -> Bound:
     """The segment bound to `extents`, in memory from `allocate(bytes of the arena, bytes of the ports)`.
 
-    `before` are the bound segments that ran already, whose buffers this one may read. InputError if the extents
-    contradict each other.
+    `before` are the bound segments that ran already, whose buffers this one may read; a `team` helps with long runs of
+    native steps. InputError if the extents contradict each other.
     """
     values = segment.numbers.evaluate(extents)
     numbers = np.array(values, np.int64)
@@ -261,7 +277,24 @@ def bind(segment: Segment, extents: tuple[int, ...], allocate: Allocate, before:
     if segment.binds is not None:
         for zone, piece, offsets in ((segment.arena, memory[0], arena), (segment.ports, memory[1], ports)):
             located |= {buffer: (piece, start) for buffer, start in zip(zone.owned, offsets.tolist(), strict=True)}
-    return Bound(extents, calls, arrays, located, memory, table)
+    shares = [] if team is None else _led(segment, numbers, calls, team)
+    return Bound(extents, calls, arrays, located, memory, table, shares)
+
+
+def _led(segment: Segment, numbers: Ints, calls: list[Call], team: Team) -> list[Array]:
+    """Have long native runs among the calls led instead of walked; how their steps are shared."""
+    nbytes, first, kept = segment.traffic.nbytes(numbers), 0, []
+    for i, step in enumerate(segment.array_steps):
+        if step is not None:
+            continue
+        place, count = calls[i][1][:2]
+        straight = segment.table.functions[first : first + count].all()
+        shares = shares_of(nbytes[first : first + count]) if straight else None
+        first += count
+        if shares is not None and team.start():
+            calls[i] = (team.lead, (team.address, place, count, address_of(shares)))
+            kept.append(shares)
+    return kept
 
 
 def _filled(table: Table, numbers: Ints, addresses: Ints, before: Sequence[Bound]) -> Ints:

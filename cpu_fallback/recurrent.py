@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cpu_fallback.byte_pairs import split_all
 from cpu_fallback.calls import Address, Array, ArrayCall, Native, Word
 from cpu_fallback.lanes import COMPUTED, is_supported
 from cpu_fallback.native import Target, host
 from cpu_fallback.pages import PAGES
 from cpu_fallback.recurrent_kernels import RecurrentKernel
-from cpu_fallback.recurrent_products import form_of, pack, tallest
+from cpu_fallback.recurrent_products import BYTES, PAIRS, Form, form_of, pack, tallest
 from cpu_fallback.recurrent_states import Record
-from cpu_fallback.tiles import NBYTES
+from cpu_fallback.tiles import NBYTES, has_byte_pairs
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT32, INT8, INT32, UINT8, compute_dtype, is_float
 from gpu_engine.ir.expr import Expr
@@ -26,6 +27,9 @@ from gpu_engine.plan.lower import Lowering
 Buffers = tuple[int, ...]
 MOST_TERMS = 1 << 15
 """So many products of two bytes, a zero point taken from each, add up within 32 bits."""
+QUANTISED = frozenset({"scale", "zero"})
+MOST_EXTRA = 3
+"""Elements of a state for every one that may come twice."""
 BLOCK_TILES = 4
 """Tiles of rows that run together: a panel of weights that the second cache does not keep is then fetched once."""
 
@@ -43,7 +47,7 @@ def emit_recurrent(
     if not isinstance(hidden, int) or not _supported(op, node.inputs[0], node.inputs[1], given, target):
         return False
     x = node.inputs[0]
-    kernel = _kernel(op, x, hidden, given, target)
+    kernel = _kernel(op, x, node.inputs[1], given, target)
     buffers = dict(zip(op.present, inputs[2:], strict=True))
     packed = _packed(lowering, Packing(kernel.record, GATES[op.kind]), node, inputs, op.present)
     steps, batch, _ = x.shape
@@ -85,11 +89,13 @@ def _readable(value: Value, wide: np.dtype[np.generic], target: Target) -> bool:
     return is_supported(expr.cast(expr.arg(0, value.dtype), wide), target)
 
 
-def _kernel(op: Recurrent, x: Value, hidden: int, given: dict[str, Value], target: Target) -> RecurrentKernel:
-    scalar = COMPUTED[compute_dtype(x.dtype)]
+def _kernel(op: Recurrent, x: Value, weights: Value, given: dict[str, Value], target: Target) -> RecurrentKernel:
+    hidden, scalar = dims.number(weights.shape[2]), COMPUTED[compute_dtype(x.dtype)]
     phases = (2, 1) if op.kind == "gru" and not op.linear_before_reset else (GATES[op.kind],)
     vectors = min(phases) * -(-hidden // (target.vector_nbytes // NBYTES[scalar]))
     form = form_of(target, scalar, "scale" in given, vectors)
+    known = all(value.constant is not None for value in (weights, *(given[name] for name in QUANTISED & given.keys())))
+    form = _bytes_form(form, op, weights, target) if form.kind == PAIRS and known else form
     record = Record(form, hidden, phases, op.kind == "lstm")
     functions = tuple(_clipped(own, op) for own in op.activations)
     return RecurrentKernel(
@@ -105,6 +111,20 @@ def _kernel(op: Recurrent, x: Value, hidden: int, given: dict[str, Value], targe
         centred=_is_centred(given.get("zero")),
         functions=functions,
     )
+
+
+def _bytes_form(form: Form, op: Recurrent, weights: Value, target: Target) -> Form:
+    """The form that multiplies bytes, where constant weights let it with few elements more; else `form`."""
+    if weights.constant is None or op.kind != "lstm" or not has_byte_pairs(target):
+        return form
+    _, numbers = split_all(signed(weights.constant).transpose(0, 2, 1))
+    extra = numbers.shape[1]
+    return form if extra * MOST_EXTRA > weights.constant.shape[2] else replace(form, kind=BYTES, extra=extra)
+
+
+def signed(weights: Array) -> Array:
+    """Unsigned bytes as signed ones, 128 less."""
+    return (weights ^ 128).view(np.int8) if weights.dtype == UINT8 else weights
 
 
 def _clipped(functions: Sequence[Expr], op: Recurrent) -> tuple[Expr, ...]:
@@ -149,13 +169,13 @@ class Packing:
         """Panels of all phases, each [D, panels, ...]; unsigned bytes become signed ones, 128 less."""
         record = self.record
         wide = np.int8 if record.quantised else np.dtype(f"f{record.size}")
-        signed = (weights ^ 128).view(np.int8) if weights.dtype == UINT8 else weights.astype(wide, copy=False)
-        apart = signed.reshape(len(weights), self.gates, record.hidden, record.hidden)
+        apart = signed(weights).astype(wide, copy=False).reshape(len(weights), self.gates, record.hidden, record.hidden)
         columns = np.zeros((len(weights), record.hidden, self.gates, record.padded), wide)
         columns[..., : record.hidden] = apart.transpose(0, 3, 1, 2)
         packed, start = [], 0
         for count in record.phases:
             phase = columns[:, :, start : start + count].reshape(len(weights), record.hidden, -1)
+            phase = split_all(phase)[0] if record.form.kind == BYTES else phase
             packed.append(pack(phase, record.form))
             start += count
         return np.concatenate(packed, axis=1)
@@ -179,7 +199,9 @@ class Packing:
     def pack(self, operands: Sequence[Array]) -> list[Array]:
         """Everything for operands (weights) or (weights, scale, zero)."""
         weights = operands[0]
-        return [self.weights(weights)] + ([self.columns(*operands)] if self.record.quantised else [])
+        packed = [self.weights(weights)] + ([self.columns(*operands)] if self.record.quantised else [])
+        numbers = [split_all(signed(weights).transpose(0, 2, 1))[1]] if self.record.form.extra else []
+        return packed + numbers
 
 
 def _packed(lowering: Lowering, packing: Packing, node: Node, inputs: Buffers, present: tuple[str, ...]) -> list[int]:

@@ -36,8 +36,8 @@ class RecurrentKernel:
     which clip what enters them, and `texts` spell them; `centred`: the zero points of quantised weights are all 0.
 
     Words: addresses of the sequence, the last state, the last cell state of an LSTM, the products of the inputs, the
-    packed weights, the corrections of quantised ones, the records, the operands of `present`; the steps; the rows; the
-    hidden size.
+    packed weights, the corrections of quantised ones, the numbers of elements that come once more, the records, the
+    operands of `present`; the steps; the rows; the hidden size.
     """
 
     kind: str
@@ -95,6 +95,7 @@ class _Arguments:
         self.last = words.pointers(1 + kernel.record.cells)
         self.x, self.weights = words.pointers(2)
         self.corrections = words.take("ptr") if kernel.record.quantised else None
+        self.extra = words.take("ptr") if kernel.record.form.extra else None
         self.records = words.take("ptr")
         self.operands = {name: words.take("ptr") for name, _ in kernel.present}
         self.steps, self.batch, self.hidden = words.numbers(3)
@@ -169,7 +170,10 @@ class _Run:
         """The products of a phase for all rows: panel after panel where there are more rows than one tile takes."""
         code, record, form = self.code, self.record, self.record.form
         if record.quantised:
-            quantise(code, record, self.records, self.rows, source)
+            extra = self.given.extra
+            if extra is not None:
+                extra = code.at(extra, times(code, self.direction, i64(4 * form.extra)))
+            quantise(code, record, self.records, self.rows, source, extra)
             source = record.codes
         depth, line = form.depth(self.hidden), form.lanes * form.vectors * form.word
         panel_nbytes = depth * form.nbytes * form.vectors

@@ -1,8 +1,9 @@
 """The product of a few rows of a recurrent state with packed weights: floats, or bytes summed exactly.
 
 Weights are cut into panels of a few vectors of columns, each contiguous: a line of vectors for every step of the depth.
-A step takes one element of the state, or four bytes of it (one signed dot instruction), or two (a product of 16-bit
-integers, whose sum of two no 32-bit integer overflows). An element, or what a step takes, fills one word of the state.
+A step takes one element of the state, or four bytes of it (one signed dot instruction, or two for weights whose pairs
+do not saturate: see `byte_pairs`), or two (a product of 16-bit integers, whose sum of two no 32-bit integer overflows).
+An element, or what a step takes, fills one word of the state.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.loops import splat
 from cpu_fallback.native import Target, attributes
 from cpu_fallback.packing import parameters
-from cpu_fallback.tiles import NBYTES, add, multiply_add
+from cpu_fallback.tiles import NBYTES, add, multiply_add, saturating_multiply_add
 
-FLOATS, QUADS, PAIRS = "floats", "quads", "pairs"
-DEPTHS = {FLOATS: 1, QUADS: 4, PAIRS: 2}
+FLOATS, QUADS, PAIRS, BYTES = "floats", "quads", "pairs", "bytes"
+DEPTHS = {FLOATS: 1, QUADS: 4, PAIRS: 2, BYTES: 4}
 PARAMETERS = (
     "ptr %state, i64 %state_row, ptr %weights, ptr %sums, i64 %sums_row, i64 %depth, i64 %panels"
 )  # fmt: skip
@@ -37,6 +38,8 @@ class Form:
     scalar: str
     lanes: int
     vectors: int
+    extra: int = 0
+    """Elements of the state that come once more behind it, for what weights of BYTES have too much."""
 
     @property
     def quantised(self) -> bool:
@@ -62,8 +65,8 @@ class Form:
         return -(-columns // (self.lanes * self.vectors))
 
     def depth(self, rows: int) -> int:
-        """Steps for so many elements."""
-        return -(-rows // self.step)
+        """Steps for so many elements, and the extra ones."""
+        return -(-rows // self.step) + self.extra // self.step
 
 
 def form_of(target: Target, scalar: str, quantised: bool, vectors: int) -> Form:
@@ -85,10 +88,10 @@ def _dots(target: Target) -> bool:
 def pack(weights: Array, form: Form) -> Array:
     """weights [D, K, N] as panels [D, panels, steps, vectors, lanes * elements of a step], zeros where there are none.
 
-    The bytes of a step lie together for each column.
+    The bytes of a step lie together for each column. The rows of BYTES are whole steps already, extra ones behind them.
     """
     directions, rows, columns = weights.shape
-    steps, panels, width = form.depth(rows), form.panels(columns), form.vectors * form.lanes
+    steps, panels, width = form.depth(rows - form.extra), form.panels(columns), form.vectors * form.lanes
     whole = np.zeros((directions, steps * form.step, panels * width), weights.dtype)
     whole[:, :rows, :columns] = weights
     apart = whole.reshape(directions, steps, form.step, panels, form.vectors, form.lanes)
@@ -205,7 +208,7 @@ class _Product:
         form = self.form
         if form.kind == FLOATS:
             return code.load(vector(form.lanes, form.scalar), place, form.word)
-        if form.kind == QUADS:
+        if form.kind in (QUADS, BYTES):
             return code.load(vector(form.lanes, "i32"), place, 4)
         return code.convert("sext", code.load(vector(2 * form.lanes, "i8"), place, 2), vector(2 * form.lanes, "i16"))
 
@@ -216,6 +219,8 @@ class _Product:
         if self.form.kind == QUADS:
             name = f"llvm.x86.avx512.vpdpbusd.{self.target.vector_nbytes * 8}"
             return code.call(total.type, name, total, state, weights)
+        if self.form.kind == BYTES:
+            return saturating_multiply_add(code, state, weights, total)
         pairs = code.convert("bitcast", state, weights.type)
         return code.binary("add", total, pair_products(code, pairs, weights, self.target))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.lanes import FLOATS, Operation
 from cpu_fallback.loops import folded, lane_mask, lane_zero, splat
-from cpu_fallback.recurrent_products import QUADS, Form
+from cpu_fallback.recurrent_products import BYTES, QUADS, Form
 from cpu_fallback.vector_math import Num, mangled
 
 LINE = 64
@@ -97,8 +97,9 @@ def _lines(nbytes: int) -> int:
     return -(-nbytes // LINE) * LINE
 
 
-def quantise(code: Code, record: Record, records: Reg, rows: Reg, source: int) -> None:
-    """Write the bytes of all rows of the state at `source`, with one scale and zero point, and what is known of them.
+def quantise(code: Code, record: Record, records: Reg, rows: Reg, source: int, extra: Reg | None = None) -> None:
+    """Write the bytes of all rows of the state at `source`, with one scale and zero point, and what is known of them;
+    those that `extra` numbers once more behind them.
 
     As DynamicQuantizeLinear does, but for NaN, which makes the scale of its row NaN, and of all if it is the extreme.
     """
@@ -108,7 +109,10 @@ def quantise(code: Code, record: Record, records: Reg, rows: Reg, source: int) -
     zero = writer.bounded(((low * -1.0) / scale).intrinsic("rint"))
 
     def row(index: Reg, _: list[Reg]) -> list[Reg]:
-        writer.row(code.at(records, code.binary("mul", index, i64(record.nbytes))), scale, zero)
+        start = code.at(records, code.binary("mul", index, i64(record.nbytes)))
+        writer.row(start, scale, zero)
+        if extra is not None:
+            writer.repeat(start, extra)
         return []
 
     code.loop(i64(0), rows, i64(1), row)
@@ -153,7 +157,7 @@ class _Quantiser:
     def row(self, start: Reg, scale: Num, zero: Num) -> None:
         code, record = self.code, self.record
         whole = vector(record.form.lanes, "i32")
-        narrow = "i8" if record.form.kind == QUADS else "i16"
+        narrow = "i8" if record.form.kind in (QUADS, BYTES) else "i16"
 
         def step(column: Reg, carried: list[Reg]) -> list[Reg]:
             value = self.bounded((Num(code, self._loaded(start, column)) / scale).intrinsic("rint") + zero)
@@ -178,6 +182,20 @@ class _Quantiser:
         code.store(lane_zero(code, point), code.at(known, i64(ZERO)), 4)
         own = code.select(some, literal("float", float("nan")), lane_zero(code, scale.reg))
         code.store(own, code.at(known, i64(SCALE)), 4)
+
+    def repeat(self, start: Reg, extra: Reg) -> None:
+        """The bytes that are numbered at `extra` once more, behind the last whole step."""
+        code, form = self.code, self.record.form
+        codes = code.at(start, i64(self.record.codes))
+        behind = code.at(codes, i64((form.depth(self.record.hidden) * form.step) - form.extra))
+
+        def one(index: Reg, _: list[Reg]) -> list[Reg]:
+            number = code.load("i32", code.at(extra, code.binary("shl", index, i64(2))), 4)
+            value = code.load("i8", code.at(codes, code.convert("zext", number, "i64")), 1)
+            code.store(value, code.at(behind, index), 1)
+            return []
+
+        code.loop(i64(0), i64(form.extra), i64(1), one)
 
     def _columns(self, step: Callable[[Reg, list[Reg]], Sequence[Reg]], carries: Sequence[Reg]) -> list[Reg]:
         return self.code.loop(i64(0), i64(self.record.hidden), i64(self.record.form.lanes), step, carries)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
+from cpu_fallback import packing
 from cpu_fallback.calls import Address, Native, Word
-from cpu_fallback.code import Code, Reg, i64, literal, vector
-from cpu_fallback.lanes import COMPUTED, find_operation
+from cpu_fallback.code import Code, Reg, i64, lane_count, literal, vector
+from cpu_fallback.lanes import COMPUTED, STORED, find_operation, narrowed, widened
 from cpu_fallback.loops import (
     BROADCAST,
     CONTIGUOUS,
+    Body,
     Mask,
     Read,
     Words,
     Write,
+    broadcasts,
     folded,
     lane_zero,
     splat,
@@ -22,15 +27,17 @@ from cpu_fallback.loops import (
     vector_loop,
 )
 from cpu_fallback.native import Target, host
-from cpu_fallback.reductions import Fold
-from cpu_fallback.vector_math import Num
+from cpu_fallback.reductions import COMBINE, Fold
+from cpu_fallback.vector_math import Num, exp_of_negative
 from gpu_engine.ir import dims
-from gpu_engine.ir.dtypes import FLOAT16, DType, compute_dtype, is_float
+from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, DType, compute_dtype, is_float
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import LayerNorm, Softmax
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
+GROUP = 4
+"""Vectors of a row that are taken at a time."""
 OneRow = Callable[[Sequence[Reg], Reg], None]
 
 
@@ -46,6 +53,8 @@ class SoftmaxKernel:
         computed = compute_dtype(self.dtype)
         exp, log = find_operation("exp", computed), find_operation("log", computed)
         assert exp is not None and log is not None
+        if computed == FLOAT32:
+            exp = exp_of_negative
         keeps = computed == self.dtype and not self.log
 
         def row(places: Sequence[Reg], inner: Reg) -> None:
@@ -53,16 +62,16 @@ class SoftmaxKernel:
             top = passes.fold("max", inner, [Read(x, self.dtype, CONTIGUOUS)], lambda loaded: loaded[0])
 
             def power(loaded: list[Reg]) -> Reg:
-                return exp(Num(code, loaded[0]) - Num(code, top)).reg
+                return exp(Num(code, loaded[0]) - passes.as_many(top, loaded)).reg
 
             kept = [Write(out, self.dtype)] if keeps else []
             total = passes.fold("sum", inner, [Read(x, self.dtype, CONTIGUOUS)], power, kept)
-            level = log(Num(code, total)).reg if self.log else total
+            level = (log(Num(code, total)) if self.log else passes.one / Num(code, total)).reg
 
             def last(loaded: list[Reg]) -> Reg:
                 if self.log:
-                    return ((Num(code, loaded[0]) - Num(code, top)) - Num(code, level)).reg
-                return (Num(code, loaded[0] if keeps else power(loaded)) / Num(code, total)).reg
+                    return ((Num(code, loaded[0]) - passes.as_many(top, loaded)) - passes.as_many(level, loaded)).reg
+                return (Num(code, loaded[0] if keeps else power(loaded)) * passes.as_many(level, loaded)).reg
 
             passes.map(inner, [Read(out if keeps else x, self.dtype, CONTIGUOUS)], Write(out, self.dtype), last)
 
@@ -80,29 +89,27 @@ class LayerNormKernel:
 
     def write(self, code: Code, target: Target) -> None:
         passes = Passes(code, target, self.dtype)
-        computed = compute_dtype(self.dtype)
-        kind = vector(passes.lanes, COMPUTED[computed])
 
         def row(places: Sequence[Reg], inner: Reg) -> None:
             out, x, *others = places
             source = Read(x, self.dtype, CONTIGUOUS)
-            mean = literal(kind, 0.0)
+            mean = passes.one.reg
             if self.centered:
                 mean = passes.fold("mean", inner, [source], lambda loaded: loaded[0])
 
             def moved(loaded: list[Reg]) -> Num:
                 number = Num(code, loaded[0])
-                return number - Num(code, mean) if self.centered else number
+                return number - passes.as_many(mean, loaded) if self.centered else number
 
             def square(loaded: list[Reg]) -> Reg:
                 number = moved(loaded)
                 return (number * number).reg
 
             variance = Num(code, passes.fold("mean", inner, [source], square))
-            scale = Num(code, literal(kind, 1.0)) / (variance + self.epsilon).intrinsic("sqrt")
+            scale = (passes.one / (variance + self.epsilon).intrinsic("sqrt")).reg
 
             def last(loaded: list[Reg]) -> Reg:
-                result = moved(loaded) * scale
+                result = moved(loaded) * passes.as_many(scale, loaded)
                 for i, operand in enumerate(loaded[1:]):
                     result = result * Num(code, operand) if i == 0 else result + Num(code, operand)
                 return result.reg
@@ -114,11 +121,21 @@ class LayerNormKernel:
 
 
 class Passes:
-    """Row kernels as passes over a row: folds whose result is in every lane, and maps."""
+    """Row kernels as passes over a row: folds whose result is in every lane, and maps.
+
+    `GROUP` vectors are taken at a time while there are so many, as one of `wide` lanes, and added up before they join a
+    sum in float64. What is the same for all places is kept in as many lanes.
+    """
 
     def __init__(self, code: Code, target: Target, dtype: DType) -> None:
         self._code, self._target, self._dtype = code, target, compute_dtype(dtype)
         self.lanes = target.vector_nbytes // self._dtype.itemsize
+        self.wide = self.lanes * GROUP
+        self.one = Num(code, literal(vector(self.wide, COMPUTED[self._dtype]), 1.0))
+
+    def as_many(self, x: Reg, loaded: Sequence[Reg]) -> Num:
+        """What is the same in all lanes in as many lanes as were loaded."""
+        return Num(self._code, packing.lanes_of(self._code, x, 0, lane_count(loaded[0].type)))
 
     def rows(self, streams: int, row_sizes: Sequence[int], one: OneRow) -> None:
         """Every row of this thread; `row_sizes` are the bytes of an element, 0 for what all rows share."""
@@ -146,24 +163,50 @@ class Passes:
     ) -> Reg:
         """The fold of `element` over a row, in every lane; `writes` keep the elements."""
         code, fold = self._code, Fold(self._code, kind, self._dtype, self.lanes)
+        join = find_operation(COMBINE[kind], self._dtype)
+        assert join is not None
+        neutral = -math.inf if kind == "max" else 0.0
 
         def body(loaded: list[Reg], mask: Mask, carried: list[Reg]) -> tuple[list[Reg], list[Reg]]:
             value = element(loaded)
-            inside = code.select(mask(), fold.widen(value), fold.start())
-            return [value] * len(writes), [fold.combine(carried[0], inside)]
+            inside = code.select(mask(), value, literal(value.type, neutral))
+            starts = range(0, lane_count(value.type), self.lanes)
+            parts = [Num(code, packing.lanes_of(code, inside, start, self.lanes)) for start in starts]
+            total = fold.widen(reduce(join, parts).reg)
+            return [value] * len(writes), [fold.combine(carried[0], total)]
 
-        (total,) = vector_loop(
-            code, self._target, self.lanes, (i64(0), inner), reads, writes, body, [fold.start()]
-        )  # fmt: skip
+        (total,) = self._walk(inner, reads, writes, body, [fold.start()])
         result = fold.finish(folded(code, total, fold.combine), inner)
-        return splat(code, lane_zero(code, result), self.lanes)
+        return splat(code, lane_zero(code, result), self.wide)
 
     def map(self, inner: Reg, reads: Sequence[Read], write: Write, element: Callable[[list[Reg]], Reg]) -> None:
         """`element` of every place of a row."""
-        vector_loop(
-            self._code, self._target, self.lanes, (i64(0), inner), reads, [write],
-            lambda loaded, _, __: ([element(loaded)], []),
-        )  # fmt: skip
+        self._walk(inner, reads, [write], lambda loaded, _, __: ([element(loaded)], []), [])
+
+    def _walk(
+        self, inner: Reg, reads: Sequence[Read], writes: Sequence[Write], body: Body, carries: list[Reg]
+    ) -> list[Reg]:
+        """`vector_loop`, after groups of vectors. Nothing is strided."""
+        code = self._code
+        most = code.binary("and", inner, i64(-self.wide))
+        splats = broadcasts(code, reads, self.wide)
+
+        def place(stream: Read | Write, index: Reg) -> Reg:
+            return code.at(stream.base, code.binary("mul", index, i64(stream.dtype.itemsize)))
+
+        def group(index: Reg, carried: list[Reg]) -> Sequence[Reg]:
+            loaded = []
+            for i, read in enumerate(reads):
+                kind = vector(self.wide, STORED[read.dtype])
+                stored = splats.get(i) or code.load(kind, place(read, index), read.dtype.itemsize)
+                loaded.append(stored if i in splats else widened(code, stored, read.dtype))
+            results, following = body(loaded, lambda: literal(vector(self.wide, "i1"), True), carried)
+            for write, result in zip(writes, results, strict=True):
+                code.store(narrowed(code, result, write.dtype), place(write, index), write.dtype.itemsize)
+            return following
+
+        carried = code.loop(i64(0), most, i64(self.wide), group, carries)
+        return vector_loop(code, self._target, self.lanes, (most, inner), reads, writes, body, carried)
 
 
 def _native_float(dtype: DType) -> bool:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from cpu_fallback.calls import Array
 from cpu_fallback.cores import free_memory
 from cpu_fallback.program import Bound, Program, Segment, bind
+from cpu_fallback.team import Team, can_have_teams
 from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
 from gpu_engine.plan.binding import solve_binds
 from gpu_engine.plan.memory import ALIGNMENT
@@ -53,8 +55,8 @@ def allocate(nbytes: int) -> Array:
 class CpuSlot:
     """Room for one batch in flight: staged inputs, results, and bindings of the shapes seen last."""
 
-    def __init__(self, plan: Plan, arenas: Sequence[Area], arena_moves: list[int]) -> None:
-        self._plan, self._arenas, self._arena_moves = plan, arenas, arena_moves
+    def __init__(self, plan: Plan, arenas: Sequence[Area], arena_moves: list[int], team: Team | None) -> None:
+        self._plan, self._arenas, self._arena_moves, self._team = plan, arenas, arena_moves, team
         self._program: Program = plan.program
         self._port_moves = [0]
         self._ports = [Area(self._port_moves) for _ in arenas]
@@ -85,6 +87,8 @@ class CpuSlot:
                 self._call(self._program.segments[0], self._bound)
             else:
                 self._run(self._bound)
+            if self._team is not None:
+                self._team.settle()
         except BaseException as error:
             self._error = error
             if not isinstance(error, Exception):
@@ -151,7 +155,7 @@ class CpuSlot:
             self._cache.clear()
         bound = self._cache.pop((index, extents), None)
         if bound is None:
-            bound = bind(self._program.segments[index], extents, self._reserving(index), chain)
+            bound = bind(self._program.segments[index], extents, self._reserving(index), chain, self._team)
             self._drop(index, extents)
         self._moves = self._arena_moves[0] + self._port_moves[0]
         self._cache[index, extents] = bound
@@ -184,20 +188,31 @@ def _failure(step: Step, inputs: Sequence[Array], error: Exception) -> GpuEngine
 
 
 class CpuStream:
-    """One lane: its slots take turns in its arenas, on its cores."""
+    """One lane: its slots take turns in its arenas, on its cores.
 
-    def __init__(self, plan: Plan, slots: int, cores: Sequence[int], release: Callable[[], None]) -> None:
+    A run is shared by `threads` threads: the one that launches it, and workers that the first long run makes. Without
+    `cores` they all run wherever the system likes.
+    """
+
+    def __init__(
+        self, plan: Plan, slots: int, cores: Sequence[int], threads: int, release: Callable[[], None] = lambda: None
+    ) -> None:
         self.cores = tuple(cores)
+        self.threads = threads if can_have_teams() else 1
+        self._team = Team(self.threads, self.cores) if self.threads > 1 else None
         moves = [0]
         arenas = [Area(moves) for _ in plan.program.segments]
-        self.slots = [CpuSlot(plan, arenas, moves) for _ in range(slots)]
+        self.slots = [CpuSlot(plan, arenas, moves, self._team) for _ in range(slots)]
         self._release = release
 
     def enter(self) -> None:
         """Pin the calling thread to the stream's cores, where the system lets a thread choose."""
         if self.cores and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, self.cores)
+            with suppress(OSError):
+                os.sched_setaffinity(0, self.cores)
 
     def close(self) -> None:
         self._release()
         self.slots = []
+        if self._team is not None:
+            self._team.close()

@@ -23,8 +23,8 @@ PARAMETERS = (
 NBYTES = {"float": 4, "double": 8, "i32": 4, "i64": 8}
 HEIGHTS = (1, 2, 4, 6, 8)
 LINE = 64
-AHEAD = 16
-"""Lines of B between the one multiplied and the one fetched: 8 rows times 768 x 768 go up to 1.6 times as fast."""
+AHEAD = 24
+"""Lines of B for each chain of sums from the one multiplied to the one fetched: 8 rows x 768 x 768 gain up to 1.6."""
 SUMS = 8
 """As many independent sums keep two multipliers with a latency of four busy."""
 
@@ -34,7 +34,8 @@ class TileShape:
     """The largest tile: `rows` times `vectors` vectors of `lanes` elements of the LLVM type `scalar`.
 
     With `terms` above 1 an i32 element of A and of B holds so many narrow integers, whose products a step adds up:
-    two int16 each, or four uint8 of A and int8 of B.
+    two int16 each, or four uint8 of A and int8 of B, by a dot instruction if there are `dots`, else in pairs that must
+    not saturate.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class TileShape:
     lanes: int
     scalar: str
     terms: int = 1
+    dots: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +68,7 @@ def tile_shape(target: Target, scalar: str, terms: int = 1) -> TileShape:
     two apart would push each other out of the first cache.
     """
     rows, vectors = (8, 3) if target.registers >= 32 else (6, 2)
-    return TileShape(rows, vectors, target.vector_nbytes // NBYTES[scalar], scalar, terms)
+    return TileShape(rows, vectors, target.vector_nbytes // NBYTES[scalar], scalar, terms, has_dots(target))
 
 
 def tile_table(
@@ -136,12 +138,41 @@ def narrow_multiply_add(code: Code, terms: int, a: Reg, b: Reg, c: Reg) -> Reg:
     return add(code, code.call(c.type, f"llvm.x86.{name}", *pairs), c)
 
 
+def pair_multiply_add(code: Code, target: Target, a: Reg, b: Reg, c: Reg) -> Reg:
+    """c plus the sum of the products of the two int16 in every lane of a and b: one dot instruction (vpdpwssd) if there
+    is one."""
+    names = target.features.split(",")
+    if "+avxvnni" in names or has_dots(target):
+        return code.call(c.type, f"llvm.x86.avx512.vpdpwssd.{32 * lane_count(c.type)}", c, a, b)
+    return narrow_multiply_add(code, 2, a, b, c)
+
+
+def saturating_multiply_add(code: Code, a: Reg, b: Reg, c: Reg) -> Reg:
+    """c plus the sum of four products of unsigned bytes of a and signed ones of b in every lane; on x86, exactly where
+    the sum of neither pair of products leaves 16 bits (vpmaddubsw, vpmaddwd)."""
+    lanes = lane_count(c.type)
+    bytes_of, halves = vector(4 * lanes, "i8"), vector(2 * lanes, "i16")
+    name = {16: "avx512.pmaddubs.w.512", 8: "avx2.pmadd.ub.sw", 4: "ssse3.pmadd.ub.sw.128"}[lanes]
+    pairs = code.call(halves, f"llvm.x86.{name}", *(code.convert("bitcast", x, bytes_of) for x in (a, b)))
+    ones = code.convert("bitcast", literal(halves, 1), c.type)
+    return narrow_multiply_add(code, 2, code.convert("bitcast", pairs, c.type), ones, c)
+
+
 def narrow_terms(target: Target, a: DType, b: DType) -> int:
     """How many products of these bytes a lane adds up in one step; 0 if this processor has no instruction for it."""
     if not target.x86 or not {a, b} <= {INT8, UINT8}:
         return 0
-    bytes_too = "+avx512vnni" in target.features and "+avx512vl" in target.features
-    return 4 if bytes_too and (a, b) == (UINT8, INT8) else 2
+    return 4 if has_dots(target) and (a, b) == (UINT8, INT8) else 2
+
+
+def has_dots(target: Target) -> bool:
+    """Whether there is an instruction that multiplies four unsigned with four signed bytes and adds all up."""
+    return target.x86 and "+avx512vnni" in target.features and "+avx512vl" in target.features
+
+
+def has_byte_pairs(target: Target) -> bool:
+    """Whether `saturating_multiply_add` has its instruction."""
+    return target.x86 and (target.vector_nbytes > 16 or "+ssse3" in target.features.split(","))
 
 
 def add(code: Code, a: Reg, b: Reg) -> Reg:
@@ -170,30 +201,29 @@ class _Tile:
         chains = min(4, 1 << (-(-SUMS // cells) - 1).bit_length())
         sums = [literal(self._kind, 0)] * cells * chains
         lines = [_moved(code, a, a_row, row) for row in rows]
-        ahead = code.binary("mul", b_row, i64(AHEAD))
+        ahead = code.binary("mul", b_row, i64(AHEAD * chains))
 
-        def steps(segments: Sequence[tuple[Reg, Reg]], index: Reg, carried: list[Reg]) -> list[Reg]:
-            """One step in every segment of the depth; they begin at these offsets in A and B."""
+        def steps(count: int, index: Reg, carried: list[Reg]) -> list[Reg]:
+            """Some steps of the depth, one for each chain of sums: B is read from front to back."""
             b_line, sums = carried[0], carried[1:]
-            for segment, (a_offset, b_offset) in enumerate(segments):
-                chain = segment * cells
-                own, here = code.at(b_line, b_offset), code.binary("add", index, a_offset)
+            for step in range(count):
+                chain = step * cells
+                here = code.binary("add", index, _times(code, a_step, step))
                 places = [code.at(line, here) for line in lines]
-                sums[chain : chain + cells] = self._multiplied(code, places, own, sums[chain : chain + cells])
+                sums[chain : chain + cells] = self._multiplied(code, places, b_line, sums[chain : chain + cells])
                 if self.alone:
-                    self._prefetch(code, code.at(own, ahead), self.width * self.shape.lanes * self.shape.nbytes, 3)
-                elif not segment:
-                    self._prefetch(code, code.at(own, far), 1, 2)
-            return [code.at(b_line, b_row), *sums]
+                    nbytes = self.width * self.shape.lanes * self.shape.nbytes
+                    self._prefetch(code, code.at(b_line, ahead), nbytes, 3)
+                elif not step:
+                    self._prefetch(code, code.at(b_line, far), 1, 2)
+                b_line = code.at(b_line, b_row)
+            return [b_line, *sums]
 
-        size = code.binary("udiv", depth, i64(chains))
-        a_size, b_size = code.binary("mul", size, a_step), code.binary("mul", size, b_row)
-        segments = [(_times(code, a_size, i), _times(code, b_size, i)) for i in range(chains)]
-        carried = code.loop(i64(0), a_size, a_step, lambda i, x: steps(segments, i, x), [b, *sums])
+        end, several = code.binary("mul", depth, a_step), _times(code, a_step, chains)
+        whole = code.binary("mul", code.binary("udiv", depth, i64(chains)), several)
+        carried = code.loop(i64(0), whole, several, lambda i, x: steps(chains, i, x), [b, *sums])
         if chains > 1:
-            begin, end = _times(code, a_size, chains), code.binary("mul", depth, a_step)
-            carried[0] = code.at(b, _times(code, b_size, chains))
-            carried = code.loop(begin, end, a_step, lambda i, x: steps(segments[:1], i, x), carried)
+            carried = code.loop(whole, end, a_step, lambda i, x: steps(1, i, x), carried)
         totals = [
             code.load(self._kind, place, self.shape.nbytes) for place in self._cells(code, rows, start, start_row)
         ]  # fmt: skip
@@ -227,11 +257,15 @@ class _Tile:
             spread = splat(code, code.load(self.shape.scalar, place, nbytes), self.shape.lanes)
             for j, factor in enumerate(factors):
                 operands = spread, factor, sums[i * self.width + j]
-                terms = self.shape.terms
-                result.append(
-                    narrow_multiply_add(code, terms, *operands) if terms > 1 else multiply_add(code, *operands)
-                )  # fmt: skip
+                result.append(self._product(code, *operands))
         return result
+
+    def _product(self, code: Code, a: Reg, b: Reg, c: Reg) -> Reg:
+        """a * b + c, of all terms."""
+        terms = self.shape.terms
+        if terms == 4 and not self.shape.dots:
+            return saturating_multiply_add(code, a, b, c)
+        return narrow_multiply_add(code, terms, a, b, c) if terms > 1 else multiply_add(code, a, b, c)
 
 
 def _moved(code: Code, base: Reg, step: Reg, count: Reg) -> Reg:

@@ -102,12 +102,26 @@ def mangled(kind: str) -> str:
     return f"v{lane_count(kind)}{name}" if kind.startswith("<") else name
 
 
-def fitted(function: Callable[[float], float], low: float, high: float, degree: int) -> list[float]:
-    """Monomial coefficients, the constant first, of the Chebyshev interpolant of `function` on [low, high]."""
+def fitted(
+    function: Callable[[float], float],
+    low: float,
+    high: float,
+    degree: int,
+    weight: Callable[[float], float] | None = None,
+) -> list[float]:
+    """Monomial coefficients, the constant first, of the Chebyshev interpolant of `function` on [low, high].
+
+    With a weight, of the polynomial whose weighted error at many more Chebyshev points is least.
+    """
     half, middle = (high - low) / 2, (high + low) / 2
-    series = np.polynomial.chebyshev.chebinterpolate(
-        np.vectorize(lambda t: function(half * t + middle), otypes=[float]), degree
-    )
+    if weight is None:
+        series = np.polynomial.chebyshev.chebinterpolate(
+            np.vectorize(lambda t: function(half * t + middle), otypes=[float]), degree
+        )
+    else:
+        nodes = np.polynomial.chebyshev.chebpts1(8 * degree)
+        places = [float(half * t + middle) for t in nodes]
+        series = np.polynomial.chebyshev.chebfit(nodes, [*map(function, places)], degree, w=[*map(weight, places)])
     scaled = np.polynomial.Polynomial(np.polynomial.chebyshev.cheb2poly(series))
     shifted: Any = scaled(np.polynomial.Polynomial([-middle / half, 1 / half]))
     return [float(c) for c in shifted.coef]
@@ -118,6 +132,7 @@ LN2_HIGH, LN2_LOW = 0.693359375, LN2 - 0.693359375
 HALF_PI = (1.5707963705062866, -4.371138828673793e-08, -1.7151245100058e-15)
 ROUNDER = 1.5 * 2**23  # adding it leaves the nearest integer in the low bits of a float32
 ROUNDER_BITS = 0x4B400000
+EXPONENT_ROUNDER = ROUNDER + 127  # n more in the low bits, shifted by 23, are those of 2.0**n
 SINE_END = 48000.0  # n * HALF_PI[0] stays exact below
 LOG_SPLIT = 0x3F2AAAAB  # 2/3: the significand lies in [2/3, 4/3)
 
@@ -134,9 +149,19 @@ def _expm1_rest(x: float) -> float:
     return 0.5 + x / 6 + x * x / 24 if abs(x) < 1e-4 else (math.expm1(x) - x) / (x * x)
 
 
-def _erf_rest(s: float) -> float:
-    root = math.sqrt(abs(s))
-    return math.erf(root) / root - 1 if root > 1e-5 else 2 / math.sqrt(math.pi) - 1
+def _log2_erfc(x: float) -> float:
+    """log2(1 - erf(x)) / x."""
+    return math.log2(math.erfc(x)) / x
+
+
+def _log2_erfc_weight(x: float) -> float:
+    """How much more `_log2_erfc` shows in erf(x), relatively."""
+    return x * math.erfc(x) / math.erf(x)
+
+
+def _exp2m1(r: float) -> float:
+    """(2**r - 1) / r."""
+    return math.expm1(r * LN2) / r if r else LN2
 
 
 def _sine_rest(s: float) -> float:
@@ -151,9 +176,10 @@ def _cosine_rest(s: float) -> float:
 
 EXPM1 = fitted(_expm1_rest, -LN2 / 2, LN2 / 2, 5)
 LOG1P = fitted(_log1p_rest, -1 / 3, 1 / 3, 8)
-ERF_SPLIT, ERF_END = 0.921875, 4.0
-ERF_NEAR = fitted(_erf_rest, 0.0, ERF_SPLIT**2, 5)
-ERF_FAR = fitted(lambda t: math.log(math.erfc(t)) + t, ERF_SPLIT, ERF_END, 8)
+EXP2M1 = fitted(_exp2m1, -0.5, 0.5, 5)
+ERF_END = 3.92
+"""From here on erf rounds to 1."""
+LOG2_ERFC = fitted(_log2_erfc, 0.0, ERF_END, 8, _log2_erfc_weight)
 SINE = fitted(_sine_rest, 0.0, (math.pi / 4) ** 2, 3)
 COSINE = fitted(_cosine_rest, 0.0, (math.pi / 4) ** 2, 3)
 LOG2_SERIES = [2 / LN2 / (2 * k + 1) for k in range(9)]
@@ -166,10 +192,23 @@ def exp(x: Num) -> Num:
 
 
 def exp_of_negative(x: Num) -> Num:
-    """exp where x is at most 1: the same but for results below the least normal number, which are 0."""
-    n, p = _reduced(x)
-    scale = _power_of_two(n)
-    return x.test("olt", -87.3).select(0.0, p.fma(scale, scale))
+    """exp where x is at most 1; results below the least normal number are 0."""
+    return exp2_of_negative(x, 1 / LN2)
+
+
+def exp2_of_negative(x: Num, factor: float) -> Num:
+    """2**(factor x) with a positive factor where that is at most 1; 0 below the least normal number, NaN of NaN."""
+    least = -127 / factor
+    x = x.test("olt", least).select(least, x)
+    shifted = x.fma(factor, EXPONENT_ROUNDER)
+    r = x.fma(factor, Num(x.code, literal(x.kind, EXPONENT_ROUNDER)) - shifted)
+    power = _shifted_power(shifted)
+    return (r * r.horner(EXP2M1)).fma(power, power)
+
+
+def _shifted_power(shifted: Num) -> Num:
+    """2**n of n + EXPONENT_ROUNDER; 0 if n is -127."""
+    return shifted.cast("bitcast", "i32").shift("shl", 23).cast("bitcast", "float")
 
 
 def _reduced(x: Num) -> tuple[Num, Num]:
@@ -190,6 +229,18 @@ def _exp_core(x: Num) -> Num:
     half = n.shift("ashr", 1)
     first, second = _power_of_two(half), _power_of_two(n - half)
     return p.fma(first, first) * second
+
+
+def logistic_of_negated(x: Num) -> Num:
+    """1 / (1 + exp(x)); exp(88) where that is more: no result is below the least normal number by much."""
+    above = x.test("olt", -87.0).select(-87.0, x)
+    x = above.test("ogt", 88.0).select(88.0, above)
+    shifted = x.fma(1 / LN2, EXPONENT_ROUNDER)
+    n = shifted - EXPONENT_ROUNDER
+    r = n.fma(-LN2_LOW, n.fma(-LN2_HIGH, x))
+    power = _shifted_power(shifted)
+    grown = (r * r).fma(r.horner(EXPM1), r).fma(power, power) + 1.0
+    return Num(x.code, literal(x.kind, 1.0)) / grown
 
 
 def log(x: Num) -> Num:
@@ -216,13 +267,19 @@ def tanh(x: Num) -> Num:
 
 
 def erf(x: Num) -> Num:
-    size = x.abs()
-    square = size * size
-    near = x.fma(square.horner(ERF_NEAR), x)
-    far = size.test("ogt", ERF_END).select(ERF_END, size)
-    _, power = far, _exp_core(far.horner(ERF_FAR) - far)
-    beyond = (Num(x.code, literal(x.kind, 1.0)) - power).signed_as(x)
-    return size.test("ogt", ERF_SPLIT).select(beyond, near)
+    """1 - 2**t with t = log2(erfc(|x|)): as 2**n - 1 is exact, 1 - 2**n - 2**n expm1 is precise near 0 too."""
+    bits = x.cast("bitcast", "i32")
+    sign = bits & -(2**31)
+    size = (bits ^ sign).cast("bitcast", "float")
+    size = size.test("ogt", ERF_END).select(ERF_END, size)
+    t = size * size.horner(LOG2_ERFC)
+    shifted = t + EXPONENT_ROUNDER
+    r = t - (shifted - EXPONENT_ROUNDER)
+    power = _shifted_power(shifted)
+    grown = r.fma(EXP2M1[0], (r * r) * r.horner(EXP2M1[1:]))
+    value = Num(x.code, literal(x.kind, 1.0)) - power
+    value = (grown * -1.0).fma(power, value)
+    return (value.cast("bitcast", "i32") | sign).cast("bitcast", "float")
 
 
 def sin(x: Num) -> Num:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.recording_device import MakeEngine, RecordingDevice, double, plain
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+os.environ["GPU_ENGINE_CACHE"] = "off"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ exception, a file read outside the model's folder, or more memory than the limit
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections import Counter
@@ -30,6 +31,7 @@ LIMIT_S = 60.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    os.environ["GPU_ENGINE_CACHE"] = "off"
     if options.case is not None:
         return _show(fuzz_case(options.seed, options.case), options.save)
     numbers = range(options.start, options.start + options.count)

@@ -11,8 +11,9 @@ from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32, DType
 from gpu_engine.ir.expr import Expr
-from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, live_nodes, op_dims, resolve, verify
+from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, live_nodes, verify
 from gpu_engine.ir.ops import Map
+from gpu_engine.ir.parameters import op_dims, resolve
 from gpu_engine.passes.batchability import prove
 from gpu_engine.passes.pipeline import optimize
 

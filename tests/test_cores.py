@@ -9,7 +9,7 @@ import pytest
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
-from cpu_fallback.cores import cpu_quota, group_folders, partition, usable_cores
+from cpu_fallback.cores import cpu_quota, group_folders, neighbours, partition, usable_cores
 
 V1 = """31 23 0:28 / {root} rw - tmpfs tmpfs rw
 32 31 0:29 {top} {root}/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
@@ -74,13 +74,46 @@ def test_a_container_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
     assert group_folders("cpu", mounts, "0::/docker/abc\n") == [tmp_path / "unified"]
 
 
-def test_quotas_round_down_and_leave_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    affinity = len(os.sched_getaffinity(0))
-    for quota, count in ((None, affinity), (0.5, 1), (1.9, 1), (1e6, affinity)):
+def test_quotas_round_down_and_leave_one_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 2, 3}, raising=False)
+    monkeypatch.setattr(cores, "TOPOLOGY", tmp_path)
+    for quota, count in ((None, 3), (0.5, 1), (1.9, 1), (2.0, 2), (1e6, 3)):
         monkeypatch.setattr(cores, "cpu_quota", lambda _, quota=quota: quota)
         found = usable_cores()
-        assert len(found.numbers) == count and found.affinity == affinity
+        assert found.numbers == (2, 3, 5)[:count] and found.affinity == 3
+        assert found.own == (count == 3), "others with the same quota would pin to the same cores"
         assert ("no quota" in str(found)) == (quota is None)
+
+
+def machine(folder: Path, siblings: dict[int, str], last_cache: dict[int, str]) -> Path:
+    """A machine as the system describes it: hardware threads of a core, and who shares the last cache."""
+    for number, text in siblings.items():
+        write(folder / f"cpu{number}" / "topology", thread_siblings_list=f"{text}\n")
+        write(folder / f"cpu{number}" / "cache" / "index0", shared_cpu_list=f"{text}\n")
+        write(folder / f"cpu{number}" / "cache" / "index3", shared_cpu_list=f"{last_cache[number]}\n")
+    return folder
+
+
+def test_one_number_for_each_physical_core(tmp_path: Path) -> None:
+    """4 cores of 2 hardware threads each, numbered as most systems do."""
+    siblings = {i: f"{i % 4},{i % 4 + 4}" for i in range(8)}
+    folder = machine(tmp_path, siblings, dict.fromkeys(range(8), "0-7"))
+    assert neighbours(range(8), folder) == [0, 1, 2, 3]
+    assert neighbours([7, 1, 5], folder) == [1, 7]
+    assert neighbours([4, 5, 6, 7], folder) == [4, 5, 6, 7]
+
+
+def test_cores_of_one_cache_are_neighbours(tmp_path: Path) -> None:
+    """Two caches whose cores have alternating numbers."""
+    caches = {i: ("0,2,4,6", "1,3,5,7")[i % 2] for i in range(8)}
+    folder = machine(tmp_path, {i: str(i) for i in range(8)}, caches)
+    assert neighbours(range(8), folder) == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert partition(neighbours(range(8), folder), 4) == [(0, 2), (4, 6), (1, 3), (5, 7)]
+    assert neighbours([3, 4, 5], folder) == [4, 3, 5]
+
+
+def test_a_system_that_says_nothing(tmp_path: Path) -> None:
+    assert neighbours([3, 1, 2], tmp_path) == [1, 2, 3]
 
 
 def test_memory_is_what_the_tightest_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

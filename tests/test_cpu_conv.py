@@ -14,7 +14,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy, composite
 from numpy.typing import NDArray
 
 from cpu_fallback.conv_choice import best_winograd
-from cpu_fallback.conv_lowering import emit_depthwise, emit_direct, emit_winograd, has_phases
+from cpu_fallback.conv_lowering import emit_conv, emit_depthwise, emit_direct, emit_winograd, has_phases
 from cpu_fallback.native import Target, host
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT32
@@ -221,6 +221,16 @@ def test_numbers_that_are_not_finite(value: float) -> None:
         case = finished(Conv((1, 1), (1, 1), (1, 1), (1, 1), group), x, w, biased)
         for target in TARGETS:
             assert error(run(case, target, 1, emit), case.oracle) < SUMS
+
+
+@pytest.mark.parametrize("value", [1e6, 1e37])
+def test_a_weight_that_drowns_the_others_keeps_to_its_taps(value: float) -> None:
+    """It meets only zeros: sums of other products must not feel it."""
+    x, w = normal(0, (1, 32, 28, 28)), normal(1, (32, 32, 3, 3))
+    x[0, 5] = 0
+    w[7, 5, 1, 1] = value
+    case = finished(Conv((1, 1), (1, 1), (1, 1), (1, 1), 1), x, w, biased)
+    assert error(run(case, host(), 1, emit_conv), case.oracle) < SUMS
 
 
 def test_the_choice_of_algorithm() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cpu_fallback import blas
 from cpu_fallback import stream as stream_module
 from cpu_fallback.device import CpuDevice
 from cpu_fallback.stream import CACHED_BINDINGS, CpuStream
@@ -136,7 +138,9 @@ def test_more_shapes_than_bindings_are_kept() -> None:
 
 def test_threads_are_pinned_to_disjoint_cores() -> None:
     plan = lowered(GRAPH)
-    streams = opened(plan, streams=len(DEVICE._cores.numbers))
+    device = CpuDevice()
+    device._cores = dataclasses.replace(device._cores, own=True)
+    streams = list(device.open(plan, len(device._cores.numbers), 1, None))
     seen = []
     for stream in streams:
         thread = threading.Thread(target=lambda lane=stream: (lane.enter(), seen.append(os.sched_getaffinity(0))))
@@ -144,7 +148,30 @@ def test_threads_are_pinned_to_disjoint_cores() -> None:
         thread.join()
         stream.close()
     assert [sorted(cores) for cores in seen] == [list(stream.cores) for stream in streams]
-    assert sorted(core for cores in seen for core in cores) == list(DEVICE._cores.numbers)
+    assert [core for cores in seen for core in sorted(cores)] == list(device._cores.numbers)
+
+
+def test_cores_that_others_share_are_not_pinned_to() -> None:
+    """A quota says how many, not which."""
+    device, plan = CpuDevice(), lowered(GRAPH)
+    device._cores = dataclasses.replace(device._cores, own=False)
+    (stream,) = device.open(plan, 1, 1, None)
+    before = os.sched_getaffinity(0)
+    stream.enter()
+    assert os.sched_getaffinity(0) == before and stream.cores == ()
+    stream.close()
+
+
+def test_blas_is_held_to_one_thread_where_array_steps_may_call_it() -> None:
+    gather = graph_of({"x": (N, 4), "i": (INT64, (S,))}, lambda b, x, i: b.emit(Gather(0), x, i))
+    for graph, held in ((GRAPH, False), (gather, True)):
+        plan, before = lowered(graph), list(blas._CAPS)
+        assert plan.program.segments[0].only_native != held
+        (stream,) = opened(plan)
+        assert list(blas._CAPS) == before + [1] * held
+        stream.close()
+        stream.close()
+        assert list(blas._CAPS) == before
 
 
 def test_memory_is_known_beforehand() -> None:

@@ -8,7 +8,8 @@ import pytest
 from gpu_engine.errors import GpuEngineError, InvalidModel
 from gpu_engine.ir import dims, expr, ops
 from gpu_engine.ir.dtypes import FLOAT32, INT64
-from gpu_engine.ir.graph import Builder, Graph, Node, ShapeTensor, TensorType, Value, resolve, rewrite, verify
+from gpu_engine.ir.graph import Builder, Graph, Node, ShapeTensor, TensorType, Value, rewrite, verify
+from gpu_engine.ir.parameters import resolve
 
 N = dims.symbol("N")
 
@@ -95,3 +96,33 @@ def test_contradicting_types_name_the_source() -> None:
         builder.emit(
             ops.Map(expr.arg(0, FLOAT32) + expr.arg(1, FLOAT32)), *(Value(TensorType(FLOAT32, (n,))) for n in (2, 3))
         )
+
+
+def test_repeated_elements_are_known_without_taking_memory() -> None:
+    builder = Builder()
+    huge = builder.emit(ops.Expand((1 << 15, 1 << 14)), builder.constant(np.float32([[1]])))
+    assert huge.constant is not None and not any(huge.constant.strides) and not builder.nodes
+    turned = builder.emit(ops.Transpose((1, 0)), huge)
+    assert turned.constant is not None and turned.shape == (1 << 14, 1 << 15)
+
+
+def test_sums_over_repeated_elements_are_left_to_the_run() -> None:
+    builder = Builder()
+    huge = builder.emit(ops.Expand((1 << 15, 1 << 14)), builder.constant(np.float32([[1]])))
+    assert builder.emit(ops.Reduce("sum", (0, 1), False), huge).known is None
+
+
+def test_a_reshape_that_would_copy_repeated_elements_is_left_to_the_run() -> None:
+    builder = Builder()
+    column = builder.constant(np.arange(1 << 15, dtype=np.float32)[:, None])
+    wide = builder.emit(ops.Expand((1 << 15, 1 << 14)), column)
+    assert wide.known is not None
+    assert builder.emit(ops.Reshape((1 << 29,)), wide).known is None
+
+
+def test_what_folding_makes_is_bounded_in_all() -> None:
+    builder, count = Builder(), 0
+    part = builder.emit(ops.Expand((1 << 13, 1 << 13)), builder.constant(np.float32([[1]])))
+    while builder.emit(ops.Map(expr.exp(expr.arg(0, FLOAT32))), part).known is not None:
+        count += 1
+    assert count == 4

@@ -169,6 +169,17 @@ def test_nothing_huge_is_computed_while_compiling(follow: str) -> None:
         run(model(nodes, [], "y", {"n": np.int64([2**40]), "axis": np.int64(0)}))
 
 
+def test_weights_that_only_repeat_elements_fill_no_machine() -> None:
+    """Each is small enough to be known, and none takes memory before a kernel packs it."""
+    shape = np.int64([2**15, 2**14])
+    nodes = []
+    for i in range(200):
+        nodes += [node("ConstantOfShape", ["n"], [f"w{i}"]), node("MatMul", ["x", f"w{i}"], [f"y{i}"])]
+    nodes.append(node("Sum", [f"y{i}" for i in range(200)], ["y"]))
+    with pytest.raises(OutOfMemory, match="repeated elements"):
+        run(model(nodes, [port("x", 1, 2**15)], "y", {"n": shape}), np.zeros((1, 2**15), np.float32))
+
+
 def test_sizes_whose_sum_would_wrap() -> None:
     """Each tensor alone fits 64 bits; their places in memory are added up."""
     names = [f"a{i}" for i in range(40)]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from gpu_engine.errors import InvalidModel
-from gpu_engine.ir.dtypes import INT8
+from gpu_engine.ir.dtypes import INT16
 from gpu_engine.ir.ops import Conv
 from tests.test_operators_nn import agree, numbers
 from tests.test_operators_tensor import graph_of, model_of, run
@@ -78,7 +78,7 @@ def test_conv_integer_pads_with_the_zero_point(form: str, channels: bool) -> Non
     np.testing.assert_array_equal(found, expected.astype(np.int64))
 
 
-def test_weights_around_128_become_signed_bytes() -> None:
+def test_weights_around_128_become_centred_integers() -> None:
     inputs = {
         "x": bytes_of(np.uint8, 1, 2, 5, 5),
         "w": bytes_of(np.uint8, 2, 2, 3, 3, seed=1),
@@ -88,7 +88,7 @@ def test_weights_around_128_become_signed_bytes() -> None:
     graph = graph_of(model_of("ConvInteger", inputs, {}, 10, 1, ("w", "wz"), ("x", "xz")))
     (node,) = graph.nodes
     assert isinstance(node.op, Conv)
-    assert node.inputs[1].dtype == INT8
+    assert node.inputs[1].dtype == INT16
 
 
 def test_quantized_products_round_half_to_even() -> None:

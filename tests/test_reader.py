@@ -127,6 +127,15 @@ def test_four_bit_external_data(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "m.onnx").graph.initializers["w"].astype(int), [1, 7, -1])
 
 
+def test_two_initializers_of_one_name() -> None:
+    proto = small_model()
+    proto.graph.initializer.append(proto.graph.initializer[0])
+    assert list(read(proto).graph.initializers) == ["w"]
+    proto.graph.initializer[1].float_data[0] = 5
+    with pytest.raises(InvalidModel, match="two different initializers are called 'w'"):
+        read(proto)
+
+
 def test_sparse_initializer() -> None:
     proto = small_model()
     del proto.graph.initializer[:]

@@ -33,6 +33,7 @@ from gpu_engine.frontend.sequences import (
     structure_of_emitted,
     tensors_of,
 )
+from gpu_engine.frontend.tables import read_rows_first
 from gpu_engine.ir import dim_text, dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value, live_nodes
@@ -90,6 +91,7 @@ def import_model(model: Model, bodies: FunctionBodies, structures: Mapping[str, 
     """
     refuse_unsupported(model, bodies)
     expansion = Expansion(model)
+    model = replace(model, graph=read_rows_first(model.graph))
     return _with_choices(lambda choices: _import(model, bodies, structures or {}, Branches(choices), expansion), ())
 
 

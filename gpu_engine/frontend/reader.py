@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,12 +29,27 @@ from gpu_engine.frontend.model import (
     ModelNode,
     TensorInfo,
 )
+from gpu_engine.frontend.wire import slim
 from gpu_engine.ir.dtypes import ONNX_NUMBER, STRING, from_onnx
 from gpu_engine.ir.graph import TensorType
 
 ModelSource: TypeAlias = str | bytes | os.PathLike[str] | ModelProto
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
 MAX_DENSE_NBYTES = 1 << 30
+PLAIN_TYPES = frozenset(
+    (
+        TensorProto.FLOAT,
+        TensorProto.DOUBLE,
+        TensorProto.FLOAT16,
+        TensorProto.BFLOAT16,
+        TensorProto.INT8,
+        TensorProto.UINT8,
+        TensorProto.INT32,
+        TensorProto.INT64,
+    )
+)
+"""Element types whose raw data is an array as it is."""
+Lifted: TypeAlias = Mapping[int, memoryview]
 Array = NDArray[Any]
 
 
@@ -41,9 +59,9 @@ def read(source: ModelSource) -> Model:
     External data is read from the model's own folder only, memory-mapped. Raises InvalidModel, UnsupportedModel,
     UnsafeModel, or FileNotFoundError for a path that does not exist.
     """
-    proto, folder = _parse(source)
+    proto, folder, lifted = _parse(source)
     try:
-        return _model(proto, ExternalData(folder))
+        return _model(proto, ExternalData(folder), lifted)
     except ModelError:
         raise
     except MemoryError as error:
@@ -52,27 +70,38 @@ def read(source: ModelSource) -> Model:
         raise InvalidModel(f"the model is malformed: {type(error).__name__}: {error}") from error
 
 
-def _parse(source: ModelSource) -> tuple[ModelProto, Path | None]:
+def _parse(source: ModelSource) -> tuple[ModelProto, Path | None, Lifted]:
+    """The model, the folder that it lies in, and those of its weights that stay where they are."""
     if isinstance(source, ModelProto):
-        return source, None
+        return source, None, {}
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.is_dir():
             raise InvalidModel(f"{path} is a folder, not a model file")
-        data, folder = path.read_bytes(), path.resolve().parent
+        data, folder = _contents(path), path.resolve().parent
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        data, folder = bytes(source), None
+        data, folder = memoryview(bytes(source)), None
     else:
         raise TypeError(f"a model is a path, bytes or a ModelProto, got {type(source).__name__}")
+    found = slim(data, PLAIN_TYPES) if sys.byteorder == "little" else None
     proto = ModelProto()
     try:
-        proto.ParseFromString(data)
+        proto.ParseFromString(data if found is None else found.data)
     except DecodeError as error:
         raise InvalidModel(f"{len(data)} bytes that are not an ONNX model: {error}") from error
-    return proto, folder
+    return proto, folder, {} if found is None else found.lifted
 
 
-def _model(proto: ModelProto, external: ExternalData) -> Model:
+def _contents(path: Path) -> memoryview:
+    """A file's bytes, memory-mapped where the system can."""
+    with path.open("rb") as file:
+        try:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError):
+            return memoryview(file.read())
+
+
+def _model(proto: ModelProto, external: ExternalData, lifted: Lifted) -> Model:
     if not proto.HasField("graph") or not (proto.ir_version or proto.opset_import):
         raise InvalidModel("the file holds no ONNX graph")
     opsets = _opsets(proto.opset_import) or {"": 1}
@@ -81,7 +110,7 @@ def _model(proto: ModelProto, external: ExternalData) -> Model:
             f"opset {opsets['']} is newer than {NEWEST_OPSET}, the newest that onnx {onnx.__version__} knows"
         )
     return Model(
-        graph=_graph(proto.graph, external),
+        graph=_graph(proto.graph, external, lifted),
         opsets=opsets,
         functions={(_domain(f.domain), _name(f.name)): _function(f, external) for f in proto.functions},
         metadata={_name(entry.key): _name(entry.value) for entry in proto.metadata_props},
@@ -113,10 +142,12 @@ def _opsets(imports: Any) -> dict[str, int]:
     return opsets
 
 
-def _graph(proto: GraphProto, external: ExternalData) -> ModelGraph:
-    initializers = {_name(tensor.name): tensor_array(tensor, external) for tensor in proto.initializer}
+def _graph(proto: GraphProto, external: ExternalData, lifted: Lifted = MappingProxyType({})) -> ModelGraph:
+    initializers: dict[str, NDArray[Any]] = {}
+    for number, tensor in enumerate(proto.initializer):
+        _add(initializers, _name(tensor.name), tensor_array(tensor, external, lifted.get(number)))
     for sparse in proto.sparse_initializer:
-        initializers[_name(sparse.values.name)] = _dense(sparse, external)
+        _add(initializers, _name(sparse.values.name), _dense(sparse, external))
     return ModelGraph(
         nodes=tuple(_node(node, external) for node in proto.node),
         inputs=tuple(map(_tensor_info, proto.input)),
@@ -124,6 +155,12 @@ def _graph(proto: GraphProto, external: ExternalData) -> ModelGraph:
         initializers=initializers,
         name=_name(proto.name),
     )
+
+
+def _add(initializers: dict[str, NDArray[Any]], name: str, array: NDArray[Any]) -> None:
+    known = initializers.setdefault(name, array)
+    if known is not array and not (known.dtype == array.dtype and np.array_equal(known, array)):
+        raise InvalidModel(f"two different initializers are called {name!r}")
 
 
 def _node(proto: NodeProto, external: ExternalData) -> ModelNode:
@@ -202,14 +239,17 @@ def _extent(dim: onnx.TensorShapeProto.Dimension) -> DimText:
     return _name(dim.dim_param) or None
 
 
-def tensor_array(proto: TensorProto, external: ExternalData) -> Array:
-    """The contents of a TensorProto; external data stays memory-mapped, read-only."""
+def tensor_array(proto: TensorProto, external: ExternalData, raw: memoryview | None = None) -> Array:
+    """The contents of a TensorProto, read-only where they stay memory-mapped: external data, and `raw` if that is the
+    raw data, taken out of the TensorProto."""
     dtype, shape = from_onnx(proto.data_type), tuple(proto.dims)
     if any(extent < 0 for extent in shape):
         raise InvalidModel(f"tensor {proto.name!r} has the extents {list(shape)}")
     if proto.data_location == TensorProto.EXTERNAL:
         fields = {_name(entry.key): _name(entry.value) for entry in proto.external_data}
         return external.array(fields, dtype, shape, proto.name)
+    if raw is not None:
+        return np.frombuffer(raw, dtype).reshape(shape)
     array = numpy_helper.to_array(proto)
     if dtype == STRING:
         flat = [item.decode() if isinstance(item, bytes) else str(item) for item in array.ravel()]

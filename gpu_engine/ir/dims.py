@@ -89,6 +89,8 @@ class Sym:
         return -self + other
 
     def __mul__(self, other: Dim) -> Dim:
+        if isinstance(other, int) and other:
+            return self if other == 1 else Sym(tuple((monomial, count * other) for monomial, count in self.terms))
         return _polynomial(
             [(_sorted((*a, *b)), count * times) for a, count in self.terms for b, times in _terms(other)]
         )
@@ -105,8 +107,7 @@ class Sym:
     def __rmod__(self, other: Dim) -> Dim:
         return modulo(other, self)
 
-    __radd__ = __add__
-    __rmul__ = __mul__
+    __radd__, __rmul__ = __add__, __mul__
 
     def __bool__(self) -> bool:
         raise TypeError(f"the truth of the symbolic extent {self} is not known")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,10 +15,11 @@ from gpu_engine.errors import GpuEngineError, InvalidModel
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim, Sym
 from gpu_engine.ir.dtypes import INT64, STRING, DType
+from gpu_engine.ir.folding import FoldingBudget, tensors_nbytes
+from gpu_engine.ir.parameters import op_dims
 from gpu_engine.ir.structure import Structure
 
 Array = NDArray[Any]
-FOLD_LIMIT_NBYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -140,34 +141,6 @@ class ShapeTensor:
         return (xp.asarray(np.array(self.values, self.dtype).reshape(self.shape)),)
 
 
-def op_dims(op: Op) -> list[Sym]:
-    """The symbolic extents among the parameters of `op`."""
-    found: list[Sym] = []
-
-    def visit(field: Any) -> None:
-        if isinstance(field, Sym):
-            found.append(field)
-        elif isinstance(field, tuple):
-            for item in field:
-                visit(item)
-
-    for field in dataclasses.fields(op):  # type: ignore[arg-type]
-        visit(getattr(op, field.name))
-    return found
-
-
-def resolve(op: Op, values: Mapping[Dim, int]) -> Op:
-    """`op` with every symbolic extent among its parameters replaced by its value."""
-
-    def visit(field: Any) -> Any:
-        if isinstance(field, Sym):
-            return values[field]
-        return tuple(map(visit, field)) if isinstance(field, tuple) else field
-
-    changed = {field.name: visit(getattr(op, field.name)) for field in dataclasses.fields(op)}  # type: ignore[arg-type]
-    return dataclasses.replace(op, **changed)  # type: ignore[type-var]
-
-
 class Builder:
     """Appends nodes, folding what is known already. Front end and passes emit through it."""
 
@@ -177,6 +150,7 @@ class Builder:
         self._producers: dict[Value, Node] = {}
         self._materialized: dict[Value, Value] = {}
         self._fresh = itertools.count(1) if fresh is None else fresh
+        self._budget = FoldingBudget()
 
     def constant(self, array: Any, name: str = "") -> Value:
         """A value whose contents are known."""
@@ -197,7 +171,7 @@ class Builder:
     def nested(self) -> Builder:
         """A builder for a body: its fresh extents have names that no other builder of the model gives."""
         inner = Builder(self._fresh)
-        inner.source = self.source
+        inner.source, inner._budget = self.source, self._budget
         return inner
 
     def emit(self, op: Op, *inputs: Value) -> Value:
@@ -220,6 +194,14 @@ class Builder:
         for output in outputs:
             self._producers[output] = node
         return outputs
+
+    def keep(self, node: Node) -> None:
+        """The node itself, with symbolic contents of its operands as tensors."""
+        if any(value.symbolic for value in node.inputs):
+            node = Node(node.op, tuple(map(self.materialize, node.inputs)), node.outputs, node.source)
+        self.nodes.append(node)
+        for output in node.outputs:
+            self._producers[output] = node
 
     def producer(self, value: Value) -> Node | None:
         """The node that makes `value`; None for inputs and constants."""
@@ -255,15 +237,18 @@ class Builder:
             return self._fold_open(op, inputs, types)
         if not all(isinstance(extent, int) for kind in types for extent in kind.shape) or op_dims(op):
             return None
-        nbytes = sum(dims.product(kind.shape) * kind.dtype.itemsize for kind in types)
-        if dims.less_equal(FOLD_LIMIT_NBYTES, nbytes) and not getattr(op, "fold_as_view", False):
+        arrays = [value.known for value in inputs if value.known is not None]
+        symbolic = any(value.symbolic for value in inputs)
+        nbytes = tensors_nbytes((kind.dtype, kind.shape) for kind in types)
+        as_view = getattr(op, "fold_as_view", False)
+        if not self._budget.allows(arrays, nbytes, as_view=as_view, symbolic=symbolic):
             return None
-        if any(value.symbolic for value in inputs):
+        if symbolic:
             return self._fold_symbolic(op, inputs, types)
-        arrays = self._evaluate(op, inputs)
-        if arrays is None:
+        results = self._evaluate(op, inputs)
+        if results is None:
             return None
-        return tuple(Value(kind, np.asarray(array)) for kind, array in zip(types, arrays, strict=True))
+        return tuple(Value(kind, np.asarray(array)) for kind, array in zip(types, results, strict=True))
 
     def _fold_open(self, op: Op, inputs: tuple[Value, ...], types: tuple[TensorType, ...]) -> tuple[Value, ...] | None:
         """What an operation whose extents depend on its operands' contents makes of constants."""
@@ -306,17 +291,18 @@ def rewrite(graph: Graph, rule: Rule) -> Graph:
     """
     builder, renamed = Builder(), {}  # type: tuple[Builder, dict[Value, Value]]
     for node in graph.nodes:
-        inputs = tuple(renamed.get(value, value) for value in node.inputs)
-        stale = any(new.type != old.type for new, old in zip(inputs, node.inputs, strict=True))
-        stale = stale or (inputs != node.inputs and all(value.known is not None for value in inputs))
-        if inputs != node.inputs:
-            node = dataclasses.replace(node, inputs=inputs)
+        stale = False
+        if not renamed.keys().isdisjoint(node.inputs):
+            inputs = tuple(renamed.get(value, value) for value in node.inputs)
+            stale = any(new.type != old.type for new, old in zip(inputs, node.inputs, strict=True))
+            stale = stale or all(value.known is not None for value in inputs)
+            node = Node(node.op, inputs, node.outputs, node.source)
         builder.source = node.source
         replaced = rule(node, builder)
         if replaced is None and stale:
-            replaced = builder.emit_all(node.op, *inputs)
+            replaced = builder.emit_all(node.op, *node.inputs)
         if replaced is None:
-            builder.append(node.op, tuple(map(builder.materialize, node.inputs)), node.outputs)
+            builder.keep(node)
             continue
         for old, new in zip(node.outputs, replaced, strict=True):
             assert (old.dtype, old.rank) == (new.dtype, new.rank), f"{rule} turned {old.type} into {new.type}"
@@ -328,13 +314,15 @@ def rewrite(graph: Graph, rule: Rule) -> Graph:
 
 def live_nodes(nodes: Iterable[Node], outputs: Iterable[Value]) -> tuple[Node, ...]:
     """The nodes that the outputs need, in order: for their contents, or for an extent that only they tell."""
-    needed, kept = set(outputs), []
+    needed, kept, found = set(outputs), [], list(nodes)
+    some_bind = any(getattr(node.op, "binds", ()) for node in found)
     extents: set[str] = set()
-    for node in reversed(list(nodes)):
-        if needed.intersection(node.outputs) or extents.intersection(getattr(node.op, "binds", ())):
+    for node in reversed(found):
+        if not needed.isdisjoint(node.outputs) or extents.intersection(getattr(node.op, "binds", ())):
             kept.append(node)
             needed.update(node.inputs)
-            extents.update(*map(dims.symbols, op_dims(node.op)))
+            if some_bind:
+                extents.update(*map(dims.symbols, op_dims(node.op)))
     return tuple(reversed(kept))
 
 
@@ -346,8 +334,11 @@ def use_counts(graph: Graph) -> dict[Value, int]:
     return counts
 
 
-def verify(graph: Graph, stage: str) -> Graph:
-    """The graph itself, once every node's types are inferred anew and agree; an error names `stage` and the node."""
+def verify(graph: Graph, stage: str, verified: Set[Node] = frozenset()) -> Graph:
+    """The graph itself, once every node's types are inferred anew and agree; an error names `stage` and the node.
+
+    Nodes never change, so that those `verified` before need no second look.
+    """
     made = set(graph.inputs)
     for node in graph.nodes:
         for value in node.inputs:
@@ -355,8 +346,8 @@ def verify(graph: Graph, stage: str) -> Graph:
                 raise GpuEngineError(
                     f"{stage}: {node.source}: an operand of {type(node.op).__name__} is made by no node"
                 )
-        found = node.op.infer(*(value.type for value in node.inputs))
         declared = tuple(value.type for value in node.outputs)
+        found = declared if node in verified else node.op.infer(*(value.type for value in node.inputs))
         if found != declared:
             raise GpuEngineError(
                 f"{stage}: {node.source}: {type(node.op).__name__} makes {', '.join(map(str, found))}, "

@@ -10,7 +10,8 @@ import numpy as np
 from gpu_engine.errors import InputError
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim, Sym, Symbol
-from gpu_engine.ir.graph import Graph, Node, Value, op_dims, resolve
+from gpu_engine.ir.graph import Graph, Node, Value
+from gpu_engine.ir.parameters import op_dims, resolve
 
 
 def run_graph(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpu_engine.ir.dims import Dim, Sym, floor_div, product, symbol, symbols
-from gpu_engine.ir.graph import Node, Op, Value, op_dims
+from gpu_engine.ir.graph import Node, Op, Value
 from gpu_engine.ir.ops import (
     ArgReduce,
     Attention,
@@ -21,6 +21,7 @@ from gpu_engine.ir.ops import (
     GatherElements,
     GatherND,
     LayerNorm,
+    LocalResponseNorm,
     Map,
     MatMul,
     Pad,
@@ -35,6 +36,8 @@ from gpu_engine.ir.ops import (
 )
 from gpu_engine.ir.ops.array import Array
 from gpu_engine.ir.ops.image import keeps_axis
+from gpu_engine.ir.ops.trees import Trees
+from gpu_engine.ir.parameters import op_dims
 from gpu_engine.passes.operands import operand_shape
 
 
@@ -118,6 +121,8 @@ def carried(node: Node, operands: list[Operand], name: str) -> int | tuple[int, 
             return without_axis(axis, op.axis, op.keepdims)
         case Softmax():
             return apart(axis, (op.axis,), "normalises over the rows of the batch")
+        case LocalResponseNorm():
+            return apart(axis, (op.axis,), "normalises over the rows of the batch")
         case LayerNorm():
             at = aligned(operands, shape)
             return apart(at, range(op.axis, len(shape)), "normalises over the rows of the batch")
@@ -148,6 +153,8 @@ def carried(node: Node, operands: list[Operand], name: str) -> int | tuple[int, 
             return resized(op, shape, axis)
         case Recurrent():
             return recurred(op, operands)
+        case Trees():
+            return apart(axis, (1,), "reads features along the rows of the batch")
         case Array():
             return (kept_apart(op, operands),) * len(node.outputs)
     raise Mixed(f"is not known to keep the rows of the batch apart ({type(op).__name__})")

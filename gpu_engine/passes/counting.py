@@ -20,11 +20,13 @@ def rewrite_counting(graph: Graph, rule: CountingRule) -> Graph:
     def counted(node: Node, builder: Builder) -> Sequence[Value] | None:
         start = len(builder.nodes)
         replaced = rule(node, builder, uses)
+        if replaced is None:
+            return None
         emitted = builder.nodes[start:]
         inner = {value for made in emitted for value in made.outputs}
         for value in (operand for made in emitted for operand in made.inputs if operand in inner):
             uses[value] = uses.get(value, 0) + 1
-        for old, new in zip(node.outputs, replaced or (), strict=bool(replaced)):
+        for old, new in zip(node.outputs, replaced, strict=True):
             if new is not old:
                 uses[new] = uses.get(new, 0) + uses.get(old, 0)
         return replaced

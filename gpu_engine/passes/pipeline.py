@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gpu_engine.ir.graph import Graph, verify
+from gpu_engine.ir.graph import Graph, Node, verify
 from gpu_engine.passes.activations import canonical_activations
 from gpu_engine.passes.attention import recognize_attention
 from gpu_engine.passes.bodies import optimize_bodies
@@ -14,8 +14,10 @@ from gpu_engine.passes.fusion import fuse_pointwise
 from gpu_engine.passes.norms import recognize_norms
 from gpu_engine.passes.one_hot import gather_one_hot
 from gpu_engine.passes.padding import absorb_padding
+from gpu_engine.passes.quantized import multiply_integers
 from gpu_engine.passes.ranges import decide_comparisons
 from gpu_engine.passes.reductions import keep_folded_axes
+from gpu_engine.passes.requantize import shorten_requantization
 from gpu_engine.passes.scales import fold_scales
 from gpu_engine.passes.simplify import simplify
 from gpu_engine.passes.softmax import recognize_softmax
@@ -23,6 +25,7 @@ from gpu_engine.passes.transposes import clean_transposes
 
 Pass = Callable[[Graph], Graph]
 PIPELINE: tuple[tuple[str, Pass], ...] = (
+    ("quantized products", multiply_integers),
     ("simplify", simplify),
     ("coordinates", resolve_coordinates),
     ("ranges", decide_comparisons),
@@ -38,6 +41,7 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("attention", recognize_attention),
     ("pointwise fusion", fuse_pointwise),
     ("activations", canonical_activations),
+    ("requantization", shorten_requantization),
     ("common subexpressions again", eliminate_common),
 )
 
@@ -47,6 +51,8 @@ def optimize(graph: Graph) -> Graph:
 
     A GpuEngineError names the pass and the node where a pass breaks the graph: a bug.
     """
+    verified: frozenset[Node] = frozenset()
     for name, transform in PIPELINE:
-        graph = verify(transform(graph), name)
-    return verify(optimize_bodies(graph, optimize), "bodies")
+        graph = verify(transform(graph), name, verified)
+        verified = frozenset(graph.nodes)
+    return verify(optimize_bodies(graph, optimize), "bodies", verified)

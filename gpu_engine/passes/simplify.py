@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gpu_engine.ir.dims import Dim, Sym
+from gpu_engine.ir.folding import hidden_nbytes, shrunk
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
 from gpu_engine.ir.ops import Attention, Concat, Expand, Gather, Map, MatMul, Pad, Reduce, Reshape, Slice, Transpose
 from gpu_engine.passes.casts import without_needless_casts
@@ -114,11 +115,18 @@ def _reduce(node: Node, builder: Builder) -> Value | None:
 def _map(node: Node, builder: Builder) -> Value | None:
     assert isinstance(node.op, Map)
     shape = operand_shape(node.inputs)
-    inputs = tuple(_unexpanded(value, builder) for value in node.inputs)
+    inputs = tuple(_operand(value, builder) for value in node.inputs)
     simpler, kept = fewest(without_needless_casts(node.op.expr), inputs)
     if simpler is node.op.expr and kept == node.inputs and not (simpler.op == "arg" and kept[0].shape == shape):
         return None
     return emit_fewest(simpler, kept, shape, builder)
+
+
+def _operand(value: Value, builder: Builder) -> Value:
+    """What broadcasts to the value: the operand of an Expand, a constant without the places that repeat others."""
+    if value.constant is None:
+        return _unexpanded(value, builder)
+    return builder.constant(shrunk(value.constant), value.name) if hidden_nbytes(value.constant) else value
 
 
 def _unexpanded(value: Value, builder: Builder) -> Value:

@@ -9,7 +9,8 @@ from gpu_engine.errors import InputError, OutOfMemory
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim, Sym
 from gpu_engine.ir.evaluation import evaluator
-from gpu_engine.ir.graph import Op, op_dims
+from gpu_engine.ir.graph import Op
+from gpu_engine.ir.parameters import op_dims
 from gpu_engine.plan.plan import Requirement
 
 

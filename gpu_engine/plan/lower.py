@@ -23,8 +23,10 @@ from gpu_engine.plan.requirements import node_requirements
 class Lowering:
     """Numbers buffers and appends steps; handed to a device's lowering of each node."""
 
-    def __init__(self, lower_node: LowerNode, arrange: Arrange = lambda graph: graph) -> None:
-        self._lower_node, self._arrange = lower_node, arrange
+    def __init__(
+        self, lower_node: LowerNode, arrange: Arrange = lambda graph: graph, room_nbytes: int = LARGEST
+    ) -> None:
+        self._lower_node, self._arrange, self._room_nbytes = lower_node, arrange, room_nbytes
         self.buffers: list[Buffer] = []
         self.steps: list[Step] = []
         self.source = ""
@@ -77,7 +79,7 @@ class Lowering:
 
     def body(self, graph: Graph, names: tuple[str, ...]) -> Plan:
         """The plan of a body: the values of `names` come first among its symbols, then what its inputs' shapes bind."""
-        return lower_graph(graph, NOT_BATCHED, self._lower_node, self._arrange, names)
+        return lower_graph(graph, NOT_BATCHED, self._lower_node, self._arrange, names, self._room_nbytes)
 
     def lower(self, node: Node) -> None:
         """Append the node's steps; a Reshape is an alias and has none."""
@@ -108,12 +110,14 @@ def lower_graph(
     lower_node: LowerNode,
     arrange: Arrange = lambda graph: graph,
     names: tuple[str, ...] = (),
+    room_nbytes: int = LARGEST,
 ) -> Plan:
     """The plan of `graph` for the device that arranges it, then lowers one node after the other.
 
-    `names` are symbols that binding gets the values of before those that the inputs' shapes bind.
+    `names` are symbols that binding gets the values of before those that the inputs' shapes bind. OutOfMemory if
+    constants that take no memory yet would take more than `room_nbytes`.
     """
-    lowering = Lowering(lower_node, arrange)
+    lowering = Lowering(lower_node, arrange, room_nbytes)
     requirements = dict.fromkeys(requirement for node in graph.nodes for requirement in node_requirements(node))
     graph = arrange(graph)
     inputs = tuple(map(lowering.number, graph.inputs))
@@ -122,7 +126,7 @@ def lower_graph(
     outputs = tuple(map(lowering.number, graph.outputs))
     return Plan(
         steps=tuple(lowering.steps),
-        buffers=without_unused(lowering.buffers, lowering.steps, outputs),
+        buffers=tuple(map(frozen, without_unused(lowering.buffers, lowering.steps, outputs))),
         inputs=inputs,
         outputs=outputs,
         input_ports=_ports(graph.input_names, graph.inputs),
@@ -135,22 +139,29 @@ def lower_graph(
 
 
 def without_unused(buffers: Sequence[Buffer], steps: Sequence[Step], outputs: Sequence[int]) -> tuple[Buffer, ...]:
-    """The buffers, their constants frozen, without the contents of those that no step reads: a packed weight stands
-    for its original."""
+    """The buffers, without the contents of constants that no step reads: a packed weight stands for its original."""
     found = tuple(buffers)
     named = {index for step in steps for index in (*step.inputs, *step.outputs, *step.scratch)} | set(outputs)
     used = {root(found, index) for index in named}
     return tuple(
-        buffer
-        if buffer.constant is None
-        else dataclasses.replace(buffer, constant=frozen_array(buffer.constant) if i in used else None)
+        buffer if buffer.constant is None or i in used else dataclasses.replace(buffer, constant=None)
         for i, buffer in enumerate(found)
     )
 
 
+def frozen(buffer: Buffer) -> Buffer:
+    """The buffer as a plan keeps it."""
+    return buffer if buffer.constant is None else dataclasses.replace(buffer, constant=frozen_array(buffer.constant))
+
+
 def frozen_array(array: Any) -> Any:
-    """`array` C-contiguous, aligned and read-only, without a copy where it is so already."""
-    result = np.require(array, requirements=() if array.dtype == STRING else ("C", "A")).view()
+    """`array` C-contiguous, aligned and read-only, without a copy where it is so already and not a piece of the model
+    file, which must neither stay open nor change the plan when it changes."""
+    result = np.require(array, requirements=() if array.dtype == STRING else ("C", "A"))
+    owner = result
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    result = (result.copy() if isinstance(owner, memoryview) and owner.readonly else result).view()
     result.flags.writeable = False
     return result
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gpu_engine.errors import InputError
 from gpu_engine.ir.dtypes import BOOL, STRING, DType, is_float, is_integer, limits
-from gpu_engine.ir.structure import Structure, nest
+from gpu_engine.ir.structure import Maps, Structure, nest
 from gpu_engine.options import suggestion
 from gpu_engine.plan.plan import Port
 
@@ -35,7 +35,9 @@ class Ports:
         self.input_names = tuple(port.name for port in inputs)
         self.output_names = tuple(name for name, _ in structures) or tuple(port.name for port in outputs)
         self._structures = tuple(structure for _, structure in structures)
-        self._as_list: Wrap = self._nested if structures else list
+        flat = all(isinstance(structure, int | Maps) for structure in self._structures)
+        self._maps = [(i, kind.keys) for i, kind in enumerate(self._structures) if isinstance(kind, Maps)]
+        self._as_list: Wrap = list if not structures else self._flat if flat else self._nested
         self._as_given: Wrap = _single if len(outputs) == 1 and not structures else self._as_list
         self._as_dict: Wrap = self._named
         self._strings = any(port.dtype == STRING for port in inputs)
@@ -68,11 +70,19 @@ class Ports:
                 )
 
     def _named(self, outputs: Sequence[Array]) -> dict[str, Any]:
-        return dict(zip(self.output_names, self._as_list(outputs), strict=True))
+        values = self._as_list(outputs) if self._structures else outputs
+        return dict(zip(self.output_names, values))  # noqa: B905 - `strict` costs a tenth of a request
 
     def _nested(self, outputs: Sequence[Array]) -> list[Any]:
         tensors = iter(outputs)
         return [nest(structure, tensors) for structure in self._structures]
+
+    def _flat(self, outputs: Sequence[Array]) -> list[Any]:
+        """Tensors, and sequences of maps from a tensor each."""
+        result: list[Any] = list(outputs)
+        for place, keys in self._maps:
+            result[place] = [dict(zip(keys, row)) for row in result[place].tolist()]  # noqa: B905 - as above
+        return result
 
     def _ordered(self, inputs: Mapping[Any, Any]) -> list[Any]:
         """The values in the order of the inputs; InputError for names too many or too few."""
@@ -88,9 +98,14 @@ class Ports:
         missing = [name for name in self.input_names if name not in inputs]
         raise InputError(f"missing input{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}")
 
-    def _checked(self, values: Sequence[Any]) -> list[Array]:
+    def _checked(self, values: Sequence[Any]) -> Sequence[Array]:
         if self._strings:
             return [as_array(value, port) for value, port in zip(values, self.inputs, strict=True)]
+        for value in values:
+            if type(value) is not np.ndarray:
+                break
+        else:
+            return values
         return [
             value if type(value) is np.ndarray else as_array(value, port)
             for value, port in zip(values, self.inputs, strict=True)

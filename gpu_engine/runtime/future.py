@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import logging
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import _base
 from typing import Any, TypeVar
+
+from gpu_engine.runtime.late import WRAP_FUTURE, load
 
 T = TypeVar("T")
 _LOGGER = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Future(concurrent.futures.Future[T]):
             return self._made_condition
 
     def __await__(self) -> Generator[Any, None, T]:
-        return asyncio.wrap_future(self).__await__()
+        awaitable: Awaitable[T] = load(WRAP_FUTURE)(self)
+        return awaitable.__await__()
 
     def result(self, timeout: float | None = None) -> T:
         if self._state == _base.FINISHED and self._exception is None:

@@ -15,6 +15,10 @@ NAMES = {
 }
 
 
+WRAP_FUTURE = "asyncio:wrap_future"
+"""With asyncio come ssl and email, which few callers need."""
+
+
 def load(place: str) -> Any:
     """What "module:name" names; ImportError if the module, or one that it needs, is not there."""
     module, name = place.split(":")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,8 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import BOOL, INT64
 from gpu_engine.ir.graph import Builder, TensorType, Value
 from gpu_engine.ir.ops import Gather, Reshape, Slice, Transpose
-from gpu_engine.ir.ops.array import Array, unbound_symbols
-from gpu_engine.ir.ops.control import If, Loop, bound_inside, free_symbols
+from gpu_engine.ir.ops.array import unbound_symbols
+from gpu_engine.ir.ops.control import If, Loop, Require, bound_inside, free_symbols
 
 MAX_UNROLLED = 4096
 SCALAR_INT, SCALAR_BOOL = TensorType(INT64, ()), TensorType(BOOL, ())
@@ -58,26 +57,13 @@ def _only_branch(
     choice = bodies.branches.pick()
     if choice is None:
         raise RankConflict(f"{b.source}: its branches give values of different ranks or dtypes")
-    required = _require_choice if choice else _require_other
     checked = []
     for value in bodies.inline(then_branch if choice else else_branch, ()):
         if not isinstance(value, Value):
             raise DependsOnValues(f"{b.source}: a sequence or optional that one branch gives")
         value = b.materialize(value)
-        checked.append(b.emit(Array(required, (value.type,)), value, b.materialize(condition)))
+        checked.append(b.emit(Require(choice), value, b.materialize(condition)))
     return checked
-
-
-def _require_choice(xp: Any, x: Any, condition: Any) -> Any:
-    if not bool(np.asarray(condition).reshape(())):
-        raise ValueError("only its then_branch gives what the rest of the graph can take, and the condition is false")
-    return x
-
-
-def _require_other(xp: Any, x: Any, condition: Any) -> Any:
-    if bool(np.asarray(condition).reshape(())):
-        raise ValueError("only its else_branch gives what the rest of the graph can take, and the condition is true")
-    return x
 
 
 def joined_type(b: Builder, one: TensorType, two: TensorType, inside: set[str]) -> TensorType:

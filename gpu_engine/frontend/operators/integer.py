@@ -11,7 +11,7 @@ from gpu_engine.frontend.operators.quantization import centred, quantized
 from gpu_engine.frontend.registry import emit_map, operator
 from gpu_engine.frontend.windows import Windows, windows
 from gpu_engine.ir import expr, ops
-from gpu_engine.ir.dtypes import FLOAT32, INT8, INT32, is_float
+from gpu_engine.ir.dtypes import FLOAT32, INT16, INT32, is_float
 from gpu_engine.ir.expr import Expr, cast
 from gpu_engine.ir.graph import Builder, Value
 
@@ -102,8 +102,11 @@ def integer_matmul(b: Builder, a: Value, w: Value, a_zero: Value | None, w_zero:
     """
     if a.rank == 1 or w.rank == 1:
         return _vector_product(b, a, w, a_zero, w_zero)
-    product = b.emit(ops.MatMul(accumulate=INT32), a, w)
     a_zero, w_zero = _unless_zero(a_zero), _unless_zero(w_zero)
+    if w.constant is None and isinstance(a.shape[-1], int):
+        left = _centred(b, a, None if a_zero is None else _per_row(b, a_zero))
+        return b.emit(ops.MatMul(accumulate=INT32), left, _centred(b, w, w_zero))
+    product = b.emit(ops.MatMul(accumulate=INT32), a, w)
     if a_zero is not None:
         columns = b.emit(ops.Reduce("sum", (w.rank - 2,), True, before=cast(expr.arg(0, w.dtype), INT32)), w)
         product = emit_map(b, _minus_product, product, _per_row(b, a_zero), columns)
@@ -118,18 +121,15 @@ def integer_conv(
     b: Builder, x: Value, w: Value, x_zero: Value | None, w_zero: Value | None, found: Windows, group: int
 ) -> Value:
     """The convolution of x - x_zero with w - w_zero in int32: padding is x_zero."""
-    x_zero, w_zero = _unless_zero(x_zero), _unless_zero(w_zero)
-    if w_zero is not None:
-        w = _as_bytes(b, emit_map(b, lambda e, z: centred(e, z, INT32), w, _first_axis(b, w_zero, w.rank)))
-    if x_zero is None:
-        op = ops.Conv(found.strides, found.before, found.after, found.dilations, group, accumulate=INT32)
-        return b.emit(op, x, w)
-    if any(pad != 0 for pad in (*found.before, *found.after)):
-        x = b.emit(ops.Pad((0, 0, *found.before), (0, 0, *found.after)), x, _one(b, x_zero))
-    none = (0,) * len(found.strides)
-    product = b.emit(ops.Conv(found.strides, none, none, found.dilations, group, accumulate=INT32), x, w)
-    sums = b.emit(ops.Reduce("sum", tuple(range(1, w.rank)), False, before=cast(expr.arg(0, w.dtype), INT32)), w)
-    return emit_map(b, _minus_product, product, _one(b, x_zero), per_channel(b, sums, x.rank))
+    image = _centred(b, x, None if x_zero is None else _one(b, x_zero))
+    weights = _centred(b, w, None if w_zero is None else _first_axis(b, w_zero, w.rank))
+    op = ops.Conv(found.strides, found.before, found.after, found.dilations, group, accumulate=INT32)
+    return b.emit(op, image, weights)
+
+
+def _centred(b: Builder, x: Value, zero: Value | None) -> Value:
+    """Bytes less a zero point as int16, which holds them all."""
+    return emit_map(b, lambda e, z: cast(centred(e, z, INT32), INT16), x, zero)
 
 
 def _minus_product(product: Expr, zero: Expr, sums: Expr) -> Expr:
@@ -158,14 +158,6 @@ def _unless_zero(zero: Value | None) -> Value | None:
     if zero is None or (zero.constant is not None and not np.any(zero.constant)):
         return None
     return zero
-
-
-def _as_bytes(b: Builder, w: Value) -> Value:
-    """Constant int32 weights as int8 where they fit."""
-    held = w.constant
-    if held is None or held.size == 0 or held.min() < -128 or held.max() > 127:
-        return w
-    return b.constant(held.astype(INT8))
 
 
 def _one(b: Builder, value: Value) -> Value:

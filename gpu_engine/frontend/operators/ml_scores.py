@@ -61,7 +61,12 @@ def labels_of(b: Builder, winners: Value, integers: Sequence[int] | None, string
         kind = TensorType(STRING, winners.shape)
         table = b.constant(np.array([*strings, None], object)[:-1])
         return emit_array(b, _pick, lambda b, *_: kind, (winners, table), {}, host=True, mixes=())[0]
-    return b.emit(Gather(0), b.constant(np.array(integers, INT64)), winners) if integers else winners
+    if not integers:
+        return winners
+    first, step = integers[0], integers[1] - integers[0] if len(integers) > 1 else 0
+    if list(integers) == [first + step * i for i in range(len(integers))] and abs(first) + abs(step) < 1 << 31:
+        return winners if (first, step) == (0, 1) else emit_map(b, lambda i: i * step + first, winners)
+    return b.emit(Gather(0), b.constant(np.array(integers, INT64)), winners)
 
 
 def _pick(xp: Any, indices: Any, table: Any) -> Any:

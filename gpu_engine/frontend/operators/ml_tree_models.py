@@ -74,7 +74,7 @@ def tree_ensemble_regressor(
     leaves = (target_treeids, target_nodeids, target_ids)
     weights = table(target_weights, target_weights_as_tensor)
     forest = forest_of_nodes(nodes, table(nodes_values, nodes_values_as_tensor), leaves, weights, n_targets)
-    scores = emit_scores(b, forest, x, aggregate_function, FLOAT64)
+    scores = emit_scores(b, forest, x, aggregate_function)
     scores = based(b, scores, table(base_values, base_values_as_tensor))
     return transformed(b, emit_map(b, lambda s: cast(s, FLOAT32), scores), post_transform)
 
@@ -116,7 +116,7 @@ def tree_ensemble_classifier(
     leaves = (class_treeids, class_nodeids, class_ids)
     weights = table(class_weights, class_weights_as_tensor)
     forest = forest_of_nodes(nodes, table(nodes_values, nodes_values_as_tensor), leaves, weights, classes)
-    scores, base = emit_scores(b, forest, x, "SUM", FLOAT64), table(base_values, base_values_as_tensor)
+    scores, base = emit_scores(b, forest, x, "SUM"), table(base_values, base_values_as_tensor)
     if classes == 2 and len(set(class_ids)) == 1:
         winners, result = _one_scored_class(b, scores, class_ids[0], weights, base, post_transform)
     else:
@@ -187,5 +187,5 @@ def tree_ensemble(
     )
     if (forest.mode == MODES.index("MEMBER")).any():
         forest = without_members(forest, np.zeros(0) if membership_values is None else membership_values)
-    scores = emit_scores(b, forest, x, AGGREGATES[aggregate_function], FLOAT64)
+    scores = emit_scores(b, forest, x, AGGREGATES[aggregate_function])
     return transformed(b, emit_map(b, lambda s: cast(s, x.dtype), scores), TRANSFORMS[post_transform])

@@ -1,4 +1,4 @@
-"""Tree ensembles of the domain ai.onnx.ml: all rows walk all trees at once, one level at a time."""
+"""Tree ensembles of the domain ai.onnx.ml: the tables that their attributes describe."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_engine.errors import InvalidModel
-from gpu_engine.frontend.registry import emit_array
-from gpu_engine.ir.dtypes import FLOAT64, DType
-from gpu_engine.ir.graph import Builder, TensorType, Value
+from gpu_engine.ir.dtypes import FLOAT64
+from gpu_engine.ir.graph import Builder, Value
 from gpu_engine.ir.ops import Reshape
+from gpu_engine.ir.ops import trees as branches
+from gpu_engine.ir.ops.trees import Trees
 
 Array = NDArray[Any]
-MODES = ("LEQ", "LT", "GTE", "GT", "EQ", "NEQ", "MEMBER")
+MODES = (*branches.MODES, "MEMBER")
 """In the order of TreeEnsemble's numbers for them."""
 
 
@@ -56,61 +57,33 @@ def depth_of(forest: Forest) -> int:
     return depth
 
 
-def emit_scores(b: Builder, forest: Forest, x: Value, aggregate: str, dtype: DType) -> Value:
-    """The aggregated weights [N, targets] of the leaves that the rows of x [N, features] (or [features]) reach."""
+def emit_scores(b: Builder, forest: Forest, x: Value, aggregate: str) -> Value:
+    """The aggregated weights [N, targets], float64, of the leaves that the rows of x [N, features] (or [features])
+    reach."""
     rows = x if x.rank == 2 else b.emit(Reshape((1, *x.shape)), x)
-    kind = TensorType(dtype, (rows.shape[0], forest.weights.shape[1]))
-    inner = (forest.yes != np.arange(len(forest.yes))) | (forest.no != np.arange(len(forest.yes)))
+    _check_places(forest)
+    features = forest.feature.max(initial=0)
+    if forest.feature.min(initial=0) < 0 or (isinstance(x.shape[-1], int) and features >= x.shape[-1]):
+        raise InvalidModel(f"a tree reads features {forest.feature.min(initial=0)} to {features} of {x.type}")
+    own = np.arange(len(forest.yes))
+    inner = (forest.yes != own) | (forest.no != own)
     modes = tuple(MODES[i] for i in sorted(set(forest.mode[inner]))) or MODES[:1]
-    tables = [getattr(forest, name) for name in TABLES]
-    if isinstance(x.shape[-1], int) and forest.feature.max(initial=0) >= x.shape[-1]:
-        raise InvalidModel(f"a tree reads feature {forest.feature.max()} of {x.type}")
-    attributes = {"modes": modes, "depth": depth_of(forest), "aggregate": aggregate}
-    return emit_array(b, walk, lambda b, *_, **__: kind, (rows, *map(b.constant, tables)), attributes, mixes=(1,))[0]
+    tables = [b.constant(getattr(forest, name)) for name in TABLES]
+    return b.emit(Trees(modes, depth_of(forest), aggregate), rows, *tables)
 
 
 TABLES = ("feature", "threshold", "mode", "yes", "no", "missing", "row", "roots", "weights", "given")
 
 
-def walk(xp: Any, x: Any, *tables: Any, modes: tuple[str, ...], depth: int, aggregate: str) -> Any:
-    feature, threshold, mode, yes, no, missing, row, roots, weights, given = tables
-    lines = xp.arange(x.shape[0]).reshape(-1, 1)
-    place = xp.broadcast_to(roots, (x.shape[0], roots.shape[0]))
-    for _ in range(depth):
-        value = x[lines, feature[place]]
-        passed = _test(xp, value, threshold[place], mode[place], modes)
-        if x.dtype.kind == "f":
-            passed = xp.where(xp.isnan(value), missing[place], passed)
-        place = xp.where(passed, yes[place], no[place])
-    return _aggregated(xp, row[place], weights, given, aggregate)
-
-
-def _test(xp: Any, value: Any, threshold: Any, mode: Any, modes: tuple[str, ...]) -> Any:
-    tests = {
-        "LEQ": xp.less_equal, "LT": xp.less, "GTE": xp.greater_equal, "GT": xp.greater, "EQ": xp.equal,
-        "NEQ": xp.not_equal,
-    }  # fmt: skip
-    passed = tests[modes[0]](value, threshold)
-    for name in modes[1:]:
-        passed = xp.where(mode == MODES.index(name), tests[name](value, threshold), passed)
-    return passed
-
-
-def _aggregated(xp: Any, rows: Any, weights: Any, given: Any, aggregate: str) -> Any:
-    """[N, targets] of the leaf rows [N, trees]; a target that no leaf reached has is 0."""
-    shape = (rows.shape[0], weights.shape[1])
-    if aggregate in ("SUM", "AVERAGE"):
-        total = xp.zeros(shape, np.float64)
-        for tree in range(rows.shape[1]):
-            total += weights[rows[:, tree]]
-        return total / rows.shape[1] if aggregate == "AVERAGE" else total
-    pick, worst = (xp.minimum, np.inf) if aggregate == "MIN" else (xp.maximum, -np.inf)
-    best, reached = xp.full(shape, worst, np.float64), xp.zeros(shape, bool)
-    for tree in range(rows.shape[1]):
-        here = given[rows[:, tree]]
-        best = xp.where(here, pick(best, weights[rows[:, tree]]), best)
-        reached = reached | here
-    return xp.where(reached, best, 0)
+def _check_places(forest: Forest) -> None:
+    """InvalidModel if a table names an entry that another one does not have."""
+    nodes = len(forest.feature)
+    if not len(forest.weights) or not forest.weights.shape[1]:
+        raise InvalidModel("trees without leaves or targets")
+    for name, limit in (("yes", nodes), ("no", nodes), ("roots", nodes), ("row", len(forest.weights))):
+        places = getattr(forest, name)
+        if places.min(initial=0) < 0 or places.max(initial=0) >= limit:
+            raise InvalidModel(f"a tree names node {places.min(initial=0)} or {places.max(initial=0)} of {limit}")
 
 
 def forest_of_nodes(

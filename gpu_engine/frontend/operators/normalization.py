@@ -193,10 +193,6 @@ def mean_variance_normalization(b: Builder, x: Value, *, axes: Sequence[int] = (
 @operator("LRN", since=1)
 def lrn(b: Builder, x: Value, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0) -> Value:
     """https://onnx.ai/onnx/operators/onnx__LRN.html"""
-    wide = compute_dtype(x.dtype)
-    squares = emit_map(b, lambda e: cast(e, wide) * cast(e, wide), x)
-    planes = b.emit(ops.Reshape((x.shape[0], 1, x.shape[1], dims.product(x.shape[2:]))), squares)
-    before, after = ((size - 1) // 2, 0), (size - 1 - (size - 1) // 2, 0)
-    sums = b.emit(ops.Pool("sum", (size, 1), (1, 1), before, after, (1, 1)), planes)
-    total = b.emit(ops.Reshape(x.shape), sums)
-    return emit_map(b, lambda e, t: cast(cast(e, wide) / (bias + alpha / size * t) ** beta, x.dtype), x, total)
+    if x.rank < 2 or size < 1:
+        raise InvalidModel(f"LRN of {x.type} over {size} channels")
+    return b.emit(ops.LocalResponseNorm(1, size, alpha, beta, bias), x)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.registry import emit_map, normal_axis, operator
-from gpu_engine.ir import dims, ops
-from gpu_engine.ir.dtypes import FLOAT32, INT32, UINT8, DType, compute_dtype, from_onnx, is_float, is_integer
+from gpu_engine.ir import dims, expr, ops
+from gpu_engine.ir.dtypes import FLOAT32, INT8, INT32, UINT8, DType, compute_dtype, from_onnx, is_float, is_integer
 from gpu_engine.ir.expr import Expr, cast, equal, maximum, minimum, round_even, where
 from gpu_engine.ir.graph import Builder, Value
 
@@ -61,7 +61,19 @@ def dequantize_linear(
     def dequantize(e: Expr, s: Expr, z: Expr | None) -> Expr:
         return cast(centred(e, z, wide) * cast(s, wide), dtype)
 
-    return emit_map(b, dequantize, x, scale, zero)
+    if x.constant is None or x.dtype not in (INT8, UINT8) or x.rank < 2 or block_size:
+        return emit_map(b, dequantize, x, scale, zero)
+    return _unfolded(b, dequantize, x, scale, zero)
+
+
+def _unfolded(b: Builder, function: Callable[..., Expr], *inputs: Value | None) -> Value:
+    """The map of constants as a node: passes see the bytes that weights were stored as."""
+    given = [value for value in inputs if value is not None]
+    places = iter(expr.arg(i, value.dtype) for i, value in enumerate(given))
+    op = ops.Map(function(*(None if value is None else next(places) for value in inputs)))
+    (kind,) = op.infer(*(value.type for value in given))
+    (result,) = b.append(op, tuple(given), (Value(kind),))
+    return result
 
 
 @operator("DynamicQuantizeLinear", since=11)

@@ -23,7 +23,7 @@ from gpu_engine.ir.ops.movement import (
 from gpu_engine.ir.ops.pointwise import Map
 from gpu_engine.ir.ops.pooling import Pool
 from gpu_engine.ir.ops.recurrent import Recurrent
-from gpu_engine.ir.ops.reduction import ArgReduce, LayerNorm, Reduce, Softmax
+from gpu_engine.ir.ops.reduction import ArgReduce, LayerNorm, LocalResponseNorm, Reduce, Softmax
 
 __all__ = [
     "ArgReduce",
@@ -37,6 +37,7 @@ __all__ = [
     "GatherND",
     "Iota",
     "LayerNorm",
+    "LocalResponseNorm",
     "Map",
     "MatMul",
     "Pad",

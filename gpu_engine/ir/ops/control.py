@@ -14,8 +14,9 @@ import numpy as np
 
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.graph import Graph, TensorType, Value, op_dims
+from gpu_engine.ir.graph import Graph, TensorType, Value
 from gpu_engine.ir.interpreter import run_graph
+from gpu_engine.ir.parameters import op_dims
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,26 @@ class If:
         condition, *captured = arrays
         branch = self.then_branch if bool(np.asarray(condition).reshape(())) else self.else_branch
         return run_graph(xp, branch, captured, bound_symbols(self.names, self.symbols))
+
+
+@dataclass(frozen=True)
+class Require:
+    """Operand 0 if operand 1 (one bool) is `expected`, else an error: the branch that was left out is wanted."""
+
+    expected: bool
+
+    def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
+        return (inputs[0],)
+
+    def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
+        x, condition = arrays
+        if bool(np.asarray(condition).reshape(())) != self.expected:
+            raise ValueError(self.refusal())
+        return (x,)
+
+    def refusal(self) -> str:
+        branch, value = ("then_branch", "false") if self.expected else ("else_branch", "true")
+        return f"only its {branch} gives what the rest of the graph can take, and the condition is {value}"
 
 
 @dataclass(frozen=True)

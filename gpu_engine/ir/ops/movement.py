@@ -56,6 +56,7 @@ class Expand:
 
     shape: tuple[Dim, ...]
     shape_arithmetic = True
+    fold_as_view = True
 
     def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
         return (TensorType(inputs[0].dtype, self.shape),)

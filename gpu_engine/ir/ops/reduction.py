@@ -155,6 +155,34 @@ class LayerNorm:
         return (result.astype(arrays[0].dtype, copy=False),)
 
 
+@dataclass(frozen=True)
+class LocalResponseNorm:
+    """x / (bias + alpha / size * total) ** beta, where `total` is the sum of the squares of `size` neighbours along
+    `axis` (non-negative), the middle one x itself, or the one before the middle. In at least float32.
+    """
+
+    axis: int
+    size: int
+    alpha: float
+    beta: float
+    bias: float
+
+    def infer(self, *inputs: TensorType) -> tuple[TensorType, ...]:
+        return (inputs[0],)
+
+    def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
+        x = arrays[0].astype(compute_dtype(arrays[0].dtype), copy=False)
+        lead, extent = (slice(None),) * self.axis, x.shape[self.axis]
+        before, squares = (self.size - 1) // 2, x * x
+        total = xp.zeros_like(x)
+        for tap in range(max(-before, 1 - extent), min(self.size - before, extent)):
+            ends = (max(0, -tap), extent - max(0, tap))
+            total[(*lead, slice(*ends))] += squares[(*lead, slice(ends[0] + tap, ends[1] + tap))]
+        with np.errstate(all="ignore"):
+            scale = (x.dtype.type(self.bias) + x.dtype.type(self.alpha / self.size) * total) ** x.dtype.type(self.beta)
+            return ((x / scale).astype(arrays[0].dtype, copy=False),)
+
+
 def fuse_after(op: Reduce, outer: Expr) -> Reduce:
     """`op` whose result goes through `outer` (of one operand) as well."""
     inner = op.after
