@@ -39,7 +39,7 @@ from cpu_fallback.cores import usable_cores
 from cpu_fallback.native import host
 
 RESULTS, TRIALS = ROOT / "benchmarks" / "results", ROOT / ".cache" / "results"
-CPU_SAMPLE_S, WALL_SAMPLE_S = 5e-3, 60e-3
+CPU_SAMPLE_S, WALL_SAMPLE_S = 2e-3, 30e-3
 CONSOLE = Console(width=160)
 
 
@@ -201,7 +201,7 @@ def measured(names: Sequence[str], kinds: Sequence[str], seconds: float, path: P
             found = measure(case, kind, seconds)
             rows += found
             (comparison,) = report.comparisons(found, kind)
-            CONSOLE.print(f"{report.TITLES[kind]:26}", *_cells(comparison), sep="  ")
+            CONSOLE.print(f"{report.TITLES[kind]:26}", *_cells(comparison), sep="  ", soft_wrap=True)
             report.write_rows(path, rows)
     return rows
 

@@ -2,8 +2,9 @@
 
 Fresh processes load a model and run it once, with an empty object cache ("cold"), then with the one that the first
 filled ("warm"), then ONNX Runtime does. All have compiled Python files at hand, as installed packages do. Imports are
-timed apart, in CPU time, from what follows: from the call of compile to the first result. Resident memory is that after runs on two
-streams, ONNX Runtime's after two concurrent runs of one thread each. The best of several rounds counts.
+timed apart, in CPU time, from what follows: from the call of compile to the first result, on the clock and in CPU time.
+Resident memory is that after runs on two streams, ONNX Runtime's after two concurrent runs of one thread each. The best
+of several rounds counts.
 """
 
 from __future__ import annotations

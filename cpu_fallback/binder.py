@@ -15,8 +15,10 @@ from gpu_engine.plan.plan import Plan, Step, root
 
 Call = tuple[Callable[..., object], tuple[Any, ...]]
 Maker = Callable[..., tuple[dict[int, Array], list[Call]]]
-"""make(numbers, arena offsets, ports offsets, arena, ports, bound segments before, address of the table) gives the
+"""make(numbers, arena offsets, ports offsets, arena, ports, bound segments before, address of the jobs) gives the
 arrays that were asked for by buffer, and what to call with which arguments."""
+JOB_NBYTES = 32
+"""What a run of native steps is called with: its table, its steps, and where a team helps the shares and the team."""
 
 
 class Earlier(Protocol):
@@ -53,7 +55,7 @@ class Binder:
         self._names: dict[int, str] = {}
         self._calls: list[str] = []
         self._exposed: list[int] = []
-        self._run = [0, 0]
+        self.runs: list[list[int]] = []
 
     def array_call(self, step: Step) -> None:
         """Append the call of an array step; one that binds extents gives its results instead of writing them."""
@@ -66,13 +68,12 @@ class Binder:
 
     def native_run(self, first: int) -> None:
         """Append a call of the walker from row `first` of the table on."""
-        self._run = [first, 0]
-        self._calls.append("")
+        self._calls.append(f"(walk, (jobs + {JOB_NBYTES * len(self.runs)},))")
+        self.runs.append([first, 0])
 
     def extend_run(self) -> None:
         """One more row in the last run."""
-        self._run[1] += 1
-        self._calls[-1] = f"(walk, (base + {16 * self._run[0]}, {self._run[1]}, 0, 1))"
+        self.runs[-1][1] += 1
 
     def expose(self, buffers: Sequence[int]) -> None:
         """Arrays that the caller gets."""
@@ -84,7 +85,7 @@ class Binder:
         arrays = ", ".join(f"{i}: {self._names[i]}" for i in dict.fromkeys(self._exposed))
         body = "".join(f"    {line}\n" for line in self._lines)
         calls = ",\n        ".join(self._calls)
-        source = f"def make(n, a, p, arena, ports, before, base):\n{body}    return {{{arrays}}}, [{calls}]\n"
+        source = f"def make(n, a, p, arena, ports, before, jobs):\n{body}    return {{{arrays}}}, [{calls}]\n"
         exec(compile(source, "<binding>", "exec"), self._scope)
         return self._scope["make"]  # type: ignore[no-any-return]
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cpu_fallback.calls import Address, Array, ArrayCall, Native, Word
 from cpu_fallback.code import Code, Reg, i64, literal
 from cpu_fallback.jumps import Jump
 from cpu_fallback.loops import Words
 from cpu_fallback.native import Target
-from gpu_engine.errors import InputError
+from gpu_engine.errors import ExecutionError, InputError
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import BOOL, INT64
 from gpu_engine.plan.lower import Lowering
-from gpu_engine.plan.plan import Requirement, Step
+from gpu_engine.plan.plan import Plan, Requirement, Step
 
 BEHIND_ALL = 1 << 40
 EQUAL, ONE_OR_EQUAL, GREATER = "equal", "one or equal", "greater"
@@ -66,26 +66,38 @@ def _write_verdict(code: Code, number: Reg, found: Reg, fine: Reg) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the relations that a check counts say where they do not hold: `texts` with both of their `sides`."""
+    """What a check says that found something, counted from 1: one of the `texts` with its `numbers` in it."""
 
-    sides: tuple[tuple[Dim, Dim], ...]
+    numbers: tuple[tuple[Dim, ...], ...]
     texts: tuple[str, ...]
     of_values: bool = False
 
 
 def pronounce(op: Verdict, inputs: Sequence[Array], outputs: Sequence[Array], scratch: Sequence[Array]) -> None:
-    """InputError if extents contradict the model, ValueError if a value does."""
+    """InputError if extents contradict the model, ExecutionError if values do."""
     number = int(inputs[0])
     if number:
-        text = op.texts[number - 1]
-        if op.of_values:
-            raise ValueError(text)
-        left, right = op.sides[number - 1]
-        raise InputError(text.format(left=left, right=right))
+        text = op.texts[number - 1].format(*op.numbers[number - 1])
+        raise ExecutionError(text) if op.of_values else InputError(text)
 
 
 def is_verdict(step: Step) -> bool:
     return isinstance(step.kernel, ArrayCall) and step.kernel.function is pronounce
+
+
+def sunk(plan: Plan) -> Plan:
+    """What raises where a check did not pass, no sooner than before the next step that is not native: a run has to be
+    left only once."""
+    steps: list[Step] = []
+    waiting: list[Step] = []
+    for step in plan.steps:
+        if is_verdict(step):
+            waiting.append(step)
+            continue
+        if not isinstance(step.kernel, Native):
+            steps, waiting = [*steps, *waiting], []
+        steps.append(step)
+    return replace(plan, steps=(*steps, *waiting))
 
 
 def emit_relations(
@@ -103,7 +115,15 @@ def emit_relations(
 
 def emit_flag(lowering: Lowering, byte: int, expected: bool, text: str) -> Step:
     """End the run if a byte is not what it should be; the step that then raises is not emitted."""
-    return _emit(lowering, FlagKernel(expected), [Address(byte)], (byte,), Verdict(((0, 0),), (text,), of_values=True))
+    verdict = Verdict(((),), (_plain(f"{lowering.source}: {text}"),), of_values=True)
+    return _emit(lowering, FlagKernel(expected), [Address(byte)], (byte,), verdict)
+
+
+def emit_found(lowering: Lowering, found: int, text: str, numbers: tuple[Dim, ...]) -> Step:
+    """End the run if the number in buffer `found` is 1; the step that then raises `text` is not emitted."""
+    lowering.emit(Native(Jump(), (Address(found), 1, BEHIND_ALL)), (found,), ())
+    verdict = Verdict((numbers,), (_plain(f"{lowering.source}: ") + text,), of_values=True)
+    return Step(ArrayCall(pronounce, verdict), (found,), (), lowering.source)
 
 
 def _emit(
@@ -126,7 +146,7 @@ def as_relation(requirement: Requirement) -> tuple[str, Dim, Dim, str]:
     left, right, head = (
         _plain(text) for text in (requirement.left, requirement.right, f"{requirement.source}: {requirement.what}")
     )
-    text = f"{head}: extent {{left}} ({left}) {verb} {{right}} ({right})"
+    text = f"{head}: extent {{0}} ({left}) {verb} {{1}} ({right})"
     return ONE_OR_EQUAL if requirement.broadcast else EQUAL, requirement.left, requirement.right, text
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall, copy_exactly
+from cpu_fallback.checks import sunk
 from cpu_fallback.cores import free_memory
 from cpu_fallback.inlining import can_inline, inline_if, inline_loop
 from cpu_fallback.program import build_program
@@ -29,6 +30,7 @@ class Body:
     """A body's plan, with the slots that no execution uses at the moment."""
 
     def __init__(self, plan: Plan) -> None:
+        plan = sunk(plan)
         self._plan = dataclasses.replace(plan, program=build_program(plan))
         self._shapes = [port.shape for port in plan.input_ports]
         self._idle: deque[CpuSlot] = deque()

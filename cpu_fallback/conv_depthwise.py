@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64, literal, vector
-from cpu_fallback.conv_tiles import fma
+from cpu_fallback.conv_tiles import LINE, fma, tied
 from cpu_fallback.conv_windows import Geometry
 from cpu_fallback.epilogues import Epilogue, Place, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
@@ -48,8 +48,12 @@ class DepthwiseKernel:
         geometry = Geometry(*words.numbers(len(Geometry._fields)))
         operands = words.address()
         kind, count = vector(self.lanes, "float"), len(self.columns)
-        lists = _Lists(stack(code, 8 * ROWS), stack(code, 8 * count), stack(code, 4 * self.lanes * count))
-        _Writer(code, self, x, w, blank, out, operands, geometry, kind, lists).write(near, far)
+        lists = _Lists(
+            stack(code, 8 * ROWS),
+            stack(code, 8 * count),
+            stack(code, 4 * self.lanes * count),
+        )
+        _Writer(code, target, self, x, w, blank, out, operands, geometry, kind, lists).write(near, far)
 
     @property
     def columns(self) -> list[int]:
@@ -86,6 +90,7 @@ class _Writer:
     """A convolution while its code is written."""
 
     code: Code
+    target: Target
     kernel: DepthwiseKernel
     x: Reg
     w: Reg
@@ -101,22 +106,40 @@ class _Writer:
         return times(self.code, self.geometry.channels, i64(4))
 
     def write(self, near: Reg, far: Reg) -> None:
-        """Rows of tiles are shared out; small images go by as many channels as the first cache holds rows of."""
+        """Threads share the rows of tiles, or the channels if there are more of them than pixels, as the convolution
+        before does. Small images go by as many channels as the first cache holds rows of."""
         code, g, lanes = self.code, self.geometry, i64(self.kernel.lanes)
         bands = ceil_div(code, g.out_h, i64(self.kernel.rows))
         images = code.binary("udiv", g.pixels, most(code, times(code, g.out_w, g.out_h), i64(1)))
-        rows = thread_share(code, times(code, images, bands), 1)
+        rows, span = self._shares(times(code, images, bands), times(code, images, g.in_h, g.in_w))
         nbytes = most(code, times(code, self._reach(), g.in_w, i64(4)), i64(1))
-        some = times(code, most(code, code.binary("udiv", code.binary("udiv", near, nbytes), lanes), i64(1)), lanes)
+        some = times(
+            code,
+            most(
+                code,
+                code.binary("udiv", code.binary("udiv", near, nbytes), lanes),
+                i64(1),
+            ),
+            lanes,
+        )
         small = code.compare("icmp sle", times(code, g.in_h, g.in_w, g.channels, i64(4)), far)
         step = code.select(small, some, g.channels)
 
         def channels(first: Reg, _: list[Reg]) -> list[Reg]:
-            span = first, least(code, plus(code, first, step), g.channels)
-            code.loop(*rows, i64(1), lambda index, _: self._band(index, bands, span))
+            some = first, least(code, plus(code, first, step), span[1])
+            code.loop(*rows, i64(1), lambda index, _: self._band(index, bands, some))
             return []
 
-        code.loop(i64(0), g.channels, most(code, step, i64(1)), channels)
+        code.loop(*span, most(code, step, i64(1)), channels)
+
+    def _shares(self, bands: Reg, pixels: Reg) -> tuple[tuple[Reg, Reg], tuple[Reg, Reg]]:
+        """[start, stop) of rows of tiles and of channels."""
+        code, channels = self.code, self.geometry.channels
+        by_channels = code.compare("icmp slt", pixels, channels)
+        some_rows, some_channels = thread_share(code, bands, 1), thread_share(code, channels, LINE // 4)
+        rows = code.select(by_channels, i64(0), some_rows[0]), code.select(by_channels, bands, some_rows[1])
+        start, stop = some_channels
+        return rows, (code.select(by_channels, start, i64(0)), code.select(by_channels, stop, channels))
 
     def _reach(self) -> Reg:
         """Input rows that a tile covers."""
@@ -126,14 +149,21 @@ class _Writer:
 
     def _band(self, index: Reg, bands: Reg, span: tuple[Reg, Reg]) -> list[Reg]:
         code, g, kernel = self.code, self.geometry, self.kernel
-        image, band = code.binary("udiv", index, bands), code.binary("urem", index, bands)
+        image, band = (
+            code.binary("udiv", index, bands),
+            code.binary("urem", index, bands),
+        )
         y = times(code, band, i64(kernel.rows))
         first_row = plus(code, times(code, y, g.stride_h), code.binary("sub", g.crop_h, g.pad_h))
         line = plus(code, times(code, image, g.out_h), y)
         start = code.at(self.x, times(code, image, g.in_h, g.in_w, self._pixel))
 
         def tile(x: Reg, _: list[Reg]) -> list[Reg]:
-            column = plus(code, times(code, x, i64(kernel.stride)), code.binary("sub", g.crop_w, g.pad_w))
+            column = plus(
+                code,
+                times(code, x, i64(kernel.stride)),
+                code.binary("sub", g.crop_w, g.pad_w),
+            )
             last = plus(code, column, i64(kernel.columns[-1]))
             inside = code.binary(
                 "and", code.compare("icmp sge", column, i64(0)), code.compare("icmp slt", last, g.in_w)
@@ -161,7 +191,11 @@ class _Writer:
             y = plus(code, first_row, index)
             outside = code.binary("or", code.compare("icmp uge", y, g.in_h), away)
             place = code.at(image, plus(code, times(code, y, g.in_w, self._pixel), offset))
-            code.store(code.select(outside, self.blank, place), code.at(self.lists.rows, times(code, index, i64(8))), 8)
+            code.store(
+                code.select(outside, self.blank, place),
+                code.at(self.lists.rows, times(code, index, i64(8))),
+                8,
+            )
             return []
 
         code.loop(i64(0), self._reach(), i64(1), row)
@@ -170,7 +204,12 @@ class _Writer:
         """A tile at the edge: columns outside read one that is inside, and are masked."""
         code, g, lanes = self.code, self.geometry, self.kernel.lanes
         nearest = clamp(code, first, i64(0), most(code, code.binary("sub", g.in_w, i64(1)), i64(0)))
-        anchor = clamp(code, code.binary("sub", nearest, first), i64(0), i64(self.kernel.columns[-1]))
+        anchor = clamp(
+            code,
+            code.binary("sub", nearest, first),
+            i64(0),
+            i64(self.kernel.columns[-1]),
+        )
         for i, number in enumerate(self.kernel.columns):
             inside = code.compare("icmp ult", plus(code, first, i64(number)), g.in_w)
             offset = times(code, code.select(inside, i64(number), anchor), self._pixel)
@@ -192,7 +231,13 @@ class _Writer:
                 for ky in range(kernel.height):
                     sums = self._tap(tile, i64(ky), channel, sums)
             else:
-                sums = code.loop(i64(0), g.kernel_h, i64(1), lambda ky, x: self._tap(tile, ky, channel, x), zero)
+                sums = code.loop(
+                    i64(0),
+                    g.kernel_h,
+                    i64(1),
+                    lambda ky, x: self._tap(tile, ky, channel, x),
+                    zero,
+                )
             for r in range(kernel.rows):
                 self._store(tile, r, channel, sums[r * PIXELS : (r + 1) * PIXELS])
             return []
@@ -203,36 +248,48 @@ class _Writer:
     def _tap(self, tile: _Tile, ky: Reg, channel: Reg, sums: list[Reg]) -> list[Reg]:
         """The sums after one row of taps."""
         code, g, kernel = self.code, self.geometry, self.kernel
-        factors = self._weights(ky, channel)
-        result: list[Reg] = []
+        factors, result = self._weights(ky, channel), list(sums)
         for r in range(kernel.rows):
             row = plus(code, times(code, g.stride_h, i64(r)), times(code, ky, g.dilation_h))
             place = code.load("ptr", code.at(self.lists.rows, times(code, row, i64(8))), 8)
-            found = self._columns(tile, code.at(place, channel))
-            for i in range(PIXELS):
-                total = sums[r * PIXELS + i]
+            place = self._behind(place, r - 1, result)
+            start = code.at(place, channel)
+            for number, column in enumerate(kernel.columns):
+                value = self._column(tile, start, number)
                 for kx, factor in enumerate(factors):
-                    total = fma(code, found[i * kernel.stride + kx * kernel.dilation], factor, total)
-                result.append(total)
+                    i, rest = divmod(column - kx * kernel.dilation, kernel.stride)
+                    if 0 <= i < PIXELS and not rest:
+                        result[r * PIXELS + i] = fma(code, value, factor, result[r * PIXELS + i])
         return result
 
-    def _columns(self, tile: _Tile, start: Reg) -> dict[int, Reg]:
-        """What the tile reads of a row."""
-        code, kernel = self.code, self.kernel
+    def _behind(self, place: Reg, r: int, sums: list[Reg]) -> Reg:
+        """The same place, read once the sums of row `r` are there: else registers would run out."""
+        for i in range(r * PIXELS, (r + 1) * PIXELS):
+            if sums[i].name.startswith("%") and self.kernel.lanes >= 4:
+                place, sums[i] = tied(self.code, place, sums[i], self.target)
+        return place
+
+    def _column(self, tile: _Tile, start: Reg, number: int) -> Reg:
+        """What the tile reads of a row in one column."""
+        code, lanes = self.code, self.kernel.lanes
         if tile.inner:
-            places = {i: code.at(start, times(code, self._pixel, i64(i))) for i in kernel.columns}
-            return {i: code.load(self.kind, place, 4) for i, place in places.items()}
-        found, numbers = {}, self.kind.replace("float", "i32")
-        for i, column in enumerate(kernel.columns):
-            offset = code.load("i64", code.at(self.lists.offsets, i64(8 * i)), 8)
-            value = code.load(numbers, code.at(start, offset), 4)
-            mask = code.load(numbers, code.at(self.lists.masks, i64(4 * kernel.lanes * i)), 4)
-            found[column] = code.convert("bitcast", code.binary("and", value, mask), self.kind)
-        return found
+            return code.load(
+                self.kind,
+                code.at(start, times(code, self._pixel, i64(self.kernel.columns[number]))),
+                4,
+            )
+        bits = self.kind.replace("float", "i32")
+        offset = code.load("i64", code.at(self.lists.offsets, i64(8 * number)), 8)
+        value = code.load(bits, code.at(start, offset), 4)
+        mask = code.load(bits, code.at(self.lists.masks, i64(4 * lanes * number)), 4)
+        return code.convert("bitcast", code.binary("and", value, mask), self.kind)
 
     def _weights(self, ky: Reg, channel: Reg) -> list[Reg]:
         code = self.code
-        place = code.at(self.w, plus(code, times(code, ky, i64(self.kernel.width), self._pixel), channel))
+        place = code.at(
+            self.w,
+            plus(code, times(code, ky, i64(self.kernel.width), self._pixel), channel),
+        )
         places = [code.at(place, times(code, self._pixel, i64(kx))) for kx in range(self.kernel.width)]
         return [code.load(self.kind, place, 4) for place in places]
 
@@ -251,6 +308,10 @@ class _Writer:
             return []
 
         if r:
-            code.either(code.compare("icmp slt", plus(code, tile.y, i64(r)), g.out_h), store, lambda: [])
+            code.either(
+                code.compare("icmp slt", plus(code, tile.y, i64(r)), g.out_h),
+                store,
+                lambda: [],
+            )
         else:
             store()

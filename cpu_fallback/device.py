@@ -8,16 +8,21 @@ from collections.abc import Sequence
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
+from cpu_fallback.checks import sunk
 from cpu_fallback.layouts import assign_layouts
 from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import host
 from cpu_fallback.program import Program, build_program, zone_sizes
 from cpu_fallback.stream import CpuStream
 from cpu_fallback.turned_attention import turn_attention
+from cpu_fallback.wide_floats import widen_floats
 from gpu_engine.errors import DeviceError
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.lower import lower_graph
 from gpu_engine.plan.plan import Batching, Plan
+
+GROWTH = 6
+"""At most so many times as large as they are do weights become: a copy, and transforms for Winograd convolutions."""
 
 
 class CpuDevice:
@@ -49,7 +54,7 @@ class CpuDevice:
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         """The plan, its kernels compiled."""
-        plan = lower_graph(graph, batching, lower_node, _arrange, room_nbytes=self.free_memory() // 2)
+        plan = sunk(lower_graph(graph, batching, lower_node, _arrange, room_nbytes=self.free_memory() // GROWTH))
         return dataclasses.replace(plan, program=build_program(plan))
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream]:
@@ -82,4 +87,4 @@ class CpuDevice:
 
 
 def _arrange(graph: Graph) -> Graph:
-    return turn_attention(assign_layouts(graph, host()), host())
+    return turn_attention(assign_layouts(widen_floats(graph), host()), host())

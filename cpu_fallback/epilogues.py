@@ -14,9 +14,10 @@ from typing import NamedTuple
 from cpu_fallback.calls import Address, Word
 from cpu_fallback.code import Code, Reg, i64, vector
 from cpu_fallback.lanes import is_supported, write_expr
-from cpu_fallback.loops import literal_zero, splat
+from cpu_fallback.loops import least, literal_zero, splat
 from cpu_fallback.maps import Shape, hoisted
 from cpu_fallback.native import Target
+from cpu_fallback.packing import joined, lanes_of
 from cpu_fallback.vector_math import mangled
 from gpu_engine.ir import expr
 from gpu_engine.ir.dims import Dim
@@ -27,6 +28,8 @@ SCALAR, CHANNEL, FULL, LITERAL = "scalar", "channel", "full", "literal"
 COSTS = {"div": 4, "sqrt": 4, "exp": 20, "log": 25, "tanh": 25, "erf": 40, "sin": 40, "cos": 40, "pow": 60}
 UNROLLED = 10
 """Costs of expressions up to which every vector of a tile gets code of its own."""
+GROUP = 4
+"""Vectors that a costly expression takes at a time: its chains are long, and a scheduler holds few instructions."""
 SUM = expr.arg(0, FLOAT32)
 
 
@@ -87,15 +90,21 @@ class Epilogue:
             return []
         stage = _staged(code, place, sums)
         loaded = self._load_shared(code, place, operands)
+        height = min(place.rows, max(1, GROUP // place.vectors))
+        last = code.binary("sub", place.count, i64(1))
 
-        def row(index: Reg, _: list[Reg]) -> list[Reg]:
-            here = code.at(stage, code.binary("mul", index, i64(place.row_nbytes)))
-            offset = code.binary("mul", index, place.row)
-            found = [code.load(place.kind, code.at(here, i64(4 * place.lanes * v)), 4) for v in range(place.vectors)]
-            self._write_row(code, place, found, operands, loaded, offset)
+        def some(index: Reg, _: list[Reg]) -> list[Reg]:
+            lines = [index, *(least(code, code.binary("add", index, i64(i)), last) for i in range(1, height))]
+            found = []
+            for line in lines:
+                here = code.at(stage, code.binary("mul", line, i64(place.row_nbytes)))
+                found += [
+                    code.load(place.kind, code.at(here, i64(4 * place.lanes * v)), 4) for v in range(place.vectors)
+                ]
+            self._write_rows(code, place, found, operands, loaded, [code.binary("mul", i, place.row) for i in lines])
             return []
 
-        code.loop(i64(0), place.count, i64(1), row)
+        code.loop(i64(0), place.count, i64(height), some)
         return []
 
     def _write_unrolled(self, code: Code, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> None:
@@ -109,7 +118,7 @@ class Epilogue:
                 code.start(following)
                 offset = code.binary("add", offset, place.row) if r > 1 else place.row
             found = list(sums[r * place.vectors : (r + 1) * place.vectors])
-            self._write_row(code, place, found, operands, loaded, offset)
+            self._write_rows(code, place, found, operands, loaded, [offset], 1)
         code.branch(done)
         code.start(done)
 
@@ -126,22 +135,32 @@ class Epilogue:
                     loaded[i, v] = place.load(code, operand, v)
         return loaded
 
-    def _write_row(
+    def _write_rows(
         self,
         code: Code,
         place: Place,
         sums: Sequence[Reg],
         operands: Sequence[Reg],
         loaded: dict[tuple[int, int], Reg],
-        offset: Reg,
+        offsets: Sequence[Reg],
+        group: int = GROUP,
     ) -> None:
-        """One row, `offset` bytes from the first."""
-        for v, value in enumerate(sums):
-            values = [
-                loaded[i, v] if kind != FULL else place.load(code, code.at(operand, offset), v)
-                for i, (kind, operand) in enumerate(zip(self.kinds, operands, strict=True))
-            ]
-            place.store(code, self.apply(code, place.lanes, value, values), code.at(place.base, offset), v)
+        """Rows at these bytes from the first, so many vectors at a time. A row may come twice: all is read first."""
+        cells = [(offset, v) for offset in offsets for v in range(place.vectors)]
+        columns = [list(sums)]
+        for i, (kind, operand) in enumerate(zip(self.kinds, operands, strict=True)):
+            columns.append([
+                loaded[i, v] if kind != FULL else place.load(code, code.at(operand, offset), v) for offset, v in cells
+            ])  # fmt: skip
+        results: list[Reg] = []
+        while len(results) < len(cells):
+            count = min(group, 1 << ((len(cells) - len(results)).bit_length() - 1))
+            part = slice(len(results), len(results) + count)
+            value, *others = (joined(code, column[part]) for column in columns)
+            whole = self.apply(code, place.lanes * count, value, others)
+            results += [lanes_of(code, whole, i * place.lanes, place.lanes) for i in range(count)]
+        for (offset, v), result in zip(cells, results, strict=True):
+            place.store(code, result, code.at(place.base, offset), v)
 
     def _write_elements(self, code: Code, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> list[Reg]:
         """One element at a time: for columns that are no whole vectors, where masks are dear."""

@@ -150,7 +150,7 @@ def rectangle(
             return widened(code, stored, read.dtype)
 
         operands = [
-            joined(code, [loaded(row[i], known.get(i)) for row, known in zip(reads, splats, strict=True)])
+            packing.joined(code, [loaded(row[i], known.get(i)) for row, known in zip(reads, splats, strict=True)])
             for i in range(len(reads[0]))
         ]
         (result,) = body(operands, lambda: literal(vector(lanes * len(reads), "i1"), True), [])[0]
@@ -160,12 +160,3 @@ def rectangle(
         return []
 
     code.loop(i64(0), columns, i64(lanes), step)
-
-
-def joined(code: Code, parts: Sequence[Reg]) -> Reg:
-    """A power of two of vectors behind each other as one."""
-    if len(parts) == 1:
-        return parts[0]
-    half = len(parts) // 2
-    low, high = joined(code, parts[:half]), joined(code, parts[half:])
-    return packing.shuffled(code, low, high, range(2 * lane_count(low.type)))

@@ -43,7 +43,8 @@ def lower_last_conv_transpose(
 
 
 def lower_last_pool(lowering: Lowering, op: LastPool, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
-    call = pool_call(op.form, (inputs[0], node.inputs[0].shape), (outputs[0], node.outputs[0].shape), host())
+    x, out = node.inputs[0], node.outputs[0]
+    call = pool_call(op.form, (inputs[0], x.shape), (outputs[0], out.shape), host(), x.dtype)
     if call is None:
         return False
     lowering.emit(call, inputs, outputs)

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Address, Native, Word
 from cpu_fallback.checks import as_relation, emit_relations, is_verdict
+from cpu_fallback.interruption import STATE
 from cpu_fallback.jumps import LoopKernel, emit_jump, emit_move, land
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Call, Dim
@@ -91,17 +92,18 @@ def inline_loop(lowering: Lowering, op: Loop, plan: Plan, inputs: Buffers, outpu
     body = _Inlined(lowering, plan)
     for source, target in zip(initial, state, strict=True):
         emit_move(lowering, source, target)
-    _advance(lowering, (number, more, seen), trips, first, before=True)
+    stacked = tuple(outputs[op.carried :])
+    _advance(lowering, (number, more, seen), trips, first, before=stacked)
     away = emit_jump(lowering, more, when=False)
     condition, *results = body.emit((number, seen, *state, *captured))
-    for result, target in zip(results[op.carried :], outputs[op.carried :], strict=True):
+    for result, target in zip(results[op.carried :], stacked, strict=True):
         emit_move(lowering, result, target, number)
     condition = _apart(lowering, condition, state)
     changed = [pair for pair in zip(results[: op.carried], state, strict=True) if not _is(lowering, *pair)]
     for source, target in [(_apart(lowering, result, state), target) for result, target in changed]:
         emit_move(lowering, source, target)
-    _advance(lowering, (number, more, seen), trips, condition, before=False)
-    kept = (*state, *captured, number, seen, *(() if trips is None else (trips,)), *outputs[op.carried :])
+    _advance(lowering, (number, more, seen), trips, condition)
+    kept = (*state, *captured, number, seen, *(() if trips is None else (trips,)), *stacked)
     back = emit_jump(lowering, more, when=True, kept=(*kept, *body.verdicts))
     land(lowering, back, away + 1)
     land(lowering, away, len(lowering.steps))
@@ -125,12 +127,19 @@ def _is(lowering: Lowering, result: int, value: int) -> bool:
 
 
 def _advance(
-    lowering: Lowering, changed: tuple[int, int, int], trips: int | None, condition: int | None, *, before: bool
+    lowering: Lowering,
+    changed: tuple[int, int, int],
+    trips: int | None,
+    condition: int | None,
+    before: tuple[int, ...] | None = None,
 ) -> None:
+    """The number of the next iteration; of the first one if `before` names what all iterations together fill, whose
+    memory is theirs from here on."""
     given = tuple(buffer for buffer in (trips, condition) if buffer is not None)
-    kernel = LoopKernel(before, trips is not None, condition is not None)
-    words = tuple(map(Address, (*changed, *given)))
-    lowering.emit(Native(kernel, words), (*given, *(() if before else changed)), changed)
+    kernel = LoopKernel(before is not None, trips is not None, condition is not None)
+    words: tuple[Word, ...] = (*map(Address, changed), STATE, *map(Address, given))
+    inputs = given if before is not None else (*given, *changed)
+    lowering.emit(Native(kernel, words), inputs, (*changed, *(before or ())))
 
 
 class _Inlined:

@@ -61,9 +61,11 @@ def lower_image_conv(lowering: Lowering, op: LastConv, node: Node, inputs: Buffe
 
 
 def emit_integer_conv(
-    lowering: Lowering, op: LastConv, node: Node, inputs: Buffers, outputs: Buffers, target: Target | None = None
-) -> bool:
-    """Append the step of a convolution of int16 that `integer_images.has_integer_form`; False if it has none."""
+    lowering: Lowering, op: LastConv, node: Node, inputs: Buffers, outputs: Buffers, target: Target | None = None,
+    m: int | None = None,
+) -> bool:  # fmt: skip
+    """Append the step of a convolution of int16 that `integer_images.has_integer_form`; False if it has none. By tiles
+    if `m` is 0, by Winograd's F(m x m, 3 x 3) if it is 2 or 4, as is fastest if it is not given."""
     target, weights = target or host(), node.inputs[1].constant
     finish = _finish(op, node, inputs, target)
     if finish is None or weights is None:
@@ -72,7 +74,8 @@ def emit_integer_conv(
     if op.group > 1:
         _emit_depthwise(layer, weights)
     elif is_paired(node.inputs[0].shape, weights.shape, op.group):
-        m = best_integer_winograd(op.form, weights, node.inputs[0].shape, node.outputs[0].shape, target)
+        if m is None:
+            m = best_integer_winograd(op.form, weights, node.inputs[0].shape, node.outputs[0].shape, target)
         if m:
             _emit_winograd(layer, weights, m)
         else:
@@ -147,9 +150,10 @@ def _emit_depthwise(layer: _Layer, weights: Integers) -> None:
     lanes = min(tile_shape(layer.target).lanes, 1 << (channels.bit_length() - 1))
     rows = 1 if geometry.out_h == 1 else 2
     height = geometry.kernel_h if geometry.kernel_h <= 3 else 0
+    steps = (geometry.stride_h, geometry.dilation_h)
     epilogue, real = layer.finish.epilogue.of_floats()
     kernel = IntegerDepthwiseKernel(
-        weights.shape[-1], height, op.dilations[-1], op.strides[-1], rows, lanes, epilogue, real
+        weights.shape[-1], height, op.dilations[-1], op.strides[-1], rows, lanes, steps, epilogue, real
     )  # fmt: skip
     packed = lowering.constant(depthwise_weights(weights.astype(np.float32)))
     blank = lowering.constant(np.zeros(kernel.blank_elements(channels), np.float32))

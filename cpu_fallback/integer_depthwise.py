@@ -25,8 +25,8 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class IntegerDepthwiseKernel:
-    """`conv_depthwise.DepthwiseKernel` for int16 images and weights in float32, with the same words. `epilogue` is of
-    float32 sums if `real`, else of int32."""
+    """`conv_depthwise.DepthwiseKernel` for int16 images and weights in float32, with the same words. `steps` are the
+    distances of windows and of taps down the image; `epilogue` is of float32 sums if `real`, else of int32."""
 
     width: int
     height: int
@@ -34,6 +34,7 @@ class IntegerDepthwiseKernel:
     stride: int
     rows: int
     lanes: int
+    steps: tuple[int, int]
     epilogue: IntegerEpilogue
     real: bool
 
@@ -56,6 +57,16 @@ class IntegerDepthwiseKernel:
     def blank_elements(self, channels: int) -> int:
         """Zeros that stand for a row outside the image."""
         return (self.columns[-1] + 1) * channels
+
+
+def pinned(code: Code, values: list[Reg], target: Target) -> list[Reg]:
+    """The same values, whole registers each, computed now: else LLVM puts off what only one branch behind stores, and
+    spills all it needs."""
+    letter, kind = "v" if target.masked else "x", f"{{ {', '.join(value.type for value in values)} }}"
+    constraints = ",".join([*[f"={letter}"] * len(values), *map(str, range(len(values)))])
+    text = f'call {kind} asm sideeffect "", "{constraints}"({", ".join(map(str, values))})'
+    both = code.let(kind, text)
+    return [code.let(value.type, f"extractvalue {both}, {i}") for i, value in enumerate(values)]
 
 
 @dataclass(frozen=True)
@@ -191,9 +202,7 @@ class _Writer:
             channel = times(code, least(code, first, last), i64(4))
             zero = [literal(self.kind, 0)] * (kernel.rows * PIXELS)
             if kernel.height:
-                sums = zero
-                for ky in range(kernel.height):
-                    sums = self._tap(tile, i64(ky), channel, sums)
+                sums = self._window(tile, channel, zero)
             else:
                 sums = code.loop(i64(0), g.kernel_h, i64(1), lambda ky, x: self._tap(tile, ky, channel, x), zero)
             for r in range(kernel.rows):
@@ -202,6 +211,25 @@ class _Writer:
 
         code.loop(*span, i64(kernel.lanes), vectors)
         return []
+
+    def _window(self, tile: _Tile, channel: Reg, sums: list[Reg]) -> list[Reg]:
+        """The sums of windows of a known height: every element of the image is converted once for all of them."""
+        code, kernel = self.code, self.kernel
+        stride, dilation = kernel.steps
+        totals, windows = list(sums), [(r, ky) for r in range(kernel.rows) for ky in range(kernel.height)]
+        for y in sorted({r * stride + ky * dilation for r, ky in windows}):
+            place = code.load("ptr", code.at(self.lists.rows, i64(8 * y)), 8)
+            start = code.at(place, narrow(code, channel, INT16))
+            uses = [(r, self._weights(i64(ky), channel)) for r, ky in windows if r * stride + ky * dilation == y]
+            for number, column in enumerate(kernel.columns):
+                value = self._column(tile, start, number, column)
+                for r, factors in uses:
+                    for kx, factor in enumerate(factors):
+                        i, rest = divmod(column - kx * kernel.dilation, kernel.stride)
+                        if rest == 0 and 0 <= i < PIXELS:
+                            totals[r * PIXELS + i] = fma(code, value, factor, totals[r * PIXELS + i])
+            totals = pinned(code, totals, self.target) if self.target.x86 and kernel.lanes >= 4 else totals
+        return totals
 
     def _tap(self, tile: _Tile, ky: Reg, channel: Reg, sums: list[Reg]) -> list[Reg]:
         """The sums after one row of taps."""
@@ -221,17 +249,17 @@ class _Writer:
 
     def _columns(self, tile: _Tile, start: Reg) -> dict[int, Reg]:
         """What the tile reads of a row."""
-        code, kernel = self.code, self.kernel
+        return {column: self._column(tile, start, i, column) for i, column in enumerate(self.kernel.columns)}
+
+    def _column(self, tile: _Tile, start: Reg, number: int, column: int) -> Reg:
+        """What the tile reads at one of its columns."""
+        code, numbers = self.code, self.kind.replace("float", "i32")
         if tile.inner:
-            places = {i: code.at(start, times(code, self._pixel, i64(i))) for i in kernel.columns}
-            return {i: self._widened(self._load(place)) for i, place in places.items()}
-        found, numbers = {}, self.kind.replace("float", "i32")
-        for i, column in enumerate(kernel.columns):
-            offset = code.load("i64", code.at(self.lists.offsets, i64(8 * i)), 8)
-            value = code.convert("sext", self._load(code.at(start, offset)), numbers)
-            mask = code.load(numbers, code.at(self.lists.masks, i64(4 * kernel.lanes * i)), 4)
-            found[column] = self._widened(code.binary("and", value, mask))
-        return found
+            return self._widened(self._load(code.at(start, times(code, self._pixel, i64(column)))))
+        offset = code.load("i64", code.at(self.lists.offsets, i64(8 * number)), 8)
+        value = code.convert("sext", self._load(code.at(start, offset)), numbers)
+        mask = code.load(numbers, code.at(self.lists.masks, i64(4 * self.kernel.lanes * number)), 4)
+        return self._widened(code.binary("and", value, mask))
 
     def _load(self, place: Reg) -> Reg:
         return self.code.load(vector(self.kernel.lanes, "i16"), place, 2)

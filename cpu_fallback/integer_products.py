@@ -6,13 +6,16 @@ constant is read as it is where its columns are contiguous, else its rows are in
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cpu_fallback import packing
 from cpu_fallback.byte_products import emit_bytes, product_operands
 from cpu_fallback.dots import MOST_ROWS
-from cpu_fallback.gemm import lower_gemm
+from cpu_fallback.gemm import converted, emit_product, lower_gemm
 from cpu_fallback.gemm_driver import PACKED, PLAIN, TRANSPOSED
 from cpu_fallback.integer_conv import emit_tiles, is_paired
 from cpu_fallback.integer_epilogues import integer_finish
+from cpu_fallback.integer_images import CENTRED, EXACT
 from cpu_fallback.lanes import is_supported
 from cpu_fallback.maps import Shape, Walked, broadcast_strides, compacted, contiguous_strides, walk_call
 from cpu_fallback.native import Target, host
@@ -20,9 +23,9 @@ from cpu_fallback.product_calls import Matrix, Product, emit_call
 from cpu_fallback.tiles import tile_shape
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import INT16, INT32
+from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, INT16, INT32
 from gpu_engine.ir.expr import Expr
-from gpu_engine.ir.graph import Node
+from gpu_engine.ir.graph import Node, TensorType, Value
 from gpu_engine.ir.ops import Conv, MatMul
 from gpu_engine.plan.lower import Lowering
 
@@ -35,6 +38,7 @@ def lower_integer_matmul(lowering: Lowering, op: MatMul, node: Node, inputs: Buf
     found = emit_rows(lowering, op, node, inputs, outputs, host())
     found = found or emit_pairs(lowering, op, node, inputs, outputs, host())
     found = found or emit_bytes(lowering, op, node, inputs, outputs, host())
+    found = found or emit_floats(lowering, op, node, inputs, outputs, host())
     return found or lower_gemm(lowering, op, node, inputs, outputs)
 
 
@@ -56,6 +60,23 @@ def emit_rows(lowering: Lowering, op: MatMul, node: Node, inputs: Buffers, outpu
     x, out = (inputs[0], (1, rows, depth)), (outputs[0], (1, rows, shape[-1]))
     emit_tiles(lowering, target, Conv((1,), (0,), (0,), (1,)), x, out, weights, finish)
     return True
+
+
+def emit_floats(
+    lowering: Lowering, op: MatMul, node: Node, inputs: Buffers, outputs: Buffers, target: Target
+) -> bool:  # fmt: skip
+    """Append a product of bytes less a zero point as one of floats that hold every sum; False if it is another."""
+    a, b, *extras = node.inputs
+    if not a.dtype == b.dtype == INT16 or op.accumulate != INT32:
+        return False
+    depth = a.shape[-2 if op.transpose_a else -1]
+    real = FLOAT32 if isinstance(depth, int) and depth * CENTRED**2 < EXACT else FLOAT64
+    epilogue = expr.substitute(op.epilogue or expr.arg(0, INT32), {0: expr.cast(expr.arg(0, real), INT32)})
+    factors = [Value(TensorType(real, value.shape)) for value in (a, b)]
+    buffers = [converted(lowering, *pair, real) for pair in zip(inputs, (a.shape, b.shape), strict=False)]
+    plain = replace(op, accumulate=None, epilogue=epilogue)
+    whole = replace(node, op=plain, inputs=(*factors, *extras))
+    return emit_product(lowering, plain, whole, (*buffers, *inputs[2:]), outputs, target)
 
 
 def _is_narrow(op: MatMul, node: Node, target: Target) -> bool:

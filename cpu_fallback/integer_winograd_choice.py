@@ -17,7 +17,8 @@ from gpu_engine.ir.ops import Conv
 PRODUCTS = 3
 """Products of a lane in a cycle: three instructions make two pairs."""
 TRANSFORM_CYCLES = {2: (25, 40), 4: (80, 150)}
-"""Of one image tile: of a vector of int16 there, of a vector of int32 back."""
+"""Of one image tile: of a vector of int16 there, of a vector of int32 back; benchmarks/integer_conv.py measures what
+follows from it."""
 FAR_NBYTES = 5
 """Bytes a cycle of weights that the second cache cannot keep."""
 SMALL, LARGE = 1, 512

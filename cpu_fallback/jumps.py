@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from cpu_fallback.calls import Address, Native
 from cpu_fallback.code import Code, Reg, i64, literal
-from cpu_fallback.loops import Words, thread_share
+from cpu_fallback.interruption import PERIOD, write_look
+from cpu_fallback.loops import THREAD, Words, thread_share
 from cpu_fallback.native import Target
 from gpu_engine.plan.lower import Lowering
 from gpu_engine.plan.memory import buffer_nbytes
@@ -29,8 +30,8 @@ class Jump:
 class LoopKernel:
     """Before the first iteration (`first`) or after one: the number of the next, and whether there is one.
 
-    Words: number int64, whether there is another bool, the condition that the body sees bool, trips int64 if `counted`,
-    the condition that was computed last, bool, if `conditional`.
+    Words: number int64, whether there is another bool, the condition that the body sees bool, address of
+    `interruption.STATE`, trips int64 if `counted`, the condition that was computed last, bool, if `conditional`.
     """
 
     first: bool
@@ -38,8 +39,13 @@ class LoopKernel:
     conditional: bool
 
     def write(self, code: Code, target: Target) -> None:
+        """The first thread counts."""
+        first = code.compare("icmp eq", THREAD, i64(0))
+        code.either(first, lambda: self._count(code), lambda: [])
+
+    def _count(self, code: Code) -> list[Reg]:
         words = Words(code)
-        number, more, seen = words.pointers(3)
+        number, more, seen, state = words.pointers(4)
         trips = words.take("ptr") if self.counted else None
         condition = words.take("ptr") if self.conditional else None
         count = i64(0) if self.first else code.binary("add", code.load("i64", number, 8), i64(1))
@@ -51,7 +57,12 @@ class LoopKernel:
         if trips is not None:
             left = code.compare("icmp slt", count, code.load("i64", trips, 8))
             going = code.binary("and", going, code.convert("zext", left, "i8"))
+        rest = code.binary("and", count, i64(PERIOD - 1))
+        due = code.binary("and", code.compare("icmp eq", rest, i64(0)), code.compare("icmp ne", count, i64(0)))
+        (ends,) = code.either(due, lambda: [write_look(code, state)], lambda: [i64(0)])
+        going = code.select(code.compare("icmp eq", ends, i64(0)), going, literal("i8", 0))
         code.store(going, more, 1)
+        return []
 
 
 @dataclass(frozen=True)

@@ -85,11 +85,21 @@ def write_expr(code: Code, expr: Expr, operands: Mapping[int, Reg], lanes: int) 
             values[node] = converted(values[node.args[0]], node.args[0].dtype, node.dtype, node.value)
         elif (exponent := _logistic_exponent(node)) is not None:
             values[node] = vector_math.logistic_of_negated(values[exponent])
+        elif (divisor := _known_divisor(node)) is not None:
+            values[node] = vector_math.divided(values[node.args[0]], divisor)
         else:
             operation = find_operation(node.op, node.args[-1].dtype)
             assert operation is not None
             values[node] = operation(*(values[child] for child in node.args))
     return values[expr].reg
+
+
+def _known_divisor(node: Expr) -> float | None:
+    """What a float32 is divided by, if multiplying does the same in less time."""
+    if node.op != "div" or node.dtype != FLOAT32 or node.args[1].op != "const":
+        return None
+    divisor = float(node.args[1].value)
+    return divisor if 2.0**-60 <= abs(divisor) <= 2.0**60 else None
 
 
 def _logistic_exponent(node: Expr) -> Expr | None:

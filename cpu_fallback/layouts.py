@@ -194,7 +194,8 @@ class _Rule:
     def _pooled(self, node: Node, op: Pool) -> Value | None:
         (x,) = node.inputs
         image = self._source(x)
-        if image is None or x.dtype != FLOAT32 or len(op.kernel) > AXES:
+        native = x.dtype == FLOAT32 or (x.dtype == INT16 and op.kind == "max")
+        if image is None or not native or len(op.kernel) > AXES:
             return None
         if not isinstance(x.shape[1], int) or not x.shape[1] or not prod(op.kernel):
             return None

@@ -9,6 +9,7 @@ import numpy as np
 from cpu_fallback.borders import lower_borders
 from cpu_fallback.calls import Array, ArrayCall
 from cpu_fallback.copies import Padding, can_copy, emit_copy, emit_pad
+from cpu_fallback.gathers import lower_blocks
 from cpu_fallback.maps import broadcast_strides, contiguous_strides
 from cpu_fallback.scalars import lower_pick
 from cpu_fallback.transposition import SCALARS, as_matrices, transpose_call
@@ -69,7 +70,7 @@ def lower_concat(lowering: Lowering, op: Concat, node: Node, inputs: Buffers, ou
 
 
 def lower_gather(lowering: Lowering, op: Gather, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
-    if not lower_pick(lowering, op, node, inputs, outputs):
+    if not any(lower(lowering, op, node, inputs, outputs) for lower in (lower_pick, lower_blocks)):
         lowering.emit(ArrayCall(gather_into, op), inputs, outputs)
     return True
 

@@ -1,7 +1,8 @@
 """Native code: the host's vector features, the one function that compiles, and the process-wide cache of kernels.
 
 All kernels of a plan are one module: llvmlite holds a lock of its own around every call into LLVM, so that compiling
-several modules on threads would gain nothing.
+several modules on threads would gain nothing. Processes would: two save a third of a second of the one that a large
+network takes, the first time that a machine loads it. `object_cache` saves all of it every other time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cpu_fallback.object_cache import digest, object_cache
 VERSIONS = ("1", llvmlite.__version__, ".".join(map(str, llvm.llvm_version_info)))
 """What machine code depends on besides its text: the passes of `_object`, counted, and the compiler."""
 SIGNATURE = "ptr %block, i64 %thread, i64 %threads"
-Walk = Callable[[int, int, int, int], None]
+Walk = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -89,23 +90,20 @@ class Library:
             return {kernel: self._addresses[target, kernel] for kernel in wanted}
 
     def walker(self) -> Walk:
-        """walk(address of a table, steps, thread, threads): one call for many steps, without the GIL.
+        """walk(address of {table, steps}): one call for many steps, without the GIL.
 
-        The table holds {function pointer, argument block pointer} for each step; null for `jumps.Jump`.
+        The table holds {function pointer, argument block pointer} for each step; null for `jumps.Jump`. One argument:
+        converting each costs as much as a small step.
         """
         with self._lock:
             if self._walk is None:
-                self._compile("", host())
-            assert self._walk is not None
+                engine = self._compile(WALK, host())
+                self._walk = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("walk"))
             return self._walk
 
     def _compile(self, text: str, target: Target) -> Any:
-        """The module, and with the first one the walker."""
-        engine = compile_module(text if self._walk is not None else text + WALK, target)
+        engine = compile_module(text, target)
         self._engines.append(engine)
-        if self._walk is None:
-            kinds = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
-            self._walk = ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address("walk"))
         return engine
 
 
@@ -163,8 +161,11 @@ def attributes(target: Target) -> str:
 
 
 WALK = """
-define void @walk(ptr %table, i64 %steps, i64 %thread, i64 %threads) nounwind {
+define void @walk(ptr %job) nounwind {
 entry:
+  %table = load ptr, ptr %job
+  %count = getelementptr i8, ptr %job, i64 8
+  %steps = load i64, ptr %count
   %end = getelementptr { ptr, ptr }, ptr %table, i64 %steps
   br label %head
 head:
@@ -179,7 +180,7 @@ body:
   %plain = icmp ne ptr %function, null
   br i1 %plain, label %step, label %jump
 step:
-  call void %function(ptr %block, i64 %thread, i64 %threads)
+  call void %function(ptr %block, i64 0, i64 1)
   br label %head
 jump:
   %byte = load ptr, ptr %block

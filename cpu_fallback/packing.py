@@ -15,11 +15,12 @@ import numpy as np
 
 from cpu_fallback.calls import Array
 from cpu_fallback.code import Code, Reg, i64, lane_count, vector
-from cpu_fallback.loops import lane_mask, least, literal_zero
-from cpu_fallback.native import Target, attributes
+from cpu_fallback.loops import Words, lane_mask, least, literal_zero, thread_share
+from cpu_fallback.native import Target, attributes, host
 from cpu_fallback.pages import PAGES
 from cpu_fallback.tiles import NBYTES, TileShape
 from cpu_fallback.vector_math import mangled
+from cpu_fallback.weight_kernels import gathered, lines_of, over, run_kernel
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 
@@ -45,6 +46,11 @@ def pack_panels(b: Array, shape: TileShape, dtype: Any) -> Array:
     """b [..., K, N] as panels [..., K * padded(N)] of `dtype`."""
     *lead, depth, n = b.shape
     packed = PAGES.zeros((*lead, depth * dims.number(padded(n, shape.lanes))), dtype)
+    if b.dtype == dtype and shape.nbytes == 4 and len(lead) < 2:
+        steps = (0,) * (1 - len(lead)) + b.strides
+        kernel = PackedPanels(shape.lanes, shape.vectors, steps[-1] == 4)
+        run_kernel(kernel, host(), b, packed, *lead or (1,), depth, n, *steps)
+        return packed
     stops = accumulate(width * shape.lanes for width in panel_widths(n, shape))
     start = 0
     for stop in stops:
@@ -52,6 +58,56 @@ def pack_panels(b: Array, shape: TileShape, dtype: Any) -> Array:
         panel[..., : min(stop, n) - start] = b[..., start:stop]
         start = stop
     return packed
+
+
+@dataclass(frozen=True)
+class PackedPanels:
+    """`pack_panels` of elements of 4 bytes, whose rows are contiguous or not.
+
+    Words: addresses of b and of the panels; matrices, depth, columns; bytes from one to the next of each.
+    """
+
+    lanes: int
+    vectors: int
+    contiguous: bool
+
+    def write(self, code: Code, target: Target) -> None:
+        words = Words(code)
+        source, out = words.pointers(2)
+        matrices, depth, columns, *steps = words.numbers(6)
+        cut = panels(code, columns, TileShape(1, self.vectors, self.lanes, "float"))
+        padded_columns = code.binary("mul", cut.vectors, i64(self.lanes))
+
+        def one(index: Reg, _: list[Reg]) -> list[Reg]:
+            matrix, panel = code.binary("udiv", index, cut.count), code.binary("urem", index, cut.count)
+            first, width = (code.binary("mul", part, i64(self.lanes)) for part in (cut.start(panel), cut.width(panel)))
+            skipped = code.binary("add", code.binary("mul", matrix, padded_columns), first)
+            start = code.at(code.at(source, code.binary("mul", matrix, steps[0])), code.binary("mul", first, steps[2]))
+            place = code.at(out, code.binary("mul", code.binary("mul", skipped, depth), i64(4)))
+            left = code.binary("sub", columns, first)
+            over(code, cut.width(panel), lambda v: self._column(code, v, left, (start, place), (depth, width, *steps)))
+            return []
+
+        code.loop(*thread_share(code, code.binary("mul", matrices, cut.count), 1), i64(1), one)
+
+    def _column(self, code: Code, v: Reg, left: Reg, ends: tuple[Reg, Reg], sizes: tuple[Reg, ...]) -> None:
+        """The lanes of vector `v` of a panel, for the whole depth."""
+        depth, width, _, depth_step, column_step = sizes
+        lane, kind = code.binary("mul", v, i64(self.lanes)), vector(self.lanes, "float")
+        lines = lines_of(code, ends[0], lane, left, column_step, 1 if self.contiguous else self.lanes)
+        to, line = code.at(ends[1], code.binary("mul", lane, i64(4))), code.binary("mul", width, i64(4))
+        mask = lane_mask(code, self.lanes, code.binary("sub", left, lane))
+        name = f"llvm.masked.load.{mangled(kind)}.p0"
+
+        def row(k: Reg) -> None:
+            offset = code.binary("mul", k, depth_step)
+            if self.contiguous:
+                value = code.call(kind, name, code.at(lines[0], offset), Reg("1", "i32"), mask, literal_zero(kind))
+            else:
+                value = gathered(code, lines, offset, left, lane)
+            code.store(value, code.at(to, code.binary("mul", k, line)), 4)
+
+        over(code, depth, row)
 
 
 def pack_narrow_panels(b: Array, shape: TileShape) -> Array:
@@ -236,6 +292,15 @@ def transposed(code: Code, rows: Sequence[Reg]) -> list[Reg]:
 def lanes_of(code: Code, x: Reg, start: int, count: int) -> Reg:
     """Some lanes of a vector."""
     return x if count == lane_count(x.type) else shuffled(code, x, Reg("poison", x.type), range(start, start + count))
+
+
+def joined(code: Code, parts: Sequence[Reg]) -> Reg:
+    """A power of two of vectors behind each other as one."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    low, high = joined(code, parts[:half]), joined(code, parts[half:])
+    return shuffled(code, low, high, range(2 * lane_count(low.type)))
 
 
 def shuffled(code: Code, a: Reg, b: Reg, picks: Sequence[int]) -> Reg:

@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 from cpu_fallback.calls import Address, Native
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
-from cpu_fallback.lanes import write_expr
+from cpu_fallback.lanes import STORED, write_expr
 from cpu_fallback.loops import Words, splat, thread_share
 from cpu_fallback.native import Target
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import FLOAT32
+from gpu_engine.ir.dtypes import FLOAT32, INT16, DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.ops import Pool
 
 AXES = 3
 CHAINS = 4
-LOWEST = float("-inf")
+LOWEST = {FLOAT32: float("-inf"), INT16: -(2**15)}
 
 
 class Axis(NamedTuple):
@@ -43,7 +43,7 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class PoolKernel:
-    """A pool by content; there are at least as many channels as `lanes`.
+    """A pool of float32, or maxima of int16, by content; there are at least as many channels as `lanes`.
 
     Words: addresses of x and the result; pixels of the result over the whole batch, channels; the axes, the last first.
     """
@@ -51,6 +51,7 @@ class PoolKernel:
     kind: str
     count_padding: bool
     lanes: int
+    dtype: DType = FLOAT32
 
     def write(self, code: Code, target: Target) -> None:
         words = Words(code)
@@ -61,7 +62,7 @@ class PoolKernel:
 
     @property
     def fold(self) -> Expr:
-        a, b = expr.arg(0, FLOAT32), expr.arg(1, FLOAT32)
+        a, b = expr.arg(0, self.dtype), expr.arg(1, self.dtype)
         return expr.apply("max", a, b) if self.kind == "max" else a + b
 
 
@@ -78,14 +79,19 @@ class _Writer:
 
     @property
     def _kind(self) -> str:
-        return vector(self.kernel.lanes, "float")
+        return vector(self.kernel.lanes, STORED[self.kernel.dtype])
+
+    @property
+    def _size(self) -> int:
+        """Bytes of an element."""
+        return self.kernel.dtype.itemsize
 
     def write(self, pixels: Reg) -> None:
         code = self.code
 
         def pixel(index: Reg, _: list[Reg]) -> list[Reg]:
             spans, steps, base, size = self._window(index)
-            to = code.at(self.out, times(code, index, self.channels, i64(4)))
+            to = code.at(self.out, times(code, index, self.channels, i64(self._size)))
             lanes = self.kernel.lanes
             many = times(code, code.binary("udiv", self.channels, i64(CHAINS * lanes)), i64(CHAINS * lanes))
             for start, stop, chains in ((i64(0), many, CHAINS), (many, self.channels, 1)):
@@ -102,7 +108,7 @@ class _Writer:
         """Of a pixel: per axis the taps inside x and the bytes from one to the next; its first tap; how many count."""
         code, rest = self.code, index
         spans, steps, size = [], [], i64(1)
-        base, stride = i64(0), times(code, self.channels, i64(4))
+        base, stride = i64(0), times(code, self.channels, i64(self._size))
         for axis in self.axes:
             results = most(code, axis.results, i64(1))
             place, rest = code.binary("urem", rest, results), code.binary("udiv", rest, results)
@@ -130,7 +136,7 @@ class _Writer:
     ) -> list[Reg]:
         code, lanes = self.code, self.kernel.lanes
         last = code.binary("sub", self.channels, i64(chains * lanes))
-        channel = times(code, clamp(code, first, i64(0), last), i64(4))
+        channel = times(code, clamp(code, first, i64(0), last), i64(self._size))
         start = code.at(self.x, plus(code, base, channel))
 
         def taps(axis: int, place: Reg, values: list[Reg]) -> list[Reg]:
@@ -145,18 +151,19 @@ class _Writer:
             sums = code.loop(*spans[axis], i64(1), tap, [literal(self._kind, 0)] * chains)
             return [code.binary("fadd", value, part) for value, part in zip(values, sums, strict=True)]
 
-        initial = literal(self._kind, LOWEST if self.kernel.kind == "max" else 0)
+        initial = literal(self._kind, LOWEST[self.kernel.dtype] if self.kernel.kind == "max" else 0)
         values = taps(AXES - 1, start, [initial] * chains)
         if self.kernel.kind == "average":
             count = splat(code, code.let("float", f"sitofp {size} to float"), lanes)
             values = [code.binary("fdiv", value, count) for value in values]
         for i, value in enumerate(values):
-            code.store(value, code.at(to, plus(code, channel, i64(4 * lanes * i))), 4)
+            code.store(value, code.at(to, plus(code, channel, i64(self._size * lanes * i))), self._size)
         return []
 
     def _folded(self, place: Reg, values: list[Reg]) -> list[Reg]:
         code, lanes = self.code, self.kernel.lanes
-        loaded = [code.load(self._kind, code.at(place, i64(4 * lanes * i)), 4) for i in range(len(values))]
+        places = [code.at(place, i64(self._size * lanes * i)) for i in range(len(values))]
+        loaded = [code.load(self._kind, own, self._size) for own in places]
         return [
             write_expr(code, self.kernel.fold, {0: value, 1: new}, lanes)
             for value, new in zip(values, loaded, strict=True)
@@ -164,14 +171,14 @@ class _Writer:
 
 
 def pool_call(
-    op: Pool, x: tuple[int, tuple[Dim, ...]], out: tuple[int, tuple[Dim, ...]], target: Target
+    op: Pool, x: tuple[int, tuple[Dim, ...]], out: tuple[int, tuple[Dim, ...]], target: Target, dtype: DType = FLOAT32
 ) -> Native | None:
-    """The pool of buffer and shape `x` [N, spatial..., C] to `out`, at most three spatial axes, float32; None if an
-    extent of the channels or of the padding is not known now."""
+    """The pool of buffer and shape `x` [N, spatial..., C] to `out`, at most three spatial axes, float32, or int16 where
+    it is a maximum; None if an extent of the channels or of the padding is not known now."""
     channels, rank = x[1][-1], len(op.kernel)
     if not isinstance(channels, int) or not channels or rank > AXES:
         return None
-    lanes = min(target.vector_nbytes // 4, 1 << (channels.bit_length() - 1))
+    lanes = min(target.vector_nbytes // dtype.itemsize, 1 << (channels.bit_length() - 1))
     unit: Sequence[Dim] = Axis(1, 1, 1, 1, 1, 0, 0, 1, 1)
     axes = [
         Axis(
@@ -183,5 +190,5 @@ def pool_call(
         )
     ]  # fmt: skip
     numbers = [number for axis in (*reversed(axes), *[unit] * (AXES - rank)) for number in axis]
-    kernel = PoolKernel(op.kind, op.count_include_pad, lanes)
+    kernel = PoolKernel(op.kind, op.count_include_pad, lanes, dtype)
     return Native(kernel, (Address(x[0]), Address(out[0]), dims.product(out[1][:-1]), channels, *numbers))

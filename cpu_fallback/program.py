@@ -49,7 +49,8 @@ class Zone:
 
 @dataclass(frozen=True)
 class Table:
-    """The native steps of a segment: rows of {function, argument block}, and how the blocks are filled.
+    """The native steps of a segment: rows of {function, argument block}, how the blocks are filled, and the `jobs`:
+    bytes before the first row and number of rows of each run, and two words that are 0.
 
     `gather` maps each word to a place in [numbers, addresses of the arena's and the ports' buffers, `statics`,
     addresses of `foreign` buffers, which an earlier segment owns]. `shifts` are (word, number to add).
@@ -61,6 +62,7 @@ class Table:
     statics: Ints
     foreign: tuple[int, ...]
     shifts: tuple[Ints, Ints]
+    jobs: Ints
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ class _Builder:
         traffic = traffic_of(self.sizes, self.numbers)
         self.numbers.compile()
         last = self.plan.steps[self.steps[-1]] if self.steps else None
-        table = Table(np.array(functions, np.int64), np.array(blocks, np.int64) * 8, gather, statics, foreign, shifts)
+        jobs = np.array([(16 * start, count, 0, 0) for start, count in binder.runs], np.int64).reshape(-1, 4)
+        starts = np.array(blocks, np.int64) * 8
+        table = Table(np.array(functions, np.int64), starts, gather, statics, foreign, shifts, jobs)
         binds = self.steps[-1] if last is not None and last.binds else None
         return Segment(
             self.names, self.numbers, arena, ports, table, traffic, binder.compile(), tuple(array_steps),
@@ -193,7 +197,8 @@ class _Builder:
             addressed = {word.buffer for word in step.kernel.words if isinstance(word, Address)}
             assert addressed <= listed, f"{step.source}: {step.kernel.kernel} reads buffers that its step does not list"
             functions.append(self.kernels[step.kernel.kernel])
-            self.sizes.append([buffer_nbytes(self.plan.buffers[i]) for i in (*step.inputs, *step.outputs)])
+            touched = () if isinstance(step.kernel.kernel, Jump) else (*step.inputs, *step.outputs)
+            self.sizes.append([buffer_nbytes(self.plan.buffers[i]) for i in touched])
             blocks.append(len(self.words))
             self.words += step.kernel.words
         return functions, blocks, calls
@@ -272,46 +277,47 @@ def bind(
     memory = allocate(arena_nbytes, ports_nbytes)
     addresses = np.concatenate([arena + address_of(memory[0]), ports + address_of(memory[1])])
     table = _filled(segment.table, numbers, addresses, before)
-    arrays, calls = segment.make(values, arena.tolist(), ports.tolist(), *memory, before, address_of(table))
+    jobs = table[len(table) - segment.table.jobs.size :]
+    arrays, calls = segment.make(values, arena.tolist(), ports.tolist(), *memory, before, address_of(jobs))
     located: dict[int, tuple[Array, int]] = {}
     if segment.binds is not None:
         for zone, piece, offsets in ((segment.arena, memory[0], arena), (segment.ports, memory[1], ports)):
             located |= {buffer: (piece, start) for buffer, start in zip(zone.owned, offsets.tolist(), strict=True)}
-    shares = [] if team is None else _led(segment, numbers, calls, team)
+    shares = [] if team is None else _led(segment, numbers, calls, jobs.reshape(-1, 4), team)
     return Bound(extents, calls, arrays, located, memory, table, shares)
 
 
-def _led(segment: Segment, numbers: Ints, calls: list[Call], team: Team) -> list[Array]:
+def _led(segment: Segment, numbers: Ints, calls: list[Call], jobs: Ints, team: Team) -> list[Array]:
     """Have long native runs among the calls led instead of walked; how their steps are shared."""
-    nbytes, first, kept = segment.traffic.nbytes(numbers), 0, []
-    for i, step in enumerate(segment.array_steps):
-        if step is not None:
-            continue
-        place, count = calls[i][1][:2]
-        straight = segment.table.functions[first : first + count].all()
-        shares = shares_of(nbytes[first : first + count]) if straight else None
-        first += count
-        if shares is not None and team.start():
-            calls[i] = (team.lead, (team.address, place, count, address_of(shares)))
-            kept.append(shares)
-    return kept
+    places = segment.table.jobs
+    shares, worth = shares_of(segment.traffic.nbytes(numbers), places[:, 0] // 16, places[:, 1])
+    if not any(worth) or not team.start():
+        return []
+    native = [i for i, step in enumerate(segment.array_steps) if step is None]
+    for i, job, led in zip(native, jobs, worth, strict=True):
+        if led:
+            calls[i] = (team.lead, calls[i][1])
+            job[2:] = address_of(shares) + (job[0] - jobs[0, 0]) // 16, team.address
+    return [shares]
 
 
 def _filled(table: Table, numbers: Ints, addresses: Ints, before: Sequence[Bound]) -> Ints:
-    """[function, block] rows, then the blocks, in one array."""
-    rows = len(table.functions)
-    filled = np.empty(2 * rows + len(table.gather), np.int64)
+    """[function, block] rows, then the blocks, then the jobs, in one array."""
+    rows, words = len(table.functions), 2 * len(table.functions) + len(table.gather)
+    filled = np.empty(words + table.jobs.size, np.int64)
     if not rows:
         return filled
     parts = [numbers, addresses, table.statics]
     if table.foreign:
         parts.append(np.array([_foreign_address(owner, before) for owner in table.foreign], np.int64))
-    blocks = filled[2 * rows :]
+    blocks = filled[2 * rows : words]
     np.take(np.concatenate(parts), table.gather, out=blocks, mode="clip")
     if len(table.shifts[0]):
         blocks[table.shifts[0]] += numbers[table.shifts[1]]
     filled[0 : 2 * rows : 2] = table.functions
     filled[1 : 2 * rows : 2] = table.blocks + (address_of(filled) + 16 * rows)
+    filled[words:] = table.jobs.ravel()
+    filled[words::4] += address_of(filled)
     return filled
 
 

@@ -67,7 +67,7 @@ def lower_pick(lowering: Lowering, op: Gather, node: Node, inputs: Buffers, outp
         return False
     verdict = None
     if not isinstance(extent, int):
-        text = f"{lowering.source}: index {place} of an axis of {{left}} elements"
+        text = f"{lowering.source}: index {place} of an axis of {{0}} elements"
         verdict = emit_relations(lowering, [(GREATER, extent, least - 1, text)])
     before, behind = x.shape[: op.axis], x.shape[op.axis + 1 :]
     strides = contiguous_strides(x.shape)

@@ -16,11 +16,13 @@ LEAST_NBYTES = 16 << 10
 """What a step reads and writes, for two threads to gain by sharing it."""
 RUN_NBYTES = 256 << 10
 """What the shared steps of a run read and write together, for workers to be called."""
+ENOUGH = 1 << 40
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that the native steps of a segment read and write: those known now, and (step, place of a number)."""
+    """Bytes that the native steps of a segment read and write: those known now, up to ENOUGH, and (step, place of a
+    number)."""
 
     known: Ints
     steps: Ints
@@ -28,22 +30,23 @@ class Traffic:
 
     def nbytes(self, numbers: Ints) -> Ints:
         """Of every step."""
-        found = self.known.copy()
-        np.add.at(found, self.steps, numbers[self.places])
-        return found
+        if not len(self.steps):
+            return self.known
+        return self.known + np.bincount(self.steps, numbers[self.places], len(self.known)).astype(np.int64)
 
 
 def traffic_of(steps: Iterable[Sequence[Dim]], numbers: Numbers) -> Traffic:
     """For the bytes of the buffers of every step."""
     known, symbolic = [], []
     for i, sizes in enumerate(steps):
-        known.append(sum(size for size in sizes if isinstance(size, int)))
+        known.append(min(ENOUGH, sum(size for size in sizes if isinstance(size, int))))
         symbolic += [(i, numbers.place(size)) for size in sizes if not isinstance(size, int)]
     columns = np.array(symbolic, np.int64).reshape(-1, 2)
     return Traffic(np.array(known, np.int64), columns[:, 0].copy(), columns[:, 1].copy())
 
 
-def shares_of(nbytes: Ints) -> NDArray[np.uint8] | None:
-    """Which steps of a run threads share, as bytes; None if one thread had better run it alone."""
-    shared = nbytes >= LEAST_NBYTES
-    return shared.astype(np.uint8) if shared.any() and nbytes[shared].sum() >= RUN_NBYTES else None
+def shares_of(nbytes: Ints, starts: Ints, counts: Ints) -> tuple[NDArray[np.uint8], list[bool]]:
+    """Which steps threads share, as bytes, and which runs of steps are not better left to one thread."""
+    shared = nbytes > LEAST_NBYTES
+    sums = np.cumsum(np.concatenate([[0], nbytes * shared]))
+    return shared.view(np.uint8), (sums[starts + counts] - sums[starts] > RUN_NBYTES).tolist()

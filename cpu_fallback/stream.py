@@ -14,6 +14,7 @@ import numpy as np
 
 from cpu_fallback.calls import Array
 from cpu_fallback.cores import free_memory
+from cpu_fallback.interruption import raise_pending
 from cpu_fallback.program import Bound, Program, Segment, bind
 from cpu_fallback.team import Team, can_have_teams
 from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
@@ -85,10 +86,12 @@ class CpuSlot:
         try:
             if len(self._program.segments) == 1:
                 self._call(self._program.segments[0], self._bound)
+                if self._bound.shares and self._team is not None:
+                    self._team.settle()
             else:
                 self._run(self._bound)
-            if self._team is not None:
-                self._team.settle()
+                if self._team is not None:
+                    self._team.settle()
         except BaseException as error:
             self._error = error
             if not isinstance(error, Exception):
@@ -123,12 +126,14 @@ class CpuSlot:
         if segment.only_native:
             for function, arguments in bound.calls:
                 function(*arguments)
+            raise_pending()
             return None
         done, result = 0, None
         try:
             with np.errstate(all="ignore"):
                 for function, arguments in bound.calls:
                     result = function(*arguments)
+                    raise_pending()
                     done += 1
         except GpuEngineError:
             raise

@@ -30,7 +30,7 @@ _LOGGER = logging.getLogger(__name__)
 _LOCK = threading.Lock()
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
 
-Lead = Callable[[int, int, int, int], None]
+Lead = Callable[[int], None]
 Stop = Callable[[int], None]
 
 
@@ -75,7 +75,7 @@ class Team:
 
     @property
     def lead(self) -> Lead:
-        """lead(address of the team, of a table, steps, address of their shares): run a table with the workers' help."""
+        """lead(address of {table, steps, shares, team}): run a table as `walk` does, with the workers' help."""
         return _native().lead
 
     def parts(self) -> list[int]:
@@ -158,8 +158,8 @@ def _compiled() -> _Native:
     target = host()
     engine = compile_module(team_module(target, platform.machine()), target)
     addresses = {name: engine.get_function_address(name) for name in ("lead", "stop", "serve")}
-    word, number = ctypes.c_void_p, ctypes.c_int64
-    lead = ctypes.CFUNCTYPE(None, word, word, number, word)(addresses["lead"])
+    word = ctypes.c_void_p
+    lead = ctypes.CFUNCTYPE(None, word)(addresses["lead"])
     stop = ctypes.CFUNCTYPE(None, word)(addresses["stop"])
     return _Native(lead, stop, word(addresses["serve"]), engine)
 

@@ -1,13 +1,13 @@
 """Native code of a team: threads that walk one table together.
 
-A team is a block of memory. `CURRENT` tells which row of the table is open: a number that only grows, odd where none
-is, and then a table is done. A row is open until all its parts are done, one for each thread. Every thread claims its
-own part first; one that waits for a while claims what is left over, so that nobody waits for a thread that sleeps or
-has no core, and workers may come late or never. Whoever does the last part of a row runs the rows behind it that are
-not shared, and opens the next one that is.
+A team is a block of memory. `CURRENT` is a number that only grows: even while a row of the table is open, odd where
+none is, and then a table is done. A row is open until all its parts are done, one for each thread. Every thread claims
+its own part first; one that waits for a while claims what is left over, so that nobody waits for a thread that sleeps
+or has no core, and workers may come late or never. Whoever does the last part of a row runs the rows behind it that
+are not shared, follows the jumps among them, and opens the next one that is.
 
-A claim is the number of the row in the line of a part, put there if less stood there: it fails where a row has been
-closed, and what it protects, the table, then is not touched.
+A claim is CURRENT's number in the line of a part, put there if less stood there: it fails where a row has been closed,
+and what it protects, the table, then is not touched.
 
 Whoever waits pauses, then gives its core away, then sleeps on a futex. A wake-up takes 20 to 50 us where cores are
 virtual and halt; a row costs two threads that run 0.05 to 0.2 us.
@@ -21,7 +21,7 @@ from cpu_fallback.native import Target
 LINE = 128
 """Bytes between words that different threads write: processors fetch cache lines in pairs."""
 CURRENT, SLEEPERS, DONE, JOB, CORE, LINES = (LINE * i for i in range(6))
-TABLE, STEPS, SHARES, BASE, THREADS, STOPPED = (JOB + 8 * i for i in range(6))
+TABLE, STEPS, SHARES, ROW, THREADS, STOPPED = (JOB + 8 * i for i in range(6))
 CLAIM, TEAM, THREAD, PARTS = 0, 8, 16, 24
 COUNTS = LINES + PARTS
 """In a thread's own line, from LINES on: the last claim of its part, where the team is, which thread it is, how many
@@ -42,7 +42,7 @@ FUTEX = {"x86_64": 202, "aarch64": 98}
 
 
 def team_module(target: Target, machine: str) -> str:
-    """LLVM IR of `lead(team, table, steps, shares)`, `serve(line of a worker)` and `stop(team)`."""
+    """LLVM IR of `lead(job)`, which is {table, steps, shares, team}, `serve(line of a worker)` and `stop(team)`."""
     declared, called = PAUSE[target.x86]
     numbers = {name: value for name, value in globals().items() if isinstance(value, int)}
     return CODE.format(declared=declared, called=called, futex=FUTEX[machine], **numbers)
@@ -116,50 +116,77 @@ entry:
   ret void
 }}
 
+define internal i64 @behind_jump(ptr %table, i64 %i) nounwind {{
+entry:
+  %row = getelementptr {{ ptr, ptr }}, ptr %table, i64 %i
+  %place = getelementptr i8, ptr %row, i64 8
+  %block = load ptr, ptr %place
+  %byte = load ptr, ptr %block
+  %seen = load i8, ptr %byte
+  %set = icmp ne i8 %seen, 0
+  %wanted = getelementptr i8, ptr %block, i64 8
+  %when = load i64, ptr %wanted
+  %should = icmp ne i64 %when, 0
+  %taken = icmp eq i1 %set, %should
+  %distance = getelementptr i8, ptr %block, i64 16
+  %nbytes = load i64, ptr %distance
+  %rows = sdiv i64 %nbytes, 16
+  %far = select i1 %taken, i64 %rows, i64 1
+  %next = add i64 %i, %far
+  ret i64 %next
+}}
+
 define internal void @advance(ptr %team, i64 %first) nounwind {{
 entry:
   %table_place = getelementptr i8, ptr %team, i64 {TABLE}
   %steps_place = getelementptr i8, ptr %team, i64 {STEPS}
   %shares_place = getelementptr i8, ptr %team, i64 {SHARES}
-  %base_place = getelementptr i8, ptr %team, i64 {BASE}
+  %row_place = getelementptr i8, ptr %team, i64 {ROW}
   %table = load ptr, ptr %table_place
   %steps = load i64, ptr %steps_place
   %shares = load ptr, ptr %shares_place
-  %base = load i64, ptr %base_place
+  %last = load i64, ptr %team
+  %closed = or i64 %last, 1
   br label %head
 head:
-  %i = phi i64 [ %first, %entry ], [ %next, %alone ]
-  %number = add i64 %base, %i
-  %open = shl i64 %number, 1
+  %i = phi i64 [ %first, %entry ], [ %next, %alone ], [ %there, %jump ]
   %more = icmp ult i64 %i, %steps
   br i1 %more, label %body, label %end
 body:
   %share_place = getelementptr i8, ptr %shares, i64 %i
   %share = load i8, ptr %share_place
   %shared = icmp ne i8 %share, 0
-  br i1 %shared, label %together, label %alone
+  br i1 %shared, label %together, label %look
+look:
+  %row = getelementptr {{ ptr, ptr }}, ptr %table, i64 %i
+  %function = load ptr, ptr %row
+  %plain = icmp ne ptr %function, null
+  br i1 %plain, label %alone, label %jump
 alone:
   call void @call_row(ptr %table, i64 %i, i64 0, i64 1)
   %next = add i64 %i, 1
   br label %head
+jump:
+  %there = call i64 @behind_jump(ptr %table, i64 %i)
+  br label %head
 together:
+  store i64 %i, ptr %row_place
+  %open = add i64 %closed, 1
   call void @publish(ptr %team, i64 %open)
   ret void
 end:
-  %closed = or i64 %open, 1
-  call void @publish(ptr %team, i64 %closed)
+  %ended = add i64 %closed, 2
+  call void @publish(ptr %team, i64 %ended)
   ret void
 }}
 
-define internal void @do_part(ptr %team, i64 %row, i64 %part, i64 %threads) nounwind {{
+define internal void @do_part(ptr %team, i64 %part, i64 %threads) nounwind {{
 entry:
   %table_place = getelementptr i8, ptr %team, i64 {TABLE}
-  %base_place = getelementptr i8, ptr %team, i64 {BASE}
+  %row_place = getelementptr i8, ptr %team, i64 {ROW}
   %done_place = getelementptr i8, ptr %team, i64 {DONE}
   %table = load ptr, ptr %table_place
-  %base = load i64, ptr %base_place
-  %number = lshr i64 %row, 1
-  %i = sub i64 %number, %base
+  %i = load i64, ptr %row_place
   call void @call_row(ptr %table, i64 %i, i64 %part, i64 %threads)
   %before = atomicrmw add ptr %done_place, i64 1 acq_rel
   %after = add i64 %before, 1
@@ -194,7 +221,7 @@ own:
   br i1 %mine, label %run, label %wait
 run:
   %part = phi i64 [ %thread, %own ], [ %other, %rob ]
-  call void @do_part(ptr %team, i64 %row, i64 %part, i64 %threads)
+  call void @do_part(ptr %team, i64 %part, i64 %threads)
   %count = load i64, ptr %parts
   %counted = add i64 %count, 1
   store i64 %counted, ptr %parts
@@ -232,23 +259,26 @@ done:
   ret i64 %row
 }}
 
-define void @lead(ptr %team, ptr %table, i64 %steps, ptr %shares) nounwind {{
+define void @lead(ptr %job) nounwind {{
 entry:
+  %given_steps = getelementptr i8, ptr %job, i64 8
+  %given_shares = getelementptr i8, ptr %job, i64 16
+  %given_team = getelementptr i8, ptr %job, i64 24
+  %table = load ptr, ptr %job
+  %steps = load i64, ptr %given_steps
+  %shares = load ptr, ptr %given_shares
+  %team = load ptr, ptr %given_team
   %core = call i32 @sched_getcpu()
   %core_place = getelementptr i8, ptr %team, i64 {CORE}
   store i32 %core, ptr %core_place
   %table_place = getelementptr i8, ptr %team, i64 {TABLE}
   %steps_place = getelementptr i8, ptr %team, i64 {STEPS}
   %shares_place = getelementptr i8, ptr %team, i64 {SHARES}
-  %base_place = getelementptr i8, ptr %team, i64 {BASE}
   store ptr %table, ptr %table_place
   store i64 %steps, ptr %steps_place
   store ptr %shares, ptr %shares_place
   %last = load i64, ptr %team
   %called = add i64 %last, 2
-  %number = lshr i64 %called, 1
-  %base = add i64 %number, 1
-  store i64 %base, ptr %base_place
   call void @publish(ptr %team, i64 %called)
   call void @advance(ptr %team, i64 0)
   %closed = call i64 @take_part(ptr %team, i64 0)

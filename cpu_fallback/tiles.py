@@ -196,11 +196,12 @@ class _Tile:
             Reg(text.split()[1], text.split()[0]) for text in PARAMETERS.split(", ")
         )
         last = code.binary("sub", count, i64(1))
-        rows = [least(code, i64(i), last) if i else i64(0) for i in range(self.height)]
+        exact = not self.alone and self.height == self.shape.rows
+        rows = [least(code, i64(i), last) if i and not exact else i64(i) for i in range(self.height)]
         cells = self.height * self.width
         chains = min(4, 1 << (-(-SUMS // cells) - 1).bit_length())
         sums = [literal(self._kind, 0)] * cells * chains
-        lines = [_moved(code, a, a_row, row) for row in rows]
+        lines = [_opaque(code, _moved(code, a, a_row, row)) for row in rows]
         ahead = code.binary("mul", b_row, i64(AHEAD * chains))
 
         def steps(count: int, index: Reg, carried: list[Reg]) -> list[Reg]:
@@ -270,6 +271,11 @@ class _Tile:
 
 def _moved(code: Code, base: Reg, step: Reg, count: Reg) -> Reg:
     return base if count.name == "0" else code.at(base, code.binary("mul", step, count))
+
+
+def _opaque(code: Code, address: Reg) -> Reg:
+    """The address. LLVM would compute evenly spaced ones from each other in every step, not keep them in registers."""
+    return code.call("ptr", "llvm.launder.invariant.group.p0", address)
 
 
 def _times(code: Code, x: Reg, count: int) -> Reg:

@@ -186,7 +186,7 @@ def lower_trees(lowering: Lowering, op: Trees, node: Node, inputs: Buffers, outp
     constants = [lowering.constant(array) for array in (records.view(np.uint8), roots * records.itemsize, weights)]
     verdict, features = None, int(found["feature"].max(initial=0))
     if not isinstance(x.shape[1], int):
-        text = f"{lowering.source}: its trees read feature {features} of {{left}}"
+        text = f"{lowering.source}: its trees read feature {features} of {{0}}"
         verdict = emit_relations(lowering, [(GREATER, x.shape[1], features, text)])
     kernel = TreesKernel(x.dtype, compared, mode, targets if targets <= REGISTER_TARGETS else 0, op.aggregate)
     words = (

@@ -1,8 +1,8 @@
 """Elementary functions on vectors: polynomials for float32, the C library lane by lane for the rest.
 
-Coefficients are Chebyshev interpolants fitted in float64 at import. Bounds against float64, special values and
-denormals included, which tests/test_vector_math.py holds: exp 1 ulp, log 1, tanh 3, erf 2, sin and cos 2, pow 1.
-Float32 pow works in float64 inside. Sine and cosine of arguments beyond `SINE_END` go to the C library.
+Coefficients are Chebyshev interpolants, or weighted fits, made in float64 at import. Bounds against float64, special
+values and denormals included, which tests/test_vector_math.py holds: exp 1 ulp, log 1, tanh 3, erf 2, sin and cos 2,
+pow 1. Float32 pow works in float64 inside. Sine and cosine of arguments beyond `SINE_END` go to the C library.
 """
 
 from __future__ import annotations
@@ -197,7 +197,10 @@ def exp_of_negative(x: Num) -> Num:
 
 
 def exp2_of_negative(x: Num, factor: float) -> Num:
-    """2**(factor x) with a positive factor where that is at most 1; 0 below the least normal number, NaN of NaN."""
+    """2**(factor x) with a positive factor where that is at most 1; 0 below the least normal number, NaN of NaN.
+
+    Two ulp off, and as much more as rounding the factor to float32 moves the exponent.
+    """
     least = -127 / factor
     x = x.test("olt", least).select(least, x)
     shifted = x.fma(factor, EXPONENT_ROUNDER)
@@ -229,6 +232,20 @@ def _exp_core(x: Num) -> Num:
     half = n.shift("ashr", 1)
     first, second = _power_of_two(half), _power_of_two(n - half)
     return p.fma(first, first) * second
+
+
+def divided(x: Num, divisor: float) -> Num:
+    """x / divisor in float32, rounded as a division is but where the quotient is denormal; 2**-60 to 2**60 in size.
+
+    P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 8.5: the product
+    with a correctly rounded reciprocal, corrected once. A rest that is no number is that of an infinite quotient.
+    """
+    reciprocal = float(np.float32(1) / np.float32(divisor))
+    quotient = x * reciprocal
+    if math.frexp(divisor)[0] in (0.5, -0.5):
+        return quotient
+    rest = quotient.fma(-divisor, x)
+    return rest.test("uno", rest).select(quotient, rest.fma(reciprocal, quotient))
 
 
 def logistic_of_negated(x: Num) -> Num:

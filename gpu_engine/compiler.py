@@ -71,7 +71,7 @@ def compile(
             return Engine(opened.lower(graph, prove(graph)), opened, options, reason)
 
     given = caller_inputs(parsed)
-    open_inputs = [OpenInput(info.name, info.dtype, bool(info.wrappers)) for info in given]
+    open_inputs = [OpenInput(info.name, info.dtype, bool(info.wrappers), info.key) for info in given]
     if any(map(is_open, given)):
         refuse_unsupported(parsed, SpecificationFunctions())
         return StructuredEngine(open_inputs, build)

@@ -25,15 +25,18 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenInput:
-    """An input as declared: the element type of its tensors, and whether it may be a sequence or an optional."""
+    """An input as declared: the element type of its tensors, whether it may be a sequence, an optional or a map, and
+    the type of a map's keys."""
 
     name: str
     dtype: DType | None
     wrapped: bool
+    key: DType | None = None
 
 
 class StructuredEngine:
-    """An engine whose inputs hold lists (sequences) or None (empty optionals), or decide by value what is computed.
+    """An engine whose inputs are lists (sequences), None (empty optionals) or dicts (maps), or decide by value what is
+    computed.
 
     How long a sequence is, what an optional holds and the ranks of their tensors decide what there is to compile, so
     the model is compiled when a structure is first seen; shapes and values may differ freely after that. Where even
@@ -95,8 +98,16 @@ class StructuredEngine:
             _LOGGER.warning("the model is compiled for every value of its small integer inputs: %s", error)
             self._by_value = True
             engine = self._engine(self._structures(values))
-        pairs = zip(self.inputs, values, strict=True)
-        return engine, [leaf for given, value in pairs if not self._is_known(given) for leaf in flatten(value)], named
+        return engine, [leaf for pair in zip(self.inputs, values, strict=True) for leaf in self._tensors(*pair)], named
+
+    def _tensors(self, given: OpenInput, value: Any) -> list[Any]:
+        """What the engine gets of a value."""
+        if self._is_known(given):
+            return []
+        try:
+            return flatten(value, given.dtype, given.key)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"input {given.name!r}: {error}") from error
 
     def _ordered(self, inputs: Any) -> tuple[Sequence[Any], bool]:
         named = isinstance(inputs, Mapping)

@@ -87,19 +87,24 @@ def test_slices_are_stacked_at_their_places() -> None:
 
 
 SCANNED = """
-g (float[T, N, 2] x, float[N, 2] start) => (float[N, 2] last, float[T, N, 2] before, float[T, N, 2] after) {
+g (float[T, N, 2] x, float[N, 2] start) => (float[N, 2] last, float[T, N, 2] first, float[T, N, 2] second) {
   last, before, after = Scan <num_scan_inputs = 1, body = step (float[N, 2] s, float[N, 2] row)
-    => (float[N, 2] next, float[N, 2] seen, float[N, 2] again) {
-      seen = Identity (s)
+    => (float[N, 2] next, float[N, 2] seen, float[N, 2] more) {
+      seen = Mul (s, row)
       next = Add (s, row)
-      again = Identity (next)
+      half = Mul (next, next)
+      more = Sub (half, row)
   }> (start, x)
+  first = Neg (before)
+  second = Add (after, before)
 }"""
 
 
-def test_a_body_that_picks_by_its_number_is_a_plan_of_its_own() -> None:
-    feeds = [{"x": floats(t, n, 2), "start": floats(n, 2, seed=1)} for t in (1, 5, 2) for n in (1, 3)]
-    agree(model_of(SCANNED), *feeds, native=False)
+def test_stacked_slices_keep_their_memory() -> None:
+    """What the iterations fill together is theirs from the first one on, although nothing writes it before."""
+    agree(
+        model_of(SCANNED), *({"x": floats(t, n, 2), "start": floats(n, 2, seed=1)} for t in (1, 5, 2) for n in (1, 3))
+    )
 
 
 NESTED = """
@@ -125,6 +130,16 @@ def test_nests_of_both() -> None:
     agree(model_of(NESTED), *feeds)
 
 
+@pytest.mark.parametrize("rows", (1, 40_000))
+def test_bodies_large_enough_for_all_cores(rows: int) -> None:
+    model = model_of(NESTED)
+    with gpu_engine.compile(model, device="cpu", hint="LATENCY") as engine:
+        for n, c in ((0, 0), (5, 0), (3, 1), (5, 1)):
+            feed = {"n": np.int64(n), "c": np.bool_(c), "x": floats(rows, 2)}
+            (expected,) = onnxruntime_of(model, {name: np.asarray(array) for name, array in feed.items()})
+            np.testing.assert_allclose(engine.run(feed)["y"], expected, 1e-5, 1e-6)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), rows=st.integers(1, 5))
 def test_random_bodies(data: st.DataObject, rows: int) -> None:
@@ -140,13 +155,21 @@ def test_random_bodies(data: st.DataObject, rows: int) -> None:
             nodes.append(helper.make_node("If", [data.draw(st.sampled_from(("c", "d")))], [name], **branches))
         elif kind == "Loop":
             own = (f"i{name}", f"g{name}", f"s{name}")
-            body = body_of([*known, own[2]], depth - 1, own)
-            nodes.append(helper.make_node("Loop", ["n", "", picked[0]], [name], body=body))
+            stacks = data.draw(st.booleans())
+            body = body_of([*known, own[2]], depth - 1, own, stacks)
+            every = [f"t{name}"] if stacks else []
+            carried = f"c{name}" if stacks else name
+            nodes.append(
+                helper.make_node("Loop", ["three" if stacks else "n", "", picked[0]], [carried, *every], body=body)
+            )
+            if stacks:
+                nodes.append(helper.make_node("ReduceSum", [*every, "zeroth"], [f"u{name}"], keepdims=0))
+                nodes.append(helper.make_node("Add", [carried, f"u{name}"], [name]))
         else:
             nodes.append(helper.make_node(kind, picked if kind in ("Add", "Mul") else picked[:1], [name]))
         return name
 
-    def body_of(known: list[str], depth: int, own: tuple[str, ...]) -> onnx.GraphProto:
+    def body_of(known: list[str], depth: int, own: tuple[str, ...], stacks: bool = False) -> onnx.GraphProto:
         nodes: list[onnx.NodeProto] = []
         inside = list(known)
         for _ in range(data.draw(st.integers(0, 3))):
@@ -157,14 +180,22 @@ def test_random_bodies(data: st.DataObject, rows: int) -> None:
         inputs = [helper.make_tensor_value_info(name, *kind) for name, kind in zip(own, kinds, strict=False)]
         outputs = [helper.make_tensor_value_info(out, *kinds[2])]
         if own:
-            outputs.insert(0, helper.make_tensor_value_info(own[1], *kinds[1]))
+            outputs.insert(0, helper.make_tensor_value_info(f"on{out}" if stacks else own[1], *kinds[1]))
+        if stacks:
+            nodes.append(
+                helper.make_node("Constant", [], [f"on{out}"], value=onnx.numpy_helper.from_array(np.ones((), bool)))
+            )
+            nodes.append(helper.make_node("Sigmoid", [data.draw(st.sampled_from(inside))], [f"e{out}"]))
+            outputs.append(helper.make_tensor_value_info(f"e{out}", *kinds[2]))
         return helper.make_graph(nodes, f"body{out}", inputs, outputs)
 
     body = body_of(["x", "w"], 3, ())
     ports = {"n": (onnx.TensorProto.INT64, []), "c": (onnx.TensorProto.BOOL, []), "d": (onnx.TensorProto.BOOL, [])}
     ports |= dict.fromkeys(("x", "w"), (onnx.TensorProto.FLOAT, ["N", 2]))
     inputs = [helper.make_tensor_value_info(name, *kind) for name, kind in ports.items()]
-    graph = helper.make_graph(body.node, "g", inputs, body.output)
+    known = {"three": np.int64(3), "zeroth": np.zeros(1, np.int64)}
+    weights = [onnx.numpy_helper.from_array(array, name) for name, array in known.items()]
+    graph = helper.make_graph(body.node, "g", inputs, body.output, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     feed = {"x": floats(rows, 2, seed=rows), "w": floats(rows, 2, seed=rows + 9)}
     every = [
@@ -200,6 +231,18 @@ g (bool c, float[N, M] x) => (float[N] y) {
       axes = Constant <value = int64[1] {1}> ()
       b = ReduceSum <keepdims = 0> (x, axes) }>
 }"""
+
+
+def test_large_branches_with_checks() -> None:
+    """What one branch demands ends a run that several threads share."""
+    model = model_of(DEMANDING)
+    x, w = floats(60_000, 2), floats(60_001, 2, seed=1)
+    with gpu_engine.compile(model, device="cpu", hint="LATENCY") as engine:
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.run({"c": np.bool_(0), "x": x, "w": w})["y"], -x)
+            with pytest.raises((InputError, ExecutionError), match="60001"):
+                engine.run({"c": np.bool_(1), "x": x, "w": w})
+            np.testing.assert_array_equal(engine.run({"c": np.bool_(1), "x": x, "w": w[1:]})["y"], x + w[1:])
 
 
 def test_a_check_inside_a_branch_speaks_only_there() -> None:

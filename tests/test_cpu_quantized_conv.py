@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpu_fallback import integer_conv
-from cpu_fallback.channels_last import LastConv
+from cpu_fallback.channels_last import LastConv, LastPool
 from cpu_fallback.integer_conv import emit_integer_conv
 from cpu_fallback.integer_planes import MOST_CHANNELS, PairedPlanes
 from cpu_fallback.integer_winograd_transforms import SCALES, fits
@@ -75,7 +75,9 @@ def operands(random: np.random.Generator, kinds: tuple[str, ...], result: tuple[
     return found
 
 
-def check(op: LastConv, x: Array, w: Array, name: str, target: Target, threads: int = 1, seed: int = 0) -> None:
+def check(
+    op: LastConv, x: Array, w: Array, name: str, target: Target, threads: int = 1, seed: int = 0, m: int | None = None
+) -> None:
     """The result of x [N, spatial..., C] equals what exact sums give."""
     root, kinds = EPILOGUES[name]
     plain = LastConv(op.strides, op.before, op.after, op.dilations, op.group, None, False, INT32)
@@ -84,7 +86,8 @@ def check(op: LastConv, x: Array, w: Array, name: str, target: Target, threads: 
     whole = LastConv(op.strides, op.before, op.after, op.dilations, op.group, root, False, INT32)
     expected = sums.astype(np.int32) if root is None else Map(root).evaluate(np, sums.astype(np.int32), *extras)[0]
     found = run_node(
-        emit_integer_conv, whole, [x, w, *extras], target, threads=threads, constants=[1], result=expected.dtype
+        partial(emit_integer_conv, m=m), whole, [x, w, *extras], target,
+        threads=threads, constants=[1], result=expected.dtype,
     )  # fmt: skip
     assert found.dtype == expected.dtype
     if name == "costly":
@@ -133,29 +136,25 @@ def test_any_width(columns: int, target: Target) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("extent", [1, 2, 3, 4, 5, 7, 8, 13])
-def test_winograd_is_exact(m: int, extent: int, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_winograd_is_exact(m: int, extent: int, target: Target) -> None:
     """Every image of bytes and every int8 weight: sums that leave 32 bits on the way come back."""
-    monkeypatch.setattr(integer_conv, "best_integer_winograd", lambda *_: m)
     random = np.random.default_rng(extent)
     op = LastConv((1, 1), (1, 1), (1, 1), (1, 1), 1, None, False, INT32)
     x, w = image(random, 2, extent, extent + 1, 38), weights(random, 27, 38, 3, 3)
     for name in ("none", "residual", "float"):
-        check(op, x, w, name, target, threads=1 + extent % 3)
+        check(op, x, w, name, target, threads=1 + extent % 3, m=m)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("m", "channels"), [(2, 32), (2, 512), (4, 32), (4, 114)])
-def test_winograd_of_the_greatest_numbers(
-    m: int, channels: int, target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    monkeypatch.setattr(integer_conv, "best_integer_winograd", lambda *_: m)
+def test_winograd_of_the_greatest_numbers(m: int, channels: int, target: Target) -> None:
     op = LastConv((1, 1), (0, 1), (1, 0), (1, 1), 1, None, False, INT32)
     x = np.full((1, 6, 6, channels), 255, INT16)
     for sign in (-1, 1):
         w = np.full((17, channels, 3, 3), sign * 127, INT16)
         assert fits(w, m, 255)
-        check(op, x, w, "none", target)
-        check(op, -x, w, "none", target)
+        check(op, x, w, "none", target, m=m)
+        check(op, -x, w, "none", target, m=m)
 
 
 def test_what_winograd_cannot_hold_is_refused() -> None:
@@ -197,6 +196,12 @@ def test_planes_become_pairs(channels: int, spatial: tuple[int, ...]) -> None:
     x = np.random.default_rng(0).standard_normal((2, channels, *spatial)).astype(FLOAT32)
     before = quantized(expr.arg(0, FLOAT32) * 50, -28, 227, INT16)
     check_op(PairedPlanes(before), [x], 0)
+
+
+@pytest.mark.parametrize("channels", [*range(1, 34), 64, 100])
+def test_maxima_of_integers(channels: int) -> None:
+    op = LastPool("max", (3, 2), (2, 1), (1, 0), (1, 1), (1, 2), True, False)
+    check_op(op, [image(np.random.default_rng(channels), 2, 7, 9, channels)], 0)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8])

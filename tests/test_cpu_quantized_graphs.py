@@ -17,7 +17,7 @@ from gpu_engine.frontend.importer import import_model
 from gpu_engine.frontend.reader import SpecificationFunctions, read
 from gpu_engine.ir.dtypes import FLOAT32, INT16, INT32
 from gpu_engine.ir.graph import Graph
-from gpu_engine.ir.ops import Conv, Map, MatMul
+from gpu_engine.ir.ops import Conv, Map, MatMul, Pool, Reshape, Transpose
 from gpu_engine.passes.pipeline import optimize
 
 Array = NDArray[Any]
@@ -125,6 +125,38 @@ def test_a_residual_block_stays_in_integers() -> None:
     inner = [node.outputs[0] for node in graph.nodes if node.outputs[0].rank == 4]
     assert [value.dtype for value in inner[:-1]] == [INT16] * (len(inner) - 1)
     assert inner[-1].dtype == FLOAT32 and sum(isinstance(node.op, Map) for node in graph.nodes) == 1
+
+
+@pytest.mark.parametrize(
+    "second", [(0.05, np.uint8(90)), (0.05, np.uint8(91)), (0.06, np.uint8(90)), (0.05, np.int8(-38))]
+)
+def test_maxima_are_taken_of_integers(second: tuple[float, Any]) -> None:
+    """Quantised once more on the same levels, as a pool's result is, they are what they were."""
+    model = Model(("N", 4, 13, 12))
+    first = model.grid(
+        model.add("Conv", model.grid("x", 0.03, np.uint8(126)), model.weights(24, 4, 3, 3)), 0.05, np.uint8(90)
+    )
+    pooled = model.add("MaxPool", first, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 0, 1, 1])
+    found = model.add("Conv", model.grid(pooled, *second), model.weights(8, 24, 1, 1))
+    x = model.random.standard_normal((2, 4, 13, 12)).astype(np.float32)
+    graph = check(model, found, x, 1.0)
+    (pool,) = (node for node in graph.nodes if isinstance(node.op, Pool))
+    assert pool.inputs[0].dtype == INT16
+    same = second[1].dtype == np.int8 or second == (0.05, np.uint8(90))
+    assert sum(isinstance(node.op, Map) for node in graph.nodes) == 1 + (not same)
+
+
+def test_integers_are_moved_before_they_are_dequantised() -> None:
+    model = Model(("N", 6, 10))
+    x = model.grid(
+        model.add("MatMul", model.grid("x", 0.02, np.uint8(131)), model.weights(10, 8, axis=1)), 0.1, np.uint8(7)
+    )
+    turned = model.add("Transpose", x, perm=[0, 2, 1])
+    flat = model.add("Reshape", turned, model.constant(np.array([0, 4, 12], np.int64)))
+    found = model.add("MatMul", model.grid(flat, 0.1, np.uint8(7)), model.weights(12, 5, axis=1))
+    graph = check(model, found, model.random.standard_normal((3, 6, 10)).astype(np.float32), 1.0)
+    assert sum(isinstance(node.op, Map) for node in graph.nodes) == 1
+    assert all(node.inputs[0].dtype == INT16 for node in graph.nodes if isinstance(node.op, Transpose | Reshape))
 
 
 @pytest.mark.parametrize("kind", ["MatMul", "Gemm", "transposed"])

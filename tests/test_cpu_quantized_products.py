@@ -22,6 +22,7 @@ from gpu_engine.ir import expr
 from gpu_engine.ir.dims import symbol
 from gpu_engine.ir.dtypes import FLOAT32, INT8, INT16, INT32, UINT8
 from gpu_engine.ir.ops import MatMul
+from tests.cpu_execution import check_op
 from tests.kernel_runner import targets
 from tests.node_runner import run_node
 from tests.recurrent_cases import Case, native_plan, run_recurrent
@@ -93,6 +94,19 @@ def test_any_rows_with_a_matrix(
         shapes={0: (batch, rows, k)}, values={"batch": 2, "rows": m},
     )  # fmt: skip
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 7, 9), (4, 64, 5), (9, 300, 1), (3, 1, 1), (5, 0, 3)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_products_that_have_no_pairs(m: int, k: int, n: int, transposed: bool, symbolic: bool) -> None:
+    """Few rows or one column of two operands that are not constant, and depths that only running tells."""
+    random = np.random.default_rng(k)
+    a, b = centred(random, 2, m, k), centred(random, 2, k, n)
+    stored = np.ascontiguousarray(b.swapaxes(-1, -2)) if transposed else b
+    depth = symbol("depth")
+    shapes = [(2, m, depth), (2, n, depth) if transposed else (2, depth, n)] if symbolic else None
+    check_op(MatMul(False, transposed, None, INT32), [a, stored], 0, shapes)
 
 
 def weights_of(random: np.random.Generator, depth: int, columns: int, great: float) -> Array:

@@ -176,7 +176,7 @@ def test_weights_that_only_repeat_elements_fill_no_machine() -> None:
     for i in range(200):
         nodes += [node("ConstantOfShape", ["n"], [f"w{i}"]), node("MatMul", ["x", f"w{i}"], [f"y{i}"])]
     nodes.append(node("Sum", [f"y{i}" for i in range(200)], ["y"]))
-    with pytest.raises(OutOfMemory, match="repeated elements"):
+    with pytest.raises(OutOfMemory, match="repeat their elements"):
         run(model(nodes, [port("x", 1, 2**15)], "y", {"n": shape}), np.zeros((1, 2**15), np.float32))
 
 

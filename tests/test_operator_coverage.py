@@ -13,8 +13,8 @@ from gpu_engine.frontend import operators
 from gpu_engine.frontend.reader import SpecificationFunctions
 from gpu_engine.frontend.registry import Operator, lookup
 
-ABSENT = {"CastMap", "DictVectorizer", "Gradient"}
-"""Operators on maps that a caller gives, and automatic differentiation."""
+ABSENT = {"Gradient"}
+"""Automatic differentiation, for training."""
 OPTIONAL_BY_MISTAKE = {
     ("CategoryMapper", "cats_int64s"),
     ("CategoryMapper", "cats_strings"),

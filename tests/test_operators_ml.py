@@ -155,6 +155,31 @@ def test_what_is_no_tree_is_refused() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"nodes_truenodeids": [7]}, "names node"),
+        ({"nodes_falsenodeids": [-3]}, "names node"),
+        ({"tree_roots": [9]}, "names node"),
+        ({"tree_roots": [-1]}, "names node"),
+        ({"nodes_featureids": [-1]}, "feature"),
+        ({"nodes_featureids": [2]}, "feature"),
+        ({"nodes_missing_value_tracks_true": [1, 0, 1]}, "length"),
+        ({"nodes_featureids": [0, 1]}, "length"),
+    ],
+)
+def test_tables_that_name_what_is_not_there(changed: dict[str, Any], message: str) -> None:
+    tensor = onnx.numpy_helper.from_array
+    attributes = {
+        "tree_roots": [0], "nodes_featureids": [0], "nodes_modes": tensor(np.zeros(1, np.uint8)),
+        "nodes_splits": tensor(np.zeros(1, np.float32)), "nodes_truenodeids": [0], "nodes_trueleafs": [1],
+        "nodes_falsenodeids": [1], "nodes_falseleafs": [1], "leaf_targetids": [0, 0],
+        "leaf_weights": tensor(np.ones(2, np.float32)), "n_targets": 1,
+    }  # fmt: skip
+    with pytest.raises(InvalidModel, match=message):
+        run(f"{ML}::TreeEnsemble", {"X": with_missing(2, 2)}, 5, **(attributes | changed))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.int32])
 def test_linear_models(dtype: Any) -> None:
     x = (3 * RNG.standard_normal((5, 4))).astype(dtype)

@@ -96,3 +96,18 @@ def test_the_library_serves_every_lane(name: str) -> None:
             np.testing.assert_allclose(
                 actual, function(x.astype(np.float64)).astype(dtype), rtol=tolerance, atol=1e-300
             )
+
+
+@pytest.mark.parametrize("target", targets(), ids=lambda target: f"{target.vector_nbytes * 8} bits")
+def test_division_by_a_known_number_is_division(target: Target) -> None:
+    """Bit for bit, infinities and NaN too, where the quotient is no denormal number."""
+    generator = np.random.default_rng(3)
+    x = np.concatenate([every_scale(20_000), np.arange(-3000, 3000, dtype=np.float32)])
+    for divisor in (3.0, 6.0, -7.0, 49.0, 0.1, 8.0, -0.5, 255.0, 2.0**60, *generator.uniform(-1e3, 1e3, 20)):
+        known = np.float32(divisor)
+        with np.errstate(all="ignore"):
+            exact = x / known
+        found = run_map(X / expr.const(known, FLOAT32), [x], target)
+        normal = ~(np.abs(exact) < np.finfo(np.float32).tiny)
+        np.testing.assert_array_equal(found[normal], exact[normal], f"{known}")
+        np.testing.assert_allclose(found[~normal], exact[~normal], rtol=0, atol=3e-45)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from gpu_engine.errors import DependsOnValues
 from gpu_engine.frontend.model import ModelGraph
-from gpu_engine.frontend.sequences import AbsentValue, Emitted, MapsValue, SequenceValue
+from gpu_engine.frontend.sequences import AbsentValue, Emitted, MapsValue, PairsValue, SequenceValue
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value
 
 Capture = Callable[[Value], Value]
@@ -74,6 +74,8 @@ class BodyNames(dict[str, Emitted]):
             return SequenceValue(tuple(map(self.capture, outer.elements)))
         if isinstance(outer, MapsValue):
             return MapsValue(self.capture(outer.rows), outer.keys)
+        if isinstance(outer, PairsValue):
+            return PairsValue(self.capture(outer.keys), self.capture(outer.values))
         return outer if isinstance(outer, AbsentValue) else self.capture(outer)
 
     def capture(self, outer: Value) -> Value:

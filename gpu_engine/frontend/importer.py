@@ -9,7 +9,14 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from gpu_engine.errors import DependsOnValues, GpuEngineError, InvalidModel, OutOfMemory, UnsupportedModel
+from gpu_engine.errors import (
+    DependsOnValues,
+    GpuEngineError,
+    InputError,
+    InvalidModel,
+    OutOfMemory,
+    UnsupportedModel,
+)
 from gpu_engine.frontend import operators
 from gpu_engine.frontend.bodies import Body, BodyNames, Branches, Feed, RankConflict
 from gpu_engine.frontend.legacy import OLDEST_OPSET, upgrade
@@ -29,6 +36,7 @@ from gpu_engine.frontend.sequences import (
     AbsentValue,
     Emitted,
     MapsValue,
+    PairsValue,
     SequenceValue,
     structure_of_emitted,
     tensors_of,
@@ -37,7 +45,7 @@ from gpu_engine.frontend.tables import read_rows_first
 from gpu_engine.ir import dim_text, dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value, live_nodes
-from gpu_engine.ir.structure import Known, Structure, flat_names
+from gpu_engine.ir.structure import Known, Pairs, Structure, flat_names
 
 MAX_INLINE_DEPTH = 64
 MAX_BODY_DEPTH = 32
@@ -169,8 +177,14 @@ def tensor_input(info: TensorInfo, inputs: list[Value]) -> Value:
 
 def input_value(info: TensorInfo, structure: Structure, inputs: list[Value]) -> Emitted:
     """What an open input means for a value of this structure; its tensors are added to `inputs`."""
+    if (info.wrappers[:1] == ("map",)) != isinstance(structure, Pairs):
+        wanted = "a dict" if info.wrappers[:1] == ("map",) else "no dict"
+        raise InputError(f"input {info.name!r} wants {wanted}")
     if structure is None:
         return AbsentValue()
+    if isinstance(structure, Pairs):
+        parts = ((f"{info.name}.keys", info.key), (f"{info.name}.values", info.dtype))
+        return PairsValue(*(tensor_input(TensorInfo(*part, (f"{info.name}.size",)), inputs) for part in parts))
     if isinstance(structure, tuple):
         items = enumerate(structure)
         anyhow = None if info.shape is None else tuple(e if isinstance(e, int) else None for e in info.shape)
@@ -294,7 +308,7 @@ def call_operator(
         raise InvalidModel(f"{entry.name} takes {len(entry.inputs)} inputs, got {len(inputs)}")
     keywords = bind_attributes(entry, attributes) | {name: special[name] for name in entry.special}
     results = entry.emit(builder, *inputs, **keywords)
-    return (results,) if isinstance(results, (Value, SequenceValue, AbsentValue, MapsValue)) else results
+    return (results,) if isinstance(results, (Value, SequenceValue, AbsentValue, MapsValue, PairsValue)) else results
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ DimText = int | str | None
 class TensorInfo:
     """A declared value; `shape` is None where the file does not even give the rank.
 
-    `wrappers` are the types around the tensor type, outermost first: "sequence" or "optional".
+    `wrappers` are the types around the tensor type, outermost first: "sequence", "optional" or "map", which has keys of
+    type `key`.
     """
 
     name: str
     dtype: DType | None
     shape: tuple[DimText, ...] | None
     wrappers: tuple[str, ...] = ()
+    key: DType | None = None
 
 
 @dataclass(frozen=True)

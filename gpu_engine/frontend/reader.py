@@ -222,15 +222,18 @@ def _text(data: bytes) -> str | bytes:
 
 
 def _tensor_info(proto: ValueInfoProto) -> TensorInfo:
-    declared, wrappers = proto.type, []
-    while (wrapper := declared.WhichOneof("value")) in ("sequence_type", "optional_type"):
+    declared, wrappers, key = proto.type, [], None
+    while (wrapper := declared.WhichOneof("value")) in ("sequence_type", "optional_type", "map_type"):
         wrappers.append(wrapper.removesuffix("_type"))
-        declared = getattr(declared, wrapper).elem_type
+        inside = getattr(declared, wrapper)
+        key = from_onnx(inside.key_type) if wrapper == "map_type" and inside.key_type else key
+        declared = inside.value_type if wrapper == "map_type" else inside.elem_type
     kind = declared.tensor_type
     shape: tuple[DimText, ...] | None = None
     if kind.HasField("shape"):
         shape = tuple(map(_extent, kind.shape.dim))
-    return TensorInfo(_name(proto.name), from_onnx(kind.elem_type) if kind.elem_type else None, shape, tuple(wrappers))
+    dtype = from_onnx(kind.elem_type) if kind.elem_type else None
+    return TensorInfo(_name(proto.name), dtype, shape, tuple(wrappers), key)
 
 
 def _extent(dim: onnx.TensorShapeProto.Dimension) -> DimText:

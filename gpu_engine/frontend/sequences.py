@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_engine.errors import InvalidModel
+from gpu_engine.errors import InvalidModel, UnsupportedModel
 from gpu_engine.ir.graph import Value
 from gpu_engine.ir.structure import Maps, Structure
 
@@ -39,7 +39,18 @@ class MapsValue:
         raise InvalidModel(f"a sequence of maps where a tensor is wanted: it has no {name}")
 
 
-Emitted = Value | SequenceValue | AbsentValue | MapsValue
+@dataclass(frozen=True, eq=False)
+class PairsValue:
+    """A map that a caller brings: its keys [n] in ascending order, and their values [n]."""
+
+    keys: Value
+    values: Value
+
+    def __getattr__(self, name: str) -> Any:
+        raise InvalidModel(f"a map where a tensor is wanted: it has no {name}")
+
+
+Emitted = Value | SequenceValue | AbsentValue | MapsValue | PairsValue
 """What a name can mean while nodes are emitted."""
 
 
@@ -49,6 +60,8 @@ def structure_of_emitted(value: Emitted) -> Structure:
         return None
     if isinstance(value, MapsValue):
         return Maps(value.keys)
+    if isinstance(value, PairsValue):
+        raise UnsupportedModel("a map among the inputs is an output too")
     return tuple(element.rank for element in value.elements) if isinstance(value, SequenceValue) else value.rank
 
 
@@ -58,4 +71,6 @@ def tensors_of(value: Emitted) -> tuple[Value, ...]:
         return ()
     if isinstance(value, MapsValue):
         return (value.rows,)
+    if isinstance(value, PairsValue):
+        return (value.keys, value.values)
     return value.elements if isinstance(value, SequenceValue) else (value,)

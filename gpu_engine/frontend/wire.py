@@ -13,7 +13,7 @@ VARINT, LENGTH = 0, 2
 FIXED = {1: 8, 5: 4}
 """Bytes of what has a wire type of its own."""
 LEAST_NBYTES = 4096
-MOST_FIELDS = 1_000_000
+MOST_FIELDS, MOST_TENSOR_FIELDS = 1_000_000, 32
 
 
 class NotUnderstood(Exception):
@@ -84,16 +84,16 @@ def _raw_data(data: memoryview, tensor: _Field, plain_types: frozenset[int]) -> 
     """The raw data of a TensorProto that has it once, for elements of one of `plain_types`."""
     if tensor.wire != LENGTH:
         raise NotUnderstood
-    fields = list(_fields(data, tensor.inside, tensor.stop))
+    fields = list(_fields(data, tensor.inside, tensor.stop, MOST_TENSOR_FIELDS))
     raw = [field for field in fields if field.number == RAW_DATA]
     kinds = [field.value for field in fields if field.number == DATA_TYPE and field.wire == VARINT]
     found = len(raw) == len(kinds) == 1 and raw[0].wire == LENGTH and kinds[0] in plain_types
     return raw[0] if found else None
 
 
-def _fields(data: memoryview, at: int, end: int) -> Iterator[_Field]:
-    """The fields of a message; NotUnderstood where they do not end at `end`."""
-    for _ in range(MOST_FIELDS):
+def _fields(data: memoryview, at: int, end: int, most: int = MOST_FIELDS) -> Iterator[_Field]:
+    """The fields of a message; NotUnderstood where they do not end at `end`, or are too many to look at from Python."""
+    for _ in range(most + 1):
         if at == end:
             return
         start = at

@@ -1,8 +1,8 @@
-"""Values that are not one tensor: sequences and optionals, as nested structures over a flat list of tensors."""
+"""Values that are not one tensor: sequences, optionals and maps, as nested structures over a flat list of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,21 +32,32 @@ class Maps:
     keys: tuple[int, ...] | tuple[str, ...]
 
 
-Structure = int | None | Known | Maps | tuple[Any, ...]
+@dataclass(frozen=True)
+class Pairs:
+    """A map that a caller brings, as a tensor of its keys in ascending order and one of their values."""
+
+
+Structure = int | None | Known | Maps | Pairs | tuple[Any, ...]
 """The rank of a tensor, None for an optional that holds nothing, a tuple of structures for a sequence."""
 
 
 def structure_of(value: Any) -> Structure:
-    """The structure of a caller's value: a list or tuple is a sequence, None an empty optional, all else a tensor."""
+    """The structure of a caller's value: a list or tuple is a sequence, None an empty optional, a dict a map, all else
+    a tensor."""
     if value is None:
         return None
+    if isinstance(value, Mapping):
+        return Pairs()
     return tuple(map(structure_of, value)) if isinstance(value, list | tuple) else int(np.ndim(value))
 
 
-def flatten(value: Any) -> list[Any]:
-    """The tensors of a value, in order."""
+def flatten(value: Any, dtype: DType | None = None, key: DType | None = None) -> list[Any]:
+    """The tensors of a value, in order; a dict's keys and values become tensors of the types that are declared."""
     if value is None:
         return []
+    if isinstance(value, Mapping):
+        keys = sorted(value)
+        return [np.array(keys, key), np.array([value[key] for key in keys], dtype)]
     return [leaf for item in value for leaf in flatten(item)] if isinstance(value, list | tuple) else [value]
 
 

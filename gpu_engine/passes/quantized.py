@@ -16,23 +16,30 @@ from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32, INT8, INT16, INT32, UINT8, limits
 from gpu_engine.ir.expr import Expr, cast
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
-from gpu_engine.ir.ops import Conv, Map, MatMul
+from gpu_engine.ir.ops import Conv, Map, MatMul, Pool, Reshape, Transpose
 
 SUM_LIMIT = 2**31
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A float32 tensor as scale * integers; `greatest` is the magnitude of the integers, the scale a constant."""
+    """A float32 tensor as scale * integers, which lie within `span`; the scale is a constant."""
 
     integers: Value
     scale: Any
-    greatest: int
+    span: tuple[int, int]
+
+    @property
+    def greatest(self) -> int:
+        """The magnitude of the integers."""
+        return max(map(abs, self.span))
 
 
 def multiply_integers(graph: Graph) -> Graph:
-    """The graph whose convolutions and matrix products of two dequantised factors multiply int16 into int32."""
-    factors = {value for node in graph.nodes if isinstance(node.op, Conv | MatMul) for value in node.inputs[:2]}
+    """The graph whose convolutions and matrix products of two dequantised factors multiply int16 into int32; what moves
+    dequantised elements, or takes the greatest of some, does so before they are dequantised."""
+    takers = [node for node in graph.nodes if isinstance(node.op, Conv | MatMul) or _keeps_grid(node)]
+    factors = {value for node in takers for value in node.inputs[:2]}
     return rewrite(rewrite(graph, _Rule(frozenset(factors)).rewritten), _folded)
 
 
@@ -55,7 +62,7 @@ class _Rule:
                 return self._dequantized(node, builder)
             case Conv() | MatMul():
                 return self._multiplied(node, builder)
-        return None
+        return self._moved(node, builder) if _keeps_grid(node) else None
 
     def _dequantized(self, node: Node, builder: Builder) -> Sequence[Value] | None:
         """A map that centres and scales, parted in two where a product wants the integers between."""
@@ -64,6 +71,8 @@ class _Rule:
             return None
         centred, scaled = found
         x = node.inputs[0]
+        if (same := self._requantized(node, centred, scaled, builder)) is not None:
+            return (same,)
         if x.constant is None and (node.outputs[0] not in self.factors or len(node.inputs) > 1):
             return None
         integers = builder.emit(Map(centred), *_operands(centred, node.inputs))
@@ -74,7 +83,31 @@ class _Rule:
         (result,) = builder.append(op, inputs, (Value(kind),))
         scale = _scale(scaled, node.inputs)
         if scale is not None:
-            self.grids[result] = Grid(integers, scale, _greatest(integers, centred))
+            self.grids[result] = Grid(integers, scale, _span(integers, centred))
+        return (result,)
+
+    def _requantized(self, node: Node, centred: Expr, scaled: Expr, builder: Builder) -> Value | None:
+        """The value that was quantised and is dequantised here, if it was on the same grid before."""
+        made = builder.producer(node.inputs[0])
+        grid = self.grids.get(made.inputs[0]) if made is not None and len(made.inputs) == 1 else None
+        if made is None or grid is None or not isinstance(made.op, Map) or len(node.inputs) > 1:
+            return None
+        scale, span = _scale(scaled, node.inputs), _span(node.inputs[0], centred)
+        if scale is None or grid.scale.size != 1 or scale != grid.scale or span != grid.span:
+            return None
+        levels = np.arange(span[0], span[1] + 1).astype(np.int16)
+        found = expr.evaluate(centred, [expr.evaluate(made.op.expr, [expr.evaluate(scaled, [levels])])])
+        return made.inputs[0] if np.array_equal(found, levels) else None
+
+    def _moved(self, node: Node, builder: Builder) -> Sequence[Value] | None:
+        """The operation on integers, which are then dequantised."""
+        grid = self.grids.get(node.inputs[0])
+        if grid is None or grid.scale.size != 1 or not grid.scale > 0:
+            return None
+        integers = builder.emit(node.op, grid.integers)
+        scaled = cast(expr.arg(0, INT16), FLOAT32) * expr.const(grid.scale.ravel()[0], FLOAT32)
+        result = builder.emit(Map(scaled), integers)
+        self.grids[result] = Grid(integers, grid.scale, grid.span)
         return (result,)
 
     def _multiplied(self, node: Node, builder: Builder) -> Sequence[Value] | None:
@@ -137,13 +170,18 @@ def _scale(scaled: Expr, inputs: tuple[Value, ...]) -> Any:
     return np.asarray(factor.value) if factor.op == "const" else inputs[factor.value].constant
 
 
-def _greatest(integers: Value, centred: Expr) -> int:
-    """The greatest magnitude of what is held, or of what any bytes give."""
+def _keeps_grid(node: Node) -> bool:
+    """Whether every element of the result is one of the operand, the same of integers on a grid of positive scale."""
+    return isinstance(node.op, Transpose | Reshape) or (isinstance(node.op, Pool) and node.op.kind == "max")
+
+
+def _span(integers: Value, centred: Expr) -> tuple[int, int]:
+    """The least and the greatest of what is held, or of what any bytes give."""
     held = integers.constant
     if held is None:
         (x,) = (node for node in expr.walk(centred) if node.op == "arg")
         held = expr.evaluate(centred, [np.array(limits(x.dtype), x.dtype)])
-    return int(np.abs(held.astype(np.int64)).max(initial=0))
+    return int(held.min(initial=0)), int(held.max(initial=0))
 
 
 def _output_scale(op: Conv | MatMul, b: Grid) -> Any:

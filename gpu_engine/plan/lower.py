@@ -66,16 +66,9 @@ class Lowering:
         found = self._numbers.get(value)
         if found is None:
             known = value.constant
-            found = self.buffer(value.dtype, value.shape) if known is None else self.constant(self._admitted(known))
+            found = self.buffer(value.dtype, value.shape) if known is None else self.constant(known)
             self._numbers[value] = found
         return found
-
-    def _admitted(self, array: Any) -> Any:
-        """The array itself; OutOfMemory if those that grow when a kernel needs them whole do not fit."""
-        self._room_nbytes -= hidden_nbytes(array)
-        if self._room_nbytes < 0:
-            raise OutOfMemory(f"{self.source}: the tensors that the model fills with repeated elements do not fit")
-        return array
 
     def body(self, graph: Graph, names: tuple[str, ...]) -> Plan:
         """The plan of a body: the values of `names` come first among its symbols, then what its inputs' shapes bind."""
@@ -117,6 +110,7 @@ def lower_graph(
     `names` are symbols that binding gets the values of before those that the inputs' shapes bind. OutOfMemory if
     constants that take no memory yet would take more than `room_nbytes`.
     """
+    refuse_repeats(graph, room_nbytes)
     lowering = Lowering(lower_node, arrange, room_nbytes)
     requirements = dict.fromkeys(requirement for node in graph.nodes for requirement in node_requirements(node))
     graph = arrange(graph)
@@ -136,6 +130,18 @@ def lower_graph(
         requirements=tuple(requirements),
         output_structures=graph.output_structures,
     )
+
+
+def refuse_repeats(graph: Graph, room_nbytes: int) -> None:
+    """OutOfMemory if constants that repeat their elements take more than this once kernels need them whole."""
+    known = {value: node.source for node in graph.nodes for value in node.inputs if value.constant is not None}
+    sizes = {value: hidden_nbytes(value.constant) for value in known if value.constant is not None}
+    if sum(sizes.values()) > room_nbytes:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise OutOfMemory(
+            f"{known[largest]}: constants that repeat their elements, as {largest.type} does, take "
+            f"{sum(sizes.values()):,} bytes, and {room_nbytes:,} are left"
+        )
 
 
 def without_unused(buffers: Sequence[Buffer], steps: Sequence[Step], outputs: Sequence[int]) -> tuple[Buffer, ...]:

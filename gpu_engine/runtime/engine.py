@@ -20,6 +20,7 @@ from gpu_engine.runtime.execution import clock, run_alone
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.pool import Pool
 from gpu_engine.runtime.requests import Join, Request
+from gpu_engine.runtime.rooms import Rooms
 from gpu_engine.runtime.scheduler import Batcher
 from gpu_engine.runtime.sizing import BatchPlan, Limits, Sizes, capped, choose, memory_cap, resized
 from gpu_engine.runtime.statistics import Statistics
@@ -55,6 +56,7 @@ class Engine:
         self._reason = reason or device.reason
         self._sizes = _sizes(plan, device, options)
         self._admission = Admission(plan, device, self._sizes, options.memory_fraction)
+        self._rooms = Rooms()
         self._serve_callers = options.batch_timeout_ms == 0 or not self._sizes.shared
         batcher: Batcher[Request] = Batcher(options.batch_timeout_ms / 1000, options.max_queue_size)
         streams = device.open(plan, self._sizes.streams, self._sizes.slots, options.threads)
@@ -197,6 +199,7 @@ class Engine:
         What has not finished after `timeout_s` seconds fails with EngineClosed. A second close does nothing.
         """
         self._pool.close(drain, timeout_s)
+        self._rooms.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -209,7 +212,7 @@ class Engine:
     def _request(self, arrays: Sequence[Array], wrap: Wrap, admitted: Admitted, timeout: float | None) -> Request:
         now, fit, rows, limit = clock(), admitted.fit, admitted.rows, admitted.limit
         deadline = now + _checked_timeout(timeout) if timeout else None
-        join = Join(rows, self._plan.batching.outputs) if rows > limit else None
+        join = Join(rows, self._plan.batching.outputs, self._rooms) if rows > limit else None
         key = admitted.key or self._admission.key(arrays, admitted)
         return Request(arrays, wrap, fit, rows, limit, key, now, deadline, Future(), join)
 

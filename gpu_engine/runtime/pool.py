@@ -1,4 +1,4 @@
-"""The slots of an engine, the queue before them and the threads that serve them: the only Python threads of the package.
+"""The slots of an engine, the queue before them and the threads that serve them: the only Python threads here.
 
 Every slot that executes or is in flight has one thread, which sleeps until it is called. So a synchronous device has a
 thread for each stream, and an asynchronous one has two: one waits for its batch while the other gathers and launches

@@ -8,11 +8,10 @@ from concurrent.futures import InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gpu_engine.plan.signature import Fit
 from gpu_engine.runtime.arrays import Array, Wrap
 from gpu_engine.runtime.future import Future
+from gpu_engine.runtime.rooms import Rooms
 
 
 @dataclass(slots=True, eq=False)
@@ -62,9 +61,9 @@ Part = tuple[Request, int, int]
 class Join:
     """The outputs of a request that was cut into parts, filled by whichever threads run them."""
 
-    def __init__(self, rows: int, batched: Sequence[bool]) -> None:
+    def __init__(self, rows: int, batched: Sequence[bool], rooms: Rooms) -> None:
         self.outputs: list[Array] = []
-        self._rows, self._left, self._batched = rows, rows, batched
+        self._rows, self._left, self._batched, self._rooms = rows, rows, batched, rooms
         self._filled: set[int] = set()
         self._lock = threading.Lock()
 
@@ -85,7 +84,7 @@ class Join:
     def _room(self, part: Array, rows: int, i: int) -> Array:
         if not self._batched[i]:
             return part.copy()
-        return np.empty((len(part) // rows * self._rows, *part.shape[1:]), part.dtype)
+        return self._rooms.empty((len(part) // rows * self._rows, *part.shape[1:]), part.dtype)
 
 
 def gather(parts: Sequence[Part], blocks: Sequence[int]) -> list[Array | list[Array]]:

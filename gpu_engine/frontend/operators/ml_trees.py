@@ -78,6 +78,11 @@ TABLES = ("feature", "threshold", "mode", "yes", "no", "missing", "row", "roots"
 def _check_places(forest: Forest) -> None:
     """InvalidModel if a table names an entry that another one does not have."""
     nodes = len(forest.feature)
+    lengths = {name: len(getattr(forest, name)) for name in TABLES[:7]}
+    if set(lengths.values()) != {nodes}:
+        raise InvalidModel(f"lists of nodes of trees differ in length: {lengths}")
+    if forest.weights.shape != forest.given.shape:
+        raise InvalidModel(f"weights of trees {forest.weights.shape} and {forest.given.shape}")
     if not len(forest.weights) or not forest.weights.shape[1]:
         raise InvalidModel("trees without leaves or targets")
     for name, limit in (("yes", nodes), ("no", nodes), ("roots", nodes), ("row", len(forest.weights))):
