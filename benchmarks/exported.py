@@ -49,7 +49,7 @@ def _bert_feed(rows: int, length: int) -> Feed:
 
 
 def _transformer(name: str, atol: float) -> RealModel:
-    return RealModel(name, Export(BERT_NEEDS), _bert_feed, SEQUENCES, Tolerance(atol), large=True)
+    return RealModel(name, Export(BERT_NEEDS), _bert_feed, SEQUENCES, Tolerance(atol), large=True, timed=(1, 128))
 
 
 def _signed(rows: int, mean: float) -> Array:
@@ -107,6 +107,7 @@ EXPORTS = (
         ((1, 64, 96), (3, 64, 64), (2, 128, 48), (1, 224, 224), (1, 16, 16)),
         Tolerance(7.2e-6),
         large=True,
+        timed=(1, 224, 224),
     ),
     RealModel("torch_cond", Export(TORCH_NEEDS), _cond_feed, ROWS_OF_16, Tolerance(2e-6), large=True, one_batch=False),
     RealModel(

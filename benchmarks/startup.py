@@ -45,7 +45,7 @@ def measure_model(name: str, rounds: int, place: Path) -> dict[str, Measured]:
     """{"cold", "warm", "onnxruntime"} for a model of the catalogue."""
     model = MODELS[name]
     path, inputs, bytecode = str(model.path()), place / f"{name}.npz", place / "bytecode"
-    feed: dict[str, Any] = model.feed(*model.shapes[0])
+    feed: dict[str, Any] = model.feed(*model.timed_shape)
     np.savez(inputs, **feed)
     found: dict[str, list[Measured]] = {"cold": [], "warm": [], "onnxruntime": []}
     measure("gpu_engine", path, inputs, place / f"{name}.first", bytecode)

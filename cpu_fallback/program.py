@@ -140,8 +140,8 @@ class _Builder:
         binder = Binder(self.plan, self.constants, self.numbers, arena.owned, ports.owned)
         functions, blocks, array_steps = self._steps(binder)
         binder.expose(self._exposed())
-        gather, statics, foreign, shifts = self._gather(arena.owned + ports.owned)
         traffic = traffic_of(self.sizes, self.numbers)
+        gather, statics, foreign, shifts = self._gather(arena.owned + ports.owned)
         self.numbers.compile()
         last = self.plan.steps[self.steps[-1]] if self.steps else None
         jobs = np.array([(16 * start, count, 0, 0) for start, count in binder.runs], np.int64).reshape(-1, 4)
@@ -204,6 +204,7 @@ class _Builder:
         return functions, blocks, calls
 
     def _gather(self, owned: tuple[int, ...]) -> tuple[Ints, Ints, tuple[int, ...], tuple[Ints, Ints]]:
+        """See `Table`. All numbers have their places before: addresses lie behind them."""
         places = {buffer: i for i, buffer in enumerate(owned)}
         statics: dict[int, int] = {}
         foreign: dict[int, int] = {}

@@ -18,8 +18,9 @@ from cpu_fallback.stream import CACHED_BINDINGS, CpuStream
 from gpu_engine.errors import DeviceError, ExecutionError, OutOfMemory
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT32, INT64
-from gpu_engine.ir.graph import Builder, Value
+from gpu_engine.ir.graph import Builder, TensorType, Value
 from gpu_engine.ir.ops import Gather, LayerNorm, Map, MatMul, Reshape, Softmax, Transpose
+from gpu_engine.ir.ops.array import Array as ArrayOp
 from gpu_engine.plan.plan import Plan
 from gpu_engine.runtime.device import Device, Slot, Stream
 from tests.cpu_execution import DEVICE, lowered, run_graph, run_slot
@@ -226,6 +227,25 @@ def test_outputs_of_every_origin() -> None:
     found = list(run_graph(graph_of({"x": (N, 2)}, build), {"x": x}).values())
     for actual, wanted in zip(found, (x, np.float32([1, 2]), x.ravel(), x * 2, x * 2, x * 2 + 1), strict=True):
         np.testing.assert_array_equal(actual, wanted)
+
+
+def test_a_later_segment_reads_what_an_earlier_one_owns() -> None:
+    """Sizes of `x` occur among the later segment's numbers for no other reason than how much it moves."""
+    some = dims.symbol("u1")
+
+    def build(builder: Builder, x: Value, c: Value) -> Value:
+        picked = builder.emit(ArrayOp(picks, (TensorType(FLOAT32, (some,)),), binds=("u1",)), c)
+        return builder.emit(Map(X + Y), x, picked)
+
+    graph = graph_of({"x": (N,), "c": (S,)}, build)
+    for rows, values in ((1, [-1.0, 2.0, 3.0]), (2, [4.0, -1.0, 5.0]), (3, [7.0])):
+        x, c = np.arange(rows, dtype=np.float32), np.float32(values)
+        found = run_graph(graph, {"x": x, "c": c})
+        np.testing.assert_array_equal(next(iter(found.values())), x + c[c > 0])
+
+
+def picks(xp: Any, c: Any) -> Any:
+    return c[c > 0]
 
 
 def test_weights_cannot_be_written_through_an_output() -> None:

@@ -252,11 +252,19 @@ def test_small_models_have_no_workers() -> None:
         assert native_threads() == before
         run_slot(stream.slots[0], plan, [weights(1 << 16, 8)])
         assert native_threads() == before + 1
-    assert native_threads() == before
+    assert ends_with(before)
 
 
 def native_threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def ends_with(threads: int) -> bool:
+    """Whether so many threads are left: the system lists one that was joined for a moment longer."""
+    deadline = time.monotonic() + 5
+    while native_threads() != threads and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    return native_threads() == threads
 
 
 def large() -> tuple[Plan, Array]:
@@ -273,7 +281,7 @@ def test_a_stream_that_is_dropped_leaves_no_thread() -> None:
     stream.slots[0].cycle = stream  # type: ignore[attr-defined]
     del stream
     gc.collect()
-    assert native_threads() == before
+    assert ends_with(before)
 
 
 def test_closing_twice_and_before_any_run() -> None:
@@ -284,7 +292,7 @@ def test_closing_twice_and_before_any_run() -> None:
     run_slot(stream.slots[0], plan, [x])
     stream.close()
     stream.close()
-    assert native_threads() == before
+    assert ends_with(before)
 
 
 def test_workers_sleep_between_requests() -> None:
@@ -437,12 +445,12 @@ def test_engines_leave_no_thread(tmp_path: Path) -> None:
         found = engine.run(x)
         assert native_threads() == before + len(CpuDevice()._cores.numbers) - 1
         np.testing.assert_array_equal(engine.submit(x).result(30), found)
-    assert native_threads() == before
+    assert ends_with(before)
     engine = gpu_engine.compile(path, device="cpu", hint="latency")
     np.testing.assert_array_equal(engine.run(x), found)
     del engine
     gc.collect()
-    assert native_threads() == before
+    assert ends_with(before)
 
 
 def matmul_model() -> bytes:
