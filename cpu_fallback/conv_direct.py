@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64
-from cpu_fallback.conv_tiles import LINE, RECORD, UNROLL, TileShape, call_tiles, define_table, tile_shape
+from cpu_fallback.conv_tiles import AHEAD, LINE, RECORD, UNROLL, TileShape, call_tiles, define_table, tile_shape
 from cpu_fallback.conv_tiling import MOST, Tiling, tiles_in_place, tiles_of_windows
 from cpu_fallback.conv_windows import Geometry
 from cpu_fallback.epilogues import Epilogue, stack
@@ -175,8 +175,8 @@ class _Driver:
             self.w, plus(code, times(code, group, panels.group_nbytes), times(code, panel, panels.nbytes))
         )
         channel = times(code, plus(code, times(code, group, g.group_outputs), first), i64(4))
-        ahead = self._ahead(tiling, panels, panel, weights, tiles)
         vectors = ceil_div(code, columns, i64(self._shape.lanes))
+        ahead = self._ahead(tiling, panel, weights, vectors, tiles)
         source = self.x if tiling.windows is None else self.scratch
         reading = (source, tiling.a_row, tiling.a_jump, tiling.segments, tiling.segment_nbytes, tiling.run)
         writing = (code.at(self.out, channel), times(code, g.step_w, g.outputs, i64(4)))
@@ -186,17 +186,12 @@ class _Driver:
         return []
 
     def _ahead(
-        self, tiling: Tiling, panels: _Panels, panel: Reg, weights: Reg, tiles: list[tuple[Reg, Reg]]
+        self, tiling: Tiling, panel: Reg, weights: Reg, vectors: Reg, tiles: list[tuple[Reg, Reg]]
     ) -> tuple[Reg, Reg, Reg]:
         """What tiles prefetch: the next tile where the image is read first, else their share of the next panel."""
         code = self.code
-        (records, many), (_, few) = tiles
-        part = code.binary("udiv", i64(2 * LINE), most(code, plus(code, many, few), i64(1)))
-        own = (
-            code.at(weights, panels.nbytes),
-            times(code, tiling.segments, tiling.run, part),
-            times(code, part, i64(UNROLL)),
-        )
+        (records, _), _ = tiles
+        own = (code.at(weights, i64(AHEAD)), i64(0), times(code, vectors, i64(self._shape.lanes * 4 * UNROLL)))
         if tiling.windows is not None:
             return own
         step = i64(4 * self._shape.rows * UNROLL)

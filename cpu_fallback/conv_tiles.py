@@ -23,6 +23,8 @@ UNROLL = 4
 CHAIN = 128
 """Products in a sum, behind which it is put aside."""
 LINE = 64
+AHEAD = 4096
+"""Bytes of weights between what is read and what is asked for: memory answers meanwhile (benchmarks/conv.py)."""
 PARAMETERS = (
     "i64 %count, ptr %records, i64 %columns, ptr %a, i64 %a_row, i64 %a_jump, i64 %segments, "
     "i64 %segment_step, i64 %run, ptr %w, ptr %c, i64 %c_row, ptr %ahead, i64 %ahead_tile, i64 %ahead_step, "
@@ -187,7 +189,7 @@ class _Tiles:
         """Some steps of the depth; carried are the addresses of weights and of what is prefetched, sums, lines."""
         w, ahead, *rest = carried
         sums, lines = rest[: self.rows * self.vectors], rest[self.rows * self.vectors :]
-        for line in range(2):
+        for line in range(max(1, count * self._row_nbytes // LINE)):
             prefetch(code, code.at(ahead, i64(LINE * line)))
         twice = code.binary("shl", a_row, i64(1))
         for step in range(count):
@@ -256,8 +258,8 @@ def hidden(code: Code, value: Reg) -> Reg:
 
 
 def prefetch(code: Code, place: Reg) -> None:
-    """Ask for a cache line to be brought into the second cache."""
-    code.call("void", "llvm.prefetch.p0", place, *(Reg(hint, "i32") for hint in ("0", "2", "1")))
+    """Ask for a cache line to be brought into the first cache."""
+    code.call("void", "llvm.prefetch.p0", place, *(Reg(hint, "i32") for hint in ("0", "3", "1")))
 
 
 def fma(code: Code, a: Reg, b: Reg, c: Reg) -> Reg:

@@ -37,7 +37,7 @@ def is_balanced(weights: Floats) -> bool:
     sizes = np.abs(weights).ravel()
     sample = sizes[:: max(1, sizes.size // SAMPLES)]
     sample = sample[sample > 0]
-    return bool(sample.size and sizes.max() <= LARGEST_RATIO * float(np.median(sample)))
+    return bool(sizes.max(initial=0) <= LARGEST_RATIO * float(np.median(sample))) if sample.size else not sizes.any()
 
 
 def winograd_weights(weights: Floats, m: int, shape: TileShape) -> Floats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64, vector
-from cpu_fallback.conv_tiles import LINE, RECORD, UNROLL, TileShape, call_tiles, define_table, tile_shape
+from cpu_fallback.conv_tiles import AHEAD, LINE, RECORD, UNROLL, TileShape, call_tiles, define_table, tile_shape
 from cpu_fallback.conv_windows import SLACK, Geometry, Windows
 from cpu_fallback.epilogues import Epilogue, Place, stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
@@ -304,8 +304,7 @@ class _Driver:
         code, g, shape = self.code, self.geometry, self._shape
         a = code.at(chunk.images, times(code, point, chunk.plane))
         c = code.at(chunk.products, times(code, point, chunk.product_plane))
-        part = code.binary("udiv", i64(2 * LINE), ceil_div(code, count, i64(shape.rows)))
-        ahead = (code.at(w, nbytes), times(code, g.channels, part), times(code, part, i64(UNROLL)))
+        ahead = (code.at(w, i64(AHEAD)), i64(0), times(code, vectors, i64(shape.lanes * 4 * UNROLL)))
         table = Reg(f"@{define_table(code, self.target, (1, 2), Epilogue())}", "ptr")
         columns, c_row = times(code, vectors, i64(shape.lanes)), i64(shape.width * 4)
         for (records, length), rows in zip(lists, (shape.rows, shape.few), strict=True):
