@@ -23,7 +23,7 @@ UNROLL = 4
 CHAIN = 128
 """Products in a sum, behind which it is put aside."""
 LINE = 64
-AHEAD = 4096
+AHEAD = 32 << 10
 """Bytes of weights between what is read and what is asked for: memory answers meanwhile (benchmarks/conv.py)."""
 PARAMETERS = (
     "i64 %count, ptr %records, i64 %columns, ptr %a, i64 %a_row, i64 %a_jump, i64 %segments, "
@@ -69,8 +69,8 @@ def define_table(code: Code, target: Target, vectors: Sequence[int], epilogue: E
     second half of the tile begins; segment s of its depth starts s * segment_step bytes later and has `run` elements,
     known now if not 0. W is [segments * run, vectors * lanes]. Rows of C are c_row bytes apart, `channel` bytes behind
     those of channel 0; `operands` are the epilogue's, as argument words. All rows of A that a tile has must be
-    readable, only those asked for are stored. With every UNROLL steps of the depth of tile i two lines are prefetched,
-    from ahead + i * ahead_tile on, each time ahead_step bytes further.
+    readable, only those asked for are stored. With every UNROLL steps of the depth of tile i as much is prefetched as
+    is read of W meanwhile, from ahead + i * ahead_tile on, each time ahead_step bytes further.
     """
     shape = tile_shape(target)
     suffix = f"{shape.lanes}_{run}_{epilogue.digest}"
@@ -116,13 +116,15 @@ class _Tiles:
             record = code.at(records, code.binary("mul", index, i64(RECORD)))
             start, count, offset = (code.load("i64", code.at(record, i64(nbytes)), 8) for nbytes in (0, 8, 16))
             place = self._place(code, code.at(c, offset), c_row, count, columns)
-            for line in _every(code, place.base, c_row, self.rows):
-                for v in range(self.vectors):
-                    prefetch(code, code.at(line, i64(LINE * v)))
+            moved = self.epilogue.moved(code, operands, offset)
+            for base in (place.base, *self.epilogue.followed(moved)):
+                for line in _every(code, base, c_row, self.rows):
+                    for nbytes in range(0, self._row_nbytes, LINE):
+                        prefetch(code, code.at(line, i64(nbytes)))
             lines = self._lines(code, code.at(a, start), a_row, a_jump)
             coming = code.at(ahead, code.binary("mul", index, ahead_tile))
             sums = self._product(code, lines, a_row, segments, step, run, w, coming, far)
-            self.epilogue.write_tile(code, place, sums, self.epilogue.moved(code, operands, offset))
+            self.epilogue.write_tile(code, place, sums, moved)
             return []
 
         code.loop(i64(0), number, i64(1), tile)
@@ -258,8 +260,8 @@ def hidden(code: Code, value: Reg) -> Reg:
 
 
 def prefetch(code: Code, place: Reg) -> None:
-    """Ask for a cache line to be brought into the first cache."""
-    code.call("void", "llvm.prefetch.p0", place, *(Reg(hint, "i32") for hint in ("0", "3", "1")))
+    """Ask for a cache line to be brought into the second cache."""
+    code.call("void", "llvm.prefetch.p0", place, *(Reg(hint, "i32") for hint in ("0", "2", "1")))
 
 
 def fma(code: Code, a: Reg, b: Reg, c: Reg) -> Reg:

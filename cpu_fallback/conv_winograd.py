@@ -288,7 +288,7 @@ class _Driver:
         nbytes = times(code, g.channels, vectors, i64(shape.lanes * 4))
 
         def point(index: Reg, _: list[Reg]) -> list[Reg]:
-            self._multiply(chunk, index, vectors, code.at(weights, times(code, index, nbytes)), nbytes, count, lists)
+            self._multiply(chunk, index, vectors, code.at(weights, times(code, index, nbytes)), lists)
             return []
 
         code.loop(i64(0), i64(self._side**2), i64(1), point)
@@ -297,10 +297,8 @@ class _Driver:
         )
         return []
 
-    def _multiply(
-        self, chunk: _Chunk, point: Reg, vectors: Reg, w: Reg, nbytes: Reg, count: Reg, lists: list[tuple[Reg, Reg]]
-    ) -> None:
-        """Products of all tiles with one point of the weights; the next point's are prefetched meanwhile."""
+    def _multiply(self, chunk: _Chunk, point: Reg, vectors: Reg, w: Reg, lists: list[tuple[Reg, Reg]]) -> None:
+        """Products of all tiles with one point of the weights."""
         code, g, shape = self.code, self.geometry, self._shape
         a = code.at(chunk.images, times(code, point, chunk.plane))
         c = code.at(chunk.products, times(code, point, chunk.product_plane))

@@ -72,6 +72,10 @@ class Epilogue:
         pairs = zip(self.kinds, operands, strict=True)
         return [code.at(operand, nbytes) if kind == FULL else operand for kind, operand in pairs]
 
+    def followed(self, operands: Sequence[Reg]) -> list[Reg]:
+        """Those of the addresses that are read as the result is written, row by row."""
+        return [operand for kind, operand in zip(self.kinds, operands, strict=True) if kind == FULL]
+
     def write_tile(self, code: Code, place: Place, sums: Sequence[Reg], operands: Sequence[Reg]) -> None:
         """Store the epilogue of a tile of sums, row by row; `operands` are addresses for its first cell."""
         if place.columns is not None and place.mask is None:

@@ -110,10 +110,10 @@ class _Tiles:
         """Some steps of the depth; carried are the addresses of weights and of what is prefetched, sums, lines."""
         w, ahead, *rest = carried
         sums, lines = rest[: self.rows * self.vectors], rest[self.rows * self.vectors :]
-        for line in range(2):
+        row_nbytes = self.vectors * self.lanes * 4
+        for line in range(max(1, count * row_nbytes // LINE)):
             prefetch(code, code.at(ahead, i64(LINE * line)))
         twice = code.binary("shl", a_row, i64(1))
-        row_nbytes = self.vectors * self.lanes * 4
         for step in range(count):
             if step:
                 w, sums[-1] = tied(code, w, sums[-1], self.target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64, vector
-from cpu_fallback.conv_tiles import LINE, RECORD, UNROLL, TileShape, call_tiles, tile_shape
+from cpu_fallback.conv_tiles import AHEAD, LINE, RECORD, UNROLL, TileShape, call_tiles, tile_shape
 from cpu_fallback.conv_windows import SLACK, Geometry, Windows
 from cpu_fallback.epilogues import stack
 from cpu_fallback.integer_conv_tiles import define_integer_table
@@ -271,7 +271,7 @@ class _Driver:
         nbytes = times(code, g.channels, vectors, i64(shape.lanes * 4))
 
         def point(index: Reg, _: list[Reg]) -> list[Reg]:
-            self._multiply(chunk, index, vectors, code.at(weights, times(code, index, nbytes)), nbytes, count, lists)
+            self._multiply(chunk, index, vectors, code.at(weights, times(code, index, nbytes)), lists)
             return []
 
         code.loop(i64(0), i64(self._side**2), i64(1), point)
@@ -280,15 +280,12 @@ class _Driver:
         )
         return []
 
-    def _multiply(
-        self, chunk: _Chunk, point: Reg, vectors: Reg, w: Reg, nbytes: Reg, count: Reg, lists: list[tuple[Reg, Reg]]
-    ) -> None:
-        """Products of all tiles with one point of the weights; the next point's are prefetched meanwhile."""
+    def _multiply(self, chunk: _Chunk, point: Reg, vectors: Reg, w: Reg, lists: list[tuple[Reg, Reg]]) -> None:
+        """Products of all tiles with one point of the weights."""
         code, g, shape = self.code, self.geometry, self._shape
         a = code.at(chunk.images, times(code, point, chunk.plane))
         c = code.at(chunk.products, times(code, point, chunk.product_plane))
-        part = code.binary("udiv", i64(2 * LINE), ceil_div(code, count, i64(shape.rows)))
-        ahead = (code.at(w, nbytes), times(code, g.channels, part), times(code, part, i64(UNROLL)))
+        ahead = (code.at(w, i64(AHEAD)), i64(0), times(code, vectors, i64(shape.lanes * 4 * UNROLL)))
         table = Reg(f"@{define_integer_table(code, self.target, (1, 2), PLAIN)}", "ptr")
         columns, c_row = times(code, vectors, i64(shape.lanes)), i64(shape.width * 4)
         for (records, length), rows in zip(lists, (shape.rows, shape.few), strict=True):
