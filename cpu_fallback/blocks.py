@@ -9,7 +9,7 @@ from cpu_fallback import packing
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.loops import least
 from cpu_fallback.native import Target, attributes
-from cpu_fallback.tiles import LINE, TileShape, call_tile
+from cpu_fallback.tiles import TileShape, call_tile
 
 PARAMETERS = (
     "ptr %tiles, i64 %rows, i64 %depth, ptr %a, i64 %a_tile, i64 %a_row, i64 %a_step, "
@@ -56,7 +56,8 @@ def call_block(
 
 
 def _write(code: Code, shape: TileShape) -> None:
-    """All tiles for one part of the depth after the other. The first tiles fetch the next part of B."""
+    """All tiles for one part of the depth after the other. They share in fetching the next part of B: memory, which is
+    slower than the multipliers, then has the time of all of them."""
     given = packing.parameters(PARAMETERS)
     tiles, count, depth, a, a_tile, a_row, a_step, b, b_row, width, sums, c, c_row, finish, *place = given
     block, batch, first_row, column, columns = place
@@ -64,7 +65,7 @@ def _write(code: Code, shape: TileShape) -> None:
     parts = most(code, packing.ceil_div(code, depth, DEPTH), 1)
     size = code.binary("udiv", code.binary("add", depth, code.binary("sub", parts, i64(1))), parts)
     final, line = code.binary("sub", parts, i64(1)), i64(shape.line)
-    many = code.compare("icmp sgt", count, i64(shape.rows))
+    many, count_of_tiles = code.compare("icmp sgt", count, i64(shape.rows)), packing.ceil_div(code, count, shape.rows)
     wanted = code.compare("icmp ne", finish, Reg("null", "ptr"))
 
     def part(index: Reg, _: list[Reg]) -> list[Reg]:
@@ -75,17 +76,17 @@ def _write(code: Code, shape: TileShape) -> None:
         first, last = code.compare("icmp eq", index, i64(0)), code.compare("icmp eq", index, final)
         start = code.select(first, Reg("@zeros", "ptr"), sums), code.select(first, i64(0), line)
         to = code.select(last, c, sums), code.select(last, c_row, line)
-        later = code.binary("mul", steps, b_row)
+        ahead_step = code.binary("udiv", b_row, most(code, count_of_tiles, 1))
+        following = code.at(b_part, code.binary("mul", steps, b_row))
 
         def tile(i: Reg, _: list[Reg]) -> list[Reg]:
             row = code.binary("mul", i, i64(shape.rows))
             rows = least(code, code.binary("sub", count, row), i64(shape.rows))
             begin, end = (code.at(base, code.binary("mul", row, step)) for base, step in (start, to))
             source = code.at(a_part, code.binary("mul", i, a_tile))
-            other = code.binary("add", later, code.binary("mul", i, i64(LINE)))
-            far = code.select(code.compare("icmp slt", i, width), other, i64(0))
+            ahead = code.at(following, code.binary("mul", code.binary("mul", i, steps), ahead_step))
             call_tile(code, tiles, shape, many, rows, width, steps, source, a_row, a_step, b_part, b_row,
-                      begin, start[1], end, to[1], far)  # fmt: skip
+                      begin, start[1], end, to[1], ahead, ahead_step)  # fmt: skip
 
             def finished() -> list[Reg]:
                 packing.call(
@@ -96,7 +97,7 @@ def _write(code: Code, shape: TileShape) -> None:
             code.either(code.binary("and", last, wanted), finished, lambda: [])
             return []
 
-        code.loop(i64(0), packing.ceil_div(code, count, shape.rows), i64(1), tile)
+        code.loop(i64(0), count_of_tiles, i64(1), tile)
         return []
 
     code.loop(i64(0), parts, i64(1), part)

@@ -14,7 +14,7 @@ from cpu_fallback.conv_tiles import AHEAD, RECORD, UNROLL, TileShape, call_tiles
 from cpu_fallback.conv_tiling import MOST, Tiling, tiles_in_place, tiles_of_windows
 from cpu_fallback.conv_windows import Geometry
 from cpu_fallback.epilogues import Epilogue, stack
-from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
+from cpu_fallback.integers import ceil_div, clamp, in_equal_parts, least, plus, share, times
 from cpu_fallback.loops import BLOCK, THREAD, THREADS, Words
 from cpu_fallback.native import SIGNATURE, Target, attributes
 
@@ -94,7 +94,7 @@ class _Driver:
             tiling = tiles_of_windows(code, self.target, self._shape, g, planar=self.source == PLANAR)
         panels = self._panels(tiling)
         chunks, columns = self._shares(tiling.chunks, times(code, panels.count, g.groups))
-        block = _in_equal_parts(code, code.binary("sub", chunks[1], chunks[0]), tiling.block(self.room))
+        block = in_equal_parts(code, code.binary("sub", chunks[1], chunks[0]), tiling.block(self.room))
         lists = (stack(code, RECORD * MOST), stack(code, RECORD * MOST))
 
         def some_chunks(first: Reg, _: list[Reg]) -> list[Reg]:
@@ -200,8 +200,3 @@ class _Driver:
         initial = code.compare("icmp eq", panel, i64(0))
         chosen = [code.select(initial, a, b) for a, b in zip(following, own, strict=True)]
         return chosen[0], chosen[1], chosen[2]
-
-
-def _in_equal_parts(code: Code, total: Reg, limit: Reg) -> Reg:
-    """The least size of as many parts as parts of `limit` are: none is nearly empty."""
-    return most(code, ceil_div(code, total, most(code, ceil_div(code, total, limit), i64(1))), i64(1))

@@ -14,6 +14,7 @@ from cpu_fallback import packing
 from cpu_fallback.blocks import Rows, call_block, define_block, most
 from cpu_fallback.caches import Caches
 from cpu_fallback.code import Code, Reg, i64
+from cpu_fallback.integers import in_equal_parts
 from cpu_fallback.lanes import COMPUTED
 from cpu_fallback.loops import THREAD, THREADS, Words, least, row_offsets, thread_share
 from cpu_fallback.native import Target, attributes
@@ -151,7 +152,7 @@ class _Writer:
             offsets = row_offsets(code, batch, given.extents, given.strides)
         a, b, c = (code.at(base, offset) for base, offset in zip((given.a, given.b, given.c), offsets, strict=True))
         packed = b if self.driver.b_form == PACKED else self._pack_b(b, panels)
-        size = self._block_tiles()
+        size = in_equal_parts(code, code.binary("sub", tiles[1], tiles[0]), self._block_tiles())
 
         def block(first: Reg, _: list[Reg]) -> list[Reg]:
             stop = least(code, code.binary("add", first, size), tiles[1])

@@ -51,3 +51,9 @@ def share(code: Code, total: Reg, team: Reg) -> tuple[Reg, Reg]:
     for index in (THREAD, plus(code, THREAD, i64(1))):
         ends.append(least(code, code.binary("udiv", times(code, total, index), team), total))
     return ends[0], ends[1]
+
+
+def in_equal_parts(code: Code, total: Reg, limit: Reg) -> Reg:
+    """The least size of as many parts as parts of `limit` are, at least 1: none is nearly empty."""
+    parts = most(code, ceil_div(code, total, most(code, limit, i64(1))), i64(1))
+    return most(code, ceil_div(code, total, parts), i64(1))

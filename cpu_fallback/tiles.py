@@ -18,7 +18,7 @@ from gpu_engine.ir.dtypes import INT8, UINT8, DType
 
 PARAMETERS = (
     "i64 %rows, i64 %depth, ptr %a, i64 %a_row, i64 %a_step, ptr %b, i64 %b_row, "
-    "ptr %start, i64 %start_row, ptr %c, i64 %c_row, i64 %far"
+    "ptr %start, i64 %start_row, ptr %c, i64 %c_row, ptr %ahead, i64 %ahead_step"
 )
 NBYTES = {"float": 4, "double": 8, "i32": 4, "i64": 8}
 HEIGHTS = (1, 2, 4, 6, 8)
@@ -108,7 +108,8 @@ def call_tile(code: Code, table: Reg, shape: TileShape, many: Reg, rows: Reg, ve
 
     All steps are in bytes: `a_row` from row to row of A, `a_step` from one step of the depth to the next, the others
     from row to row. Rows of vectors of B, `start` and C are contiguous. With `many`, other tiles multiply the same B:
-    then a whole tile fetches the line of B `far` bytes from each that it multiplies into the second cache, for later.
+    then with every step a whole tile has the line at `ahead` brought into the second cache, and goes on by
+    `ahead_step`.
     """
     whole = code.compare("icmp eq", rows, i64(shape.rows))
     row = code.select(code.binary("and", many, whole), i64(shape.rows + 1), rows)
@@ -192,7 +193,7 @@ class _Tile:
     alone: bool
 
     def write(self, code: Code) -> None:
-        count, depth, a, a_row, a_step, b, b_row, start, start_row, c, c_row, far = (
+        count, depth, a, a_row, a_step, b, b_row, start, start_row, c, c_row, ahead, ahead_step = (
             Reg(text.split()[1], text.split()[0]) for text in PARAMETERS.split(", ")
         )
         last = code.binary("sub", count, i64(1))
@@ -202,11 +203,11 @@ class _Tile:
         chains = min(4, 1 << (-(-SUMS // cells) - 1).bit_length())
         sums = [literal(self._kind, 0)] * cells * chains
         lines = [_opaque(code, _moved(code, a, a_row, row)) for row in rows]
-        ahead = code.binary("mul", b_row, i64(AHEAD * chains))
+        distance = code.binary("mul", b_row, i64(AHEAD * chains))
 
         def steps(count: int, index: Reg, carried: list[Reg]) -> list[Reg]:
             """Some steps of the depth, one for each chain of sums: B is read from front to back."""
-            b_line, sums = carried[0], carried[1:]
+            b_line, coming, *sums = carried
             for step in range(count):
                 chain = step * cells
                 here = code.binary("add", index, _times(code, a_step, step))
@@ -214,21 +215,22 @@ class _Tile:
                 sums[chain : chain + cells] = self._multiplied(code, places, b_line, sums[chain : chain + cells])
                 if self.alone:
                     nbytes = self.width * self.shape.lanes * self.shape.nbytes
-                    self._prefetch(code, code.at(b_line, ahead), nbytes, 3)
-                elif not step:
-                    self._prefetch(code, code.at(b_line, far), 1, 2)
+                    self._prefetch(code, code.at(b_line, distance), nbytes, 3)
+                else:
+                    self._prefetch(code, coming, 1, 2)
+                    coming = code.at(coming, ahead_step)
                 b_line = code.at(b_line, b_row)
-            return [b_line, *sums]
+            return [b_line, coming, *sums]
 
         end, several = code.binary("mul", depth, a_step), _times(code, a_step, chains)
         whole = code.binary("mul", code.binary("udiv", depth, i64(chains)), several)
-        carried = code.loop(i64(0), whole, several, lambda i, x: steps(chains, i, x), [b, *sums])
+        carried = code.loop(i64(0), whole, several, lambda i, x: steps(chains, i, x), [b, ahead, *sums])
         if chains > 1:
             carried = code.loop(whole, end, a_step, lambda i, x: steps(1, i, x), carried)
         totals = [
             code.load(self._kind, place, self.shape.nbytes) for place in self._cells(code, rows, start, start_row)
         ]  # fmt: skip
-        for i, part in enumerate(carried[1:]):
+        for i, part in enumerate(carried[2:]):
             totals[i % cells] = add(code, totals[i % cells], part)
         for total, place in zip(totals, self._cells(code, rows, c, c_row), strict=True):
             code.store(total, place, self.shape.nbytes)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cpu_fallback.conv_choice import best_winograd
 from cpu_fallback.conv_lowering import emit_conv, emit_depthwise, emit_direct, emit_winograd, has_phases
+from cpu_fallback.conv_weights import is_balanced
 from cpu_fallback.native import Target, host
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT32
@@ -243,3 +244,14 @@ def test_the_choice_of_algorithm() -> None:
 
     assert chosen(64, 56) == chosen(128, 28) == chosen(64, dims.symbol("H")) == 4
     assert chosen(3, 56) == chosen(64, 56, stride=2) == chosen(64, 56, group=2) == chosen(512, 2) == 0
+
+
+def test_which_weights_are_balanced() -> None:
+    """None that is so large that transforms drown the others in its rounding; zeros, as a residual branch starts with,
+    drown nothing."""
+    weights = np.random.default_rng(0).standard_normal((8, 8, 3, 3)).astype(np.float32)
+    outlier, infinite = weights.copy(), weights.copy()
+    outlier[0, 0, 0, 0], infinite[0, 0, 0, 0] = 1e5, np.nan
+    assert is_balanced(weights) and is_balanced(np.zeros_like(weights))
+    assert not any(map(is_balanced, (outlier, infinite)))
+    assert is_balanced(np.zeros((0, 8, 3, 3), np.float32))
