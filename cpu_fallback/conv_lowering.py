@@ -19,11 +19,12 @@ from cpu_fallback.conv_direct import FLAT, IN_PLACE, PLANAR, WINDOWS, ConvKernel
 from cpu_fallback.conv_tiles import TileShape, tile_shape
 from cpu_fallback.conv_weights import Floats, aligned, depthwise_weights, is_balanced, tile_weights, winograd_weights
 from cpu_fallback.conv_windows import SLACK, Geometry
-from cpu_fallback.conv_winograd import WinogradKernel, scratch_nbytes
+from cpu_fallback.conv_winograd import WinogradKernel
 from cpu_fallback.cores import usable_cores
 from cpu_fallback.epilogues import Finish
 from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target
+from cpu_fallback.winograd_driver import scratch_nbytes
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import UINT8

@@ -19,7 +19,6 @@ from cpu_fallback.conv_lowering import COPIES, geometry_of, thread_limit
 from cpu_fallback.conv_tiles import TileShape, tile_shape
 from cpu_fallback.conv_weights import depthwise_weights, tile_weights
 from cpu_fallback.conv_windows import SLACK, Geometry
-from cpu_fallback.conv_winograd import scratch_nbytes
 from cpu_fallback.image_lowering import lower_last_conv
 from cpu_fallback.integer_conv_tiles import TERMS, define_integer_table
 from cpu_fallback.integer_depthwise import IntegerDepthwiseKernel
@@ -30,6 +29,7 @@ from cpu_fallback.integer_winograd_transforms import packed_integers
 from cpu_fallback.loops import BLOCK, THREAD, THREADS
 from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target, attributes, host
+from cpu_fallback.winograd_driver import scratch_nbytes
 from gpu_engine.ir.dtypes import INT16, UINT8
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Conv

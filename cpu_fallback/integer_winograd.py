@@ -2,36 +2,27 @@
 
 Transforms are scaled so that they have no fractions: transformed bytes and weights fit int16. Sums of products are
 right modulo 2**32, and so is everything that adds and subtracts them; the scale is divided out at last, exactly, since
-what is left fits int32. The driver goes as that of `conv_winograd`.
+what is left fits int32.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from cpu_fallback.code import Code, Reg, i64, vector
-from cpu_fallback.conv_tiles import AHEAD, LINE, RECORD, UNROLL, TileShape, call_tiles, tile_shape
-from cpu_fallback.conv_windows import SLACK, Geometry, Windows
-from cpu_fallback.epilogues import stack
+from cpu_fallback.conv_tiles import tile_shape
 from cpu_fallback.integer_conv_tiles import define_integer_table
 from cpu_fallback.integer_epilogues import PLAIN, IntegerEpilogue, Tile, narrow
 from cpu_fallback.integer_winograd_transforms import BACKWARD, FORWARD, divided
-from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
-from cpu_fallback.loops import BLOCK, THREAD, THREADS, Words
-from cpu_fallback.native import SIGNATURE, Target, attributes
-from cpu_fallback.vector_math import Num
-from cpu_fallback.winograd_transforms import twice
+from cpu_fallback.integers import least, plus, times
+from cpu_fallback.native import Target
+from cpu_fallback.winograd_driver import FINISH, Numbers, write_winograd
 
-TAPS = 3
-LISTED = 64
-"""Register tiles of transformed image tiles at a time."""
-
-
-FINISH = (
-    "ptr %stage, i64 %cell, i64 %channel, i64 %left, i64 %down, i64 %across, i64 %pixel, i64 %row, ptr %out, "
-    "ptr %operands"
-)
-PARAMETERS = f"{SIGNATURE}, ptr %finish"
+INTEGERS = Numbers(
+    "integer", "i16", "i32", lambda code, target: define_integer_table(code, target, (1, 2), PLAIN), FORWARD, BACKWARD,
+    divided,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,28 +33,11 @@ class IntegerWinogradKernel:
     epilogue: IntegerEpilogue
 
     def write(self, code: Code, target: Target) -> None:
-        suffix = f"{self.m}_{target.vector_nbytes}"
-        name, finish = f"integer_winograd_{suffix}", f"integer_winograd_finish_{suffix}_{self.epilogue.digest}"
-        code.define(name, PARAMETERS, attributes(target), lambda inner: _write_driver(inner, target, self.m))
-        code.define(
-            finish, FINISH, attributes(target), lambda inner: _write_finish(inner, target, self.m, self.epilogue)
-        )  # fmt: skip
-        code.do(f"call void @{name}({BLOCK}, {THREAD}, {THREADS}, ptr @{finish})")
-
-
-def _write_driver(code: Code, target: Target, m: int) -> None:
-    words = Words(code)
-    x, w, out, scratch = words.pointers(4)
-    room, slots = words.numbers(2)
-    geometry = Geometry(*words.numbers(len(Geometry._fields)))
-    scratch = code.at(scratch, times(code, THREAD, room))
-    team = least(code, THREADS, slots)
-    _Driver(code, target, m, x, w, out, words.address(), scratch, room, team, geometry).write()
+        finish = partial(_write_finish, target=target, m=self.m, epilogue=self.epilogue)
+        write_winograd(code, target, self.m, INTEGERS, self.epilogue.digest, finish)
 
 
 def _write_finish(code: Code, target: Target, m: int, epilogue: IntegerEpilogue) -> None:
-    """The epilogue on `down` rows of `across` results, `left` channels of a vector; `channel` and `cell` are the byte
-    offsets of the first channel and of its first result, `pixel` and `row` are how far the next are."""
     stage, cell, channel, left, down, across, pixel, row, out, words = (
         Reg(text.split()[1], text.split()[0]) for text in FINISH.split(", ")
     )
@@ -82,256 +56,3 @@ def _write_finish(code: Code, target: Target, m: int, epilogue: IntegerEpilogue)
         return []
 
     code.loop(i64(0), down, i64(1), line)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Scratch for some tiles: [points][tiles][channels] of images, [points][tiles][panel] of products, one window."""
-
-    capacity: Reg
-    line: Reg
-    images: Reg
-    plane: Reg
-    products: Reg
-    product_plane: Reg
-    window: Reg
-
-
-@dataclass(frozen=True)
-class _Driver:
-    """The function around tiles and epilogue while it is written."""
-
-    code: Code
-    target: Target
-    m: int
-    x: Reg
-    w: Reg
-    out: Reg
-    operands: Reg
-    scratch: Reg
-    room: Reg
-    team: Reg
-    geometry: Geometry
-
-    @property
-    def _shape(self) -> TileShape:
-        return tile_shape(self.target)
-
-    @property
-    def _lanes(self) -> int:
-        return self._shape.lanes
-
-    @property
-    def _side(self) -> int:
-        return self.m + TAPS - 1
-
-    def write(self) -> None:
-        code, g = self.code, self.geometry
-        across, down = (ceil_div(code, extent, i64(self.m)) for extent in (g.out_w, g.out_h))
-        images = code.binary("udiv", g.pixels, most(code, times(code, g.out_w, g.out_h), i64(1)))
-        total = times(code, images, across, down)
-        panels = ceil_div(code, g.outputs, i64(self._shape.width))
-        tiles, columns = self._shares(total, panels)
-        chunk = self._chunk(code.binary("sub", tiles[1], tiles[0]))
-        grid = g._replace(
-            out_w=across, out_h=down, out_d=i64(1),
-            kernel_w=i64(self._side), kernel_h=i64(self._side), kernel_d=i64(1),
-            stride_w=i64(self.m), stride_h=i64(self.m), stride_d=i64(1),
-        )  # fmt: skip
-        lists = (stack(code, RECORD * LISTED), stack(code, RECORD))
-
-        def some_tiles(first: Reg, _: list[Reg]) -> list[Reg]:
-            count = least(code, code.binary("sub", tiles[1], first), chunk.capacity)
-            code.loop(i64(0), count, i64(1), lambda tile, _: self._gather(grid, chunk, first, tile))
-            lengths = self._list(chunk, count, lists)
-            both = list(zip(lists, lengths, strict=True))
-            code.loop(*columns, i64(1), lambda panel, _: self._panel(grid, chunk, first, count, panel, both))
-            return []
-
-        code.loop(*tiles, chunk.capacity, some_tiles)
-
-    def _shares(self, tiles: Reg, panels: Reg) -> tuple[tuple[Reg, Reg], tuple[Reg, Reg]]:
-        """[start, stop) of tiles and of panels: a thread takes some of the tiles if there are enough, and reading
-        all weights costs less than transforming all tiles, else panels."""
-        code = self.code
-        plenty = code.compare("icmp sge", tiles, times(code, self.team, i64(2 * self._shape.rows)))
-        plenty = code.binary("and", plenty, code.compare("icmp sge", tiles, self.geometry.outputs))
-        start, stop = share(code, code.select(plenty, tiles, panels), self.team)
-        tiles = code.select(code.compare("icmp slt", start, stop), tiles, i64(0))
-        return (
-            (code.select(plenty, start, i64(0)), code.select(plenty, stop, tiles)),
-            (code.select(plenty, i64(0), start), code.select(plenty, panels, stop)),
-        )
-
-    def _chunk(self, tiles: Reg) -> _Chunk:
-        """As many tiles at a time as scratch has room for, in equal parts."""
-        code, g, shape = self.code, self.geometry, self._shape
-        line = times(
-            code, code.binary("or", ceil_div(code, times(code, g.channels, i64(4)), i64(LINE)), i64(1)), i64(LINE)
-        )
-        window = times(code, g.channels, i64(4 * self._side**2))
-        each = times(code, plus(code, line, i64(shape.width * 4)), i64(self._side**2))
-        free = code.binary("sub", self.room, plus(code, window, i64(SLACK)))
-        fitting = clamp(code, code.binary("udiv", free, times(code, each, i64(shape.rows))), i64(1), i64(LISTED))
-        parts = most(code, ceil_div(code, tiles, times(code, fitting, i64(shape.rows))), i64(1))
-        blocks = most(code, ceil_div(code, ceil_div(code, tiles, parts), i64(shape.rows)), i64(1))
-        capacity = times(code, blocks, i64(shape.rows))
-        plane, product_plane = times(code, capacity, line), times(code, capacity, i64(shape.width * 4))
-        products = code.at(self.scratch, times(code, plane, i64(self._side**2)))
-        after = code.at(products, times(code, product_plane, i64(self._side**2)))
-        return _Chunk(capacity, line, self.scratch, plane, products, product_plane, after)
-
-    def _list(self, chunk: _Chunk, count: Reg, lists: tuple[Reg, Reg]) -> list[Reg]:
-        """The tiles' transforms as rows of register tiles, few of them in the second list; the lengths of both."""
-        code, shape = self.code, self._shape
-
-        def block(index: Reg, _: list[Reg]) -> list[Reg]:
-            first = times(code, index, i64(shape.rows))
-            rows = least(code, code.binary("sub", count, first), i64(shape.rows))
-            few = code.compare("icmp sle", rows, i64(shape.few))
-            record = code.select(few, lists[1], code.at(lists[0], times(code, index, i64(RECORD))))
-            for i, value in enumerate((times(code, first, chunk.line), rows, times(code, first, i64(shape.width * 4)))):
-                code.store(value, code.at(record, i64(8 * i)), 8)
-            return [code.convert("zext", few, "i64")]
-
-        blocks = ceil_div(code, count, i64(shape.rows))
-        (last,) = code.loop(i64(0), blocks, i64(1), block, [i64(0)])
-        return [code.binary("sub", blocks, last), last]
-
-    def _gather(self, grid: Geometry, chunk: _Chunk, first: Reg, tile: Reg) -> list[Reg]:
-        """Transform one image tile; at the edges of the image from a copy with zeros."""
-        code, g = self.code, self.geometry
-        number = plus(code, first, tile)
-        (y, x), image = self._corner(grid, number)
-        y, x = (
-            plus(code, times(code, place, i64(self.m)), code.binary("sub", crop, pad))
-            for place, crop, pad in ((y, g.crop_h, g.pad_h), (x, g.crop_w, g.pad_w))
-        )
-        inside = code.compare("icmp sge", least(code, y, x), i64(0))
-        for place, extent in ((y, g.in_h), (x, g.in_w)):
-            end = code.compare("icmp sle", plus(code, place, i64(self._side)), extent)
-            inside = code.binary("and", inside, end)
-        pixel = times(code, g.channels, i64(4))
-        row = times(code, g.in_w, pixel)
-
-        def own() -> list[Reg]:
-            offset = plus(code, times(code, plus(code, times(code, image, g.in_h), y), row), times(code, x, pixel))
-            return [code.at(self.x, offset), row]
-
-        def copied() -> list[Reg]:
-            windows = Windows(self.target, False, grid, i64(self._side), i64(1))
-            windows.copy(code, self.x, i64(0), number, chunk.window)
-            return [chunk.window, times(code, pixel, i64(self._side))]
-
-        start, row = code.either(inside, own, copied)
-        to = code.at(chunk.images, times(code, tile, chunk.line))
-        self._transform(start, row, pixel, to, chunk.plane)
-        return []
-
-    def _corner(self, grid: Geometry, number: Reg) -> tuple[tuple[Reg, Reg], Reg]:
-        """((row, column) of a tile, image)."""
-        code = self.code
-        rest = code.binary("udiv", number, grid.out_w)
-        return (
-            (code.binary("urem", rest, grid.out_h), code.binary("urem", number, grid.out_w)),
-            code.binary("udiv", rest, grid.out_h),
-        )
-
-    def _transform(self, start: Reg, row: Reg, pixel: Reg, to: Reg, plane: Reg) -> None:
-        """All channels of a window, a vector at a time; the last vector reaches back where channels do not fill it."""
-        code, n = self.code, self._side
-
-        def some_channels(channel: Reg, _: list[Reg]) -> list[Reg]:
-            last = code.binary("sub", self.geometry.channels, i64(self._lanes))
-            offset = times(code, least(code, channel, last), i64(4))
-            lines = _steps(code, code.at(start, offset), row, n)
-            loaded = [[self._load(place, "i16") for place in _steps(code, line, pixel, n)] for line in lines]
-            values = twice(FORWARD[self.m], loaded)
-            places = _steps(code, code.at(to, offset), plane, n * n)
-            for place, value in zip(places, (value for line in values for value in line), strict=True):
-                code.store(value.reg, place, 4)
-            return []
-
-        code.loop(i64(0), self.geometry.channels, i64(self._lanes), some_channels)
-
-    def _load(self, place: Reg, scalar: str) -> Num:
-        """A vector of int32, or of twice as many int16."""
-        lanes = self._lanes if scalar == "i32" else 2 * self._lanes
-        return Num(self.code, self.code.load(vector(lanes, scalar), place, 4))
-
-    def _panel(
-        self, grid: Geometry, chunk: _Chunk, first: Reg, count: Reg, panel: Reg, lists: list[tuple[Reg, Reg]]
-    ) -> list[Reg]:
-        """All points of a panel of weights, and back."""
-        code, g, shape = self.code, self.geometry, self._shape
-        channel = times(code, panel, i64(shape.width))
-        columns = least(code, code.binary("sub", g.outputs, channel), i64(shape.width))
-        vectors = ceil_div(code, columns, i64(shape.lanes))
-        weights = code.at(self.w, times(code, panel, g.channels, i64(self._side**2 * shape.width * 4)))
-        nbytes = times(code, g.channels, vectors, i64(shape.lanes * 4))
-
-        def point(index: Reg, _: list[Reg]) -> list[Reg]:
-            self._multiply(chunk, index, vectors, code.at(weights, times(code, index, nbytes)), lists)
-            return []
-
-        code.loop(i64(0), i64(self._side**2), i64(1), point)
-        code.loop(
-            i64(0), count, i64(1), lambda tile, _: self._back(grid, chunk, first, tile, channel, columns, vectors)
-        )
-        return []
-
-    def _multiply(self, chunk: _Chunk, point: Reg, vectors: Reg, w: Reg, lists: list[tuple[Reg, Reg]]) -> None:
-        """Products of all tiles with one point of the weights."""
-        code, g, shape = self.code, self.geometry, self._shape
-        a = code.at(chunk.images, times(code, point, chunk.plane))
-        c = code.at(chunk.products, times(code, point, chunk.product_plane))
-        ahead = (code.at(w, i64(AHEAD)), i64(0), times(code, vectors, i64(shape.lanes * 4 * UNROLL)))
-        table = Reg(f"@{define_integer_table(code, self.target, (1, 2), PLAIN)}", "ptr")
-        columns, c_row = times(code, vectors, i64(shape.lanes)), i64(shape.width * 4)
-        for (records, length), rows in zip(lists, (shape.rows, shape.few), strict=True):
-            reading = (a, chunk.line, i64(0), i64(1), i64(0), g.channels)
-            arguments = [length, records, columns, *reading, w, c, c_row, *ahead, self.operands, i64(0)]
-            call_tiles(code, table, shape, rows, vectors, arguments)
-
-    def _back(
-        self, grid: Geometry, chunk: _Chunk, first: Reg, tile: Reg, channel: Reg, columns: Reg, vectors: Reg
-    ) -> list[Reg]:
-        """The results of one tile from its products, those outside the image left out."""
-        code, g, m = self.code, self.geometry, self.m
-        (y, x), image = self._corner(grid, plus(code, first, tile))
-        y, x = times(code, y, i64(m)), times(code, x, i64(m))
-        down, across = (
-            least(code, code.binary("sub", extent, place), i64(m)) for extent, place in ((g.out_h, y), (g.out_w, x))
-        )
-        pixel = plus(code, times(code, plus(code, times(code, image, g.out_h), y), g.out_w), x)
-        cell = times(code, plus(code, times(code, pixel, g.outputs), channel), i64(4))
-        stage = stack(code, m * m * self._lanes * 4)
-        pixel_nbytes = times(code, g.outputs, i64(4))
-
-        def some_channels(index: Reg, _: list[Reg]) -> list[Reg]:
-            lane = times(code, index, i64(self._lanes))
-            offset = times(code, lane, i64(4))
-            start = code.at(chunk.products, plus(code, times(code, tile, i64(self._shape.width * 4)), offset))
-            places = iter(_steps(code, start, chunk.product_plane, self._side**2))
-            loaded = [[self._load(next(places), "i32") for _ in range(self._side)] for _ in range(self._side)]
-            for i, value in enumerate(value for line in twice(BACKWARD[m], loaded) for value in line):
-                code.store(divided(value, m).reg, code.at(stage, i64(i * self._lanes * 4)), 4)
-            left = code.binary("sub", columns, lane)
-            place = times(code, channel, i64(4))
-            arguments = [
-                stage, plus(code, cell, offset), plus(code, place, offset), left, down, across, pixel_nbytes,
-                times(code, pixel_nbytes, g.out_w), self.out, self.operands,
-            ]  # fmt: skip
-            code.do(f"call void %finish({', '.join(map(str, arguments))})")
-            return []
-
-        code.loop(i64(0), vectors, i64(1), some_channels)
-        return []
-
-
-def _steps(code: Code, base: Reg, step: Reg, count: int) -> list[Reg]:
-    """base, base + step, base + 2 step, ..."""
-    found = [base]
-    for _ in range(count - 1):
-        found.append(code.at(found[-1], step))
-    return found
