@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from cpu_fallback.calls import Address, Native, Word
-from cpu_fallback.checks import as_relation, emit_relations, is_verdict
+from cpu_fallback.checks import BEHIND_ALL, as_relation, emit_relations, is_verdict
 from cpu_fallback.interruption import STATE
-from cpu_fallback.jumps import LoopKernel, emit_jump, emit_move, land
+from cpu_fallback.jumps import Jump, LoopKernel, emit_jump, emit_move, land
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Call, Dim
 from gpu_engine.ir.dtypes import BOOL, INT64
@@ -134,12 +134,14 @@ def _advance(
     before: tuple[int, ...] | None = None,
 ) -> None:
     """The number of the next iteration; of the first one if `before` names what all iterations together fill, whose
-    memory is theirs from here on."""
-    given = tuple(buffer for buffer in (trips, condition) if buffer is not None)
+    memory is theirs from here on. The run ends where a signal's handler raised: no loop around this one goes on."""
+    given, raised = tuple(buffer for buffer in (trips, condition) if buffer is not None), lowering.buffer(BOOL, ())
     kernel = LoopKernel(before is not None, trips is not None, condition is not None)
-    words: tuple[Word, ...] = (*map(Address, changed), STATE, *map(Address, given))
+    words: tuple[Word, ...] = (*map(Address, (*changed, raised)), STATE, *map(Address, given))
     inputs = given if before is not None else (*given, *changed)
-    lowering.emit(Native(kernel, words), inputs, (*changed, *(before or ())))
+    lowering.emit(Native(kernel, words), inputs, (*changed, raised, *(before or ())))
+    if before is None:
+        lowering.emit(Native(Jump(), (Address(raised), 1, BEHIND_ALL)), (raised,), ())
 
 
 class _Inlined:

@@ -1,4 +1,4 @@
-"""How a native loop is interrupted: now and then it has Python handle signals, and ends if a handler raises.
+"""How a native loop is interrupted: now and then it has Python handle signals, and the run ends if a handler raises.
 
 A callback could not do that: its own frame is where a handler's exception would be raised, and be lost.
 https://docs.python.org/3/c-api/exceptions.html#c.PyErr_CheckSignals

@@ -11,6 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 import gpu_engine
+from cpu_fallback.calls import Native
+from tests.test_control import model_of
 
 
 class Stopped(BaseException):
@@ -55,6 +57,30 @@ def counting(trips: int) -> onnx.ModelProto:
 def test_an_endless_loop_ends_when_a_handler_raises() -> None:
     with gpu_engine.compile(counting(2**62), device="cpu", streams=1) as engine, pytest.raises(Stopped, match="alarm"):
         engine.run({"x": np.zeros(2, np.float32)})
+
+
+NESTED = """
+g (int64 n, bool yes, float[2] x) => (float[2] y) {
+  y = Loop (n, yes, x) <body = outer (int64 i, bool before, float[2] s) => (bool after, float[2] t) {
+    after = Identity (before)
+    t = Loop (n, before, s) <body = inner (int64 j, bool was, float[2] u) => (bool still, float[2] v) {
+      still = Identity (was)
+      v = Add (u, x)
+    }>
+  }>
+}"""
+
+
+@pytest.mark.usefixtures("alarm")
+def test_no_loop_around_one_that_was_interrupted_goes_on() -> None:
+    given = {"n": np.int64(2**62), "yes": np.bool_(True), "x": np.zeros(2, np.float32)}
+    with gpu_engine.compile(model_of(NESTED), device="cpu", streams=1) as engine:
+        assert all(isinstance(step.kernel, Native) for step in engine.plan.steps)
+        with pytest.raises(Stopped, match="alarm"):
+            engine.run(given)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        result = engine.run(given | {"n": np.int64(3), "x": np.ones(2, np.float32)})
+    np.testing.assert_array_equal(result["y"], np.full(2, 10, np.float32))
 
 
 @pytest.mark.parametrize("trips", [0, 1, 4095, 4096, 4097, 10_000])
