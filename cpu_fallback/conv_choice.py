@@ -14,7 +14,7 @@ from gpu_engine.ir.ops import Conv
 
 TRANSFORM_CYCLES = {2: 90, 4: 280}
 """Of one image tile and one vector of channels, there and back; benchmarks/conv.py measures what follows from it."""
-FAR_NBYTES = 12
+FAR_NBYTES = 8
 """Bytes a cycle of weights that the second cache cannot keep."""
 SMALL, LARGE = 1, 512
 """What extents count that are not known: a batch, an image."""

@@ -24,7 +24,7 @@ from cpu_fallback.cores import usable_cores
 from cpu_fallback.epilogues import Finish
 from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target
-from cpu_fallback.winograd_driver import scratch_nbytes
+from cpu_fallback.winograd_driver import room_for
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import UINT8
@@ -90,7 +90,7 @@ def _emit_tiles(layer: Layer, source: str, group: int, weights: Floats, geometry
     nbytes = layer.shape.rows * elements * 4 + SLACK
     nbytes = nbytes if in_place else max(nbytes, caches().l2)
     kernel = ConvKernel(source, run, _panel_vectors(geometry.group_outputs, layer.shape), layer.finish.epilogue)
-    _emit(layer, kernel, packed, offset, _lines(nbytes), geometry)
+    _emit(layer, kernel, packed, offset, (_lines(nbytes),), geometry)
 
 
 def _panel_vectors(outputs: int, shape: TileShape) -> tuple[int, ...]:
@@ -104,15 +104,18 @@ def emit_winograd(layer: Layer, op: Conv, weights: Floats, m: int) -> None:
     """A 3 x 3 convolution of stride 1 by F(m x m, 3 x 3); it has at least as many channels as a vector lanes."""
     geometry = geometry_of(op, weights.shape, layer.x.shape, layer.out.shape)
     packed = layer.lowering.constant(winograd_weights(weights, m, layer.shape))
-    nbytes = scratch_nbytes(m, weights.shape[1], layer.shape, caches().l2 * 3 // 4)
-    _emit(layer, WinogradKernel(m, layer.finish.epilogue), packed, 0, _lines(nbytes), geometry)
+    room = room_for(m, weights.shape[1], weights.shape[0], layer.shape)
+    _emit(layer, WinogradKernel(m, layer.finish.epilogue), packed, 0, room.words, geometry)
 
 
-def _emit(layer: Layer, kernel: Any, packed: int, offset: Dim, nbytes: int, geometry: Geometry) -> None:
+def _emit(
+    layer: Layer, kernel: Any, packed: int, offset: Dim, room: Sequence[int], geometry: Geometry
+) -> None:  # fmt: skip
+    """`room` begins with the bytes of scratch for a thread."""
     lowering, finish = layer.lowering, layer.finish
-    scratch = lowering.buffer(UINT8, (thread_limit() * nbytes,))
+    scratch = lowering.buffer(UINT8, (thread_limit() * room[0],))
     addresses = Address(layer.x.buffer), Address(packed), Address(layer.out.buffer, offset)
-    words = (*addresses, Address(scratch), nbytes, thread_limit(), *geometry, *finish.shifted(offset))
+    words = (*addresses, Address(scratch), *room, thread_limit(), *geometry, *finish.shifted(offset))
     inputs = (layer.x.buffer, packed, *finish.buffers)
     lowering.emit(Native(kernel, words), inputs, (layer.out.buffer,), scratch=(scratch,))
 

@@ -25,7 +25,8 @@ class WinogradKernel:
     """A Winograd convolution by content.
 
     Words: addresses of x, of transformed and packed weights (`conv_weights.winograd_weights`), of the result and of
-    scratch; bytes of scratch for a thread, threads that it has room for; the Geometry; the operands of the epilogue.
+    scratch; the words of `winograd_driver.Room`, threads that it is there for; the Geometry; the operands of the
+    epilogue.
     """
 
     m: int

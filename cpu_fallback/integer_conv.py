@@ -29,7 +29,7 @@ from cpu_fallback.integer_winograd_transforms import packed_integers
 from cpu_fallback.loops import BLOCK, THREAD, THREADS
 from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target, attributes, host
-from cpu_fallback.winograd_driver import scratch_nbytes
+from cpu_fallback.winograd_driver import room_for
 from gpu_engine.ir.dtypes import INT16, UINT8
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Conv
@@ -126,7 +126,7 @@ def emit_tiles(
     nbytes = shape.rows * elements * 4 + SLACK
     nbytes = -(-(nbytes if flat else max(nbytes, caches().l2)) // 64) * 64
     kernel = IntegerConvKernel(FLAT if flat else WINDOWS, _panel_vectors(pairs.shape[0], shape), finish.epilogue)
-    emit_integer_kernel(lowering, kernel, (x[0], packed, out[0]), nbytes, geometry, finish)
+    emit_integer_kernel(lowering, kernel, (x[0], packed, out[0]), (nbytes,), geometry, finish)
 
 
 def _emit_winograd(layer: _Layer, weights: Integers, m: int) -> None:
@@ -136,9 +136,9 @@ def _emit_winograd(layer: _Layer, weights: Integers, m: int) -> None:
     pairs = (weights.shape[0], weights.shape[1] // TERMS, *weights.shape[2:])
     geometry = geometry_of(layer.op.form, pairs, (*x[:-1], pairs[1]), out)
     packed = layer.lowering.constant(packed_integers(weights, m, shape))
-    nbytes = -(-scratch_nbytes(m, pairs[1], shape, caches().l2 * 3 // 4) // 64) * 64
+    room = room_for(m, pairs[1], pairs[0], shape)
     kernel = IntegerWinogradKernel(m, layer.finish.epilogue)
-    emit_integer_kernel(layer.lowering, kernel, (layer.x, packed, layer.out), nbytes, geometry, layer.finish)
+    emit_integer_kernel(layer.lowering, kernel, (layer.x, packed, layer.out), room.words, geometry, layer.finish)
 
 
 def _emit_depthwise(layer: _Layer, weights: Integers) -> None:
@@ -163,14 +163,14 @@ def _emit_depthwise(layer: _Layer, weights: Integers) -> None:
 
 
 def emit_integer_kernel(
-    lowering: Lowering, kernel: Any, buffers: tuple[int, int, int], nbytes: int, geometry: Geometry,
+    lowering: Lowering, kernel: Any, buffers: tuple[int, int, int], room: Sequence[int], geometry: Geometry,
     finish: IntegerFinish,
 ) -> None:  # fmt: skip
-    """Append the step of a kernel with so many bytes of scratch for a thread."""
+    """Append the step of a kernel; `room` begins with the bytes of scratch for a thread."""
     x, packed, out = buffers
-    scratch = lowering.buffer(UINT8, (thread_limit() * nbytes,))
+    scratch = lowering.buffer(UINT8, (thread_limit() * room[0],))
     addresses = (Address(x), Address(packed), Address(out), Address(scratch))
-    words = (*addresses, nbytes, thread_limit(), *geometry, *finish.words)
+    words = (*addresses, *room, thread_limit(), *geometry, *finish.words)
     lowering.emit(Native(kernel, words), (x, packed, *finish.buffers), (out,), scratch=(scratch,))
 
 

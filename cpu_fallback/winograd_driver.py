@@ -1,14 +1,17 @@
 """The order in which a Winograd convolution F(m x m, 3 x 3) of stride 1 is computed, channels last: m is 2 or 4.
 
 An image tile of (m + 2) x (m + 2) pixels is transformed, multiplied point by point with transformed weights, and
-transformed back to m x m results. Some tiles at a time, so that what is transformed stays in the second cache.
+transformed back to m x m results. Some tiles at a time: so many that what is transformed stays in the second cache, if
+the weights do too and can be read again for other tiles; else as many as there is room for, and weights are read once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from cpu_fallback.caches import caches
 from cpu_fallback.code import Code, Reg, i64, vector
 from cpu_fallback.conv_tiles import AHEAD, LINE, RECORD, UNROLL, TileShape, call_tiles, tile_shape
 from cpu_fallback.conv_windows import SLACK, Geometry, Windows
@@ -22,6 +25,8 @@ from cpu_fallback.winograd_transforms import Row, points, twice
 TAPS = 3
 LISTED = 64
 """Register tiles of transformed image tiles at a time."""
+STREAMED_ROOM = 4 << 20
+"""Bytes that transformed images and products may take where weights are too large for the second cache."""
 SIZES = {"float": 4, "i32": 4, "i16": 2}
 FINISH = (
     "ptr %stage, i64 %cell, i64 %channel, i64 %left, i64 %down, i64 %across, i64 %pixel, i64 %row, ptr %out, "
@@ -45,18 +50,30 @@ class Numbers:
     rescaled: Callable[[Num, int], Num]
 
 
-def scratch_nbytes(m: int, channels: int, shape: TileShape, room: int) -> int:
-    """Bytes of scratch for a thread: `room`, or what the least number of tiles takes."""
-    return max(room, shape.rows * _tile_nbytes(m, channels, shape) + points(m) * channels * 4 + SLACK)
+class Room(NamedTuple):
+    """Scratch for a thread in bytes, and how many panels of weights go by before results are transformed back."""
+
+    nbytes: int
+    group: int
+
+    @property
+    def words(self) -> tuple[int, int]:
+        return self.nbytes, self.group
 
 
-def _tile_nbytes(m: int, channels: int, shape: TileShape) -> int:
-    return points(m) * (_line_nbytes(channels) + shape.width * 4)
+def room_for(m: int, channels: int, outputs: int, shape: TileShape) -> Room:
+    """For a convolution of so many channels of 4 bytes."""
+    streamed = points(m) * channels * outputs * 4 > caches().l2
+    group = -(-outputs // shape.width) if streamed else 1
+    tile = points(m) * (_odd_lines(channels * 4) + _odd_lines(group * shape.width * 4))
+    least_nbytes = shape.rows * tile + points(m) * channels * 4 + SLACK
+    nbytes = max(STREAMED_ROOM if streamed else caches().l2 * 3 // 4, least_nbytes)
+    return Room(-(-nbytes // LINE) * LINE, group)
 
 
-def _line_nbytes(channels: int) -> int:
+def _odd_lines(nbytes: int) -> int:
     """An odd number of cache lines: rows of tiles do not push each other out of the first cache."""
-    return (-(-channels * 4 // LINE) | 1) * LINE
+    return (-(-nbytes // LINE) | 1) * LINE
 
 
 def write_winograd(
@@ -79,22 +96,24 @@ def write_winograd(
 def _write_driver(code: Code, target: Target, m: int, numbers: Numbers) -> None:
     words = Words(code)
     x, w, out, scratch = words.pointers(4)
-    room, slots = words.numbers(2)
+    room, group, slots = words.numbers(3)
     geometry = Geometry(*words.numbers(len(Geometry._fields)))
     scratch = code.at(scratch, times(code, THREAD, room))
     team = least(code, THREADS, slots)
-    _Driver(code, target, m, numbers, x, w, out, words.address(), scratch, room, team, geometry).write()
+    _Driver(code, target, m, numbers, x, w, out, words.address(), scratch, room, group, team, geometry).write()
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Scratch for some tiles: [points][tiles][channels] of images, [points][tiles][panel] of products, one window."""
+    """Scratch for some tiles: [points][tiles][channels] of images, [points][tiles][group of panels] of products, and
+    one window; bytes of their lines and planes."""
 
     capacity: Reg
     line: Reg
     images: Reg
     plane: Reg
     products: Reg
+    product_line: Reg
     product_plane: Reg
     window: Reg
 
@@ -113,6 +132,7 @@ class _Driver:
     operands: Reg
     scratch: Reg
     room: Reg
+    group: Reg
     team: Reg
     geometry: Geometry
 
@@ -148,7 +168,11 @@ class _Driver:
             code.loop(i64(0), count, i64(1), lambda tile, _: self._gather(grid, chunk, first, tile))
             lengths = self._list(chunk, count, lists)
             both = list(zip(lists, lengths, strict=True))
-            code.loop(*columns, i64(1), lambda panel, _: self._panel(grid, chunk, first, count, panel, both))
+            code.loop(
+                *columns,
+                self.group,
+                lambda panel, _: self._panels(grid, chunk, (first, count), panel, columns[1], both),
+            )
             return []
 
         code.loop(*tiles, chunk.capacity, some_tiles)
@@ -169,20 +193,21 @@ class _Driver:
     def _chunk(self, tiles: Reg) -> _Chunk:
         """As many tiles at a time as scratch has room for, in equal parts."""
         code, g, shape = self.code, self.geometry, self._shape
-        line = times(
-            code, code.binary("or", ceil_div(code, times(code, g.channels, i64(4)), i64(LINE)), i64(1)), i64(LINE)
+        line, product_line = (
+            times(code, code.binary("or", ceil_div(code, times(code, *extents, i64(4)), i64(LINE)), i64(1)), i64(LINE))
+            for extents in ((g.channels,), (self.group, i64(shape.width)))
         )
         window = times(code, g.channels, i64(4 * self._side**2))
-        each = times(code, plus(code, line, i64(shape.width * 4)), i64(self._side**2))
+        each = times(code, plus(code, line, product_line), i64(self._side**2))
         free = code.binary("sub", self.room, plus(code, window, i64(SLACK)))
         fitting = clamp(code, code.binary("udiv", free, times(code, each, i64(shape.rows))), i64(1), i64(LISTED))
         parts = most(code, ceil_div(code, tiles, times(code, fitting, i64(shape.rows))), i64(1))
         blocks = most(code, ceil_div(code, ceil_div(code, tiles, parts), i64(shape.rows)), i64(1))
         capacity = times(code, blocks, i64(shape.rows))
-        plane, product_plane = times(code, capacity, line), times(code, capacity, i64(shape.width * 4))
+        plane, product_plane = times(code, capacity, line), times(code, capacity, product_line)
         products = code.at(self.scratch, times(code, plane, i64(self._side**2)))
         after = code.at(products, times(code, product_plane, i64(self._side**2)))
-        return _Chunk(capacity, line, self.scratch, plane, products, product_plane, after)
+        return _Chunk(capacity, line, self.scratch, plane, products, product_line, product_plane, after)
 
     def _list(self, chunk: _Chunk, count: Reg, lists: tuple[Reg, Reg]) -> list[Reg]:
         """The tiles' transforms as rows of register tiles, few of them in the second list; the lengths of both."""
@@ -193,7 +218,7 @@ class _Driver:
             rows = least(code, code.binary("sub", count, first), i64(shape.rows))
             few = code.compare("icmp sle", rows, i64(shape.few))
             record = code.select(few, lists[1], code.at(lists[0], times(code, index, i64(RECORD))))
-            for i, value in enumerate((times(code, first, chunk.line), rows, times(code, first, i64(shape.width * 4)))):
+            for i, value in enumerate((times(code, first, chunk.line), rows, times(code, first, chunk.product_line))):
                 code.store(value, code.at(record, i64(8 * i)), 8)
             return [code.convert("zext", few, "i64")]
 
@@ -264,45 +289,70 @@ class _Driver:
         lanes = self.target.vector_nbytes // SIZES[scalar]
         return Num(self.code, self.code.load(vector(lanes, scalar), place, 4))
 
-    def _panel(
-        self, grid: Geometry, chunk: _Chunk, first: Reg, count: Reg, panel: Reg, lists: list[tuple[Reg, Reg]]
+    def _panels(
+        self,
+        grid: Geometry,
+        chunk: _Chunk,
+        tiles: tuple[Reg, Reg],
+        first: Reg,
+        last: Reg,
+        lists: list[tuple[Reg, Reg]],
     ) -> list[Reg]:
-        """All points of a panel of weights, and back."""
-        code, g, shape = self.code, self.geometry, self._shape
-        channel = times(code, panel, i64(shape.width))
-        columns = least(code, code.binary("sub", g.outputs, channel), i64(shape.width))
-        vectors = ceil_div(code, columns, i64(shape.lanes))
-        weights = code.at(self.w, times(code, panel, g.channels, i64(self._side**2 * shape.width * 4)))
-        nbytes = times(code, g.channels, vectors, i64(shape.lanes * 4))
+        """All points of a group of panels, and back; `tiles` are the first one and how many there are."""
+        code = self.code
+        count = least(code, code.binary("sub", last, first), self.group)
 
         def point(index: Reg, _: list[Reg]) -> list[Reg]:
-            self._multiply(chunk, index, vectors, code.at(weights, times(code, index, nbytes)), lists)
+            code.loop(i64(0), count, i64(1), lambda panel, _: self._multiply(chunk, index, first, panel, lists))
+            return []
+
+        def back(panel: Reg, _: list[Reg]) -> list[Reg]:
+            code.loop(i64(0), tiles[1], i64(1), lambda tile, _: self._back(grid, chunk, tiles[0], tile, first, panel))
             return []
 
         code.loop(i64(0), i64(self._side**2), i64(1), point)
-        code.loop(
-            i64(0), count, i64(1), lambda tile, _: self._back(grid, chunk, first, tile, channel, columns, vectors)
-        )
+        code.loop(i64(0), count, i64(1), back)
         return []
 
-    def _multiply(self, chunk: _Chunk, point: Reg, vectors: Reg, w: Reg, lists: list[tuple[Reg, Reg]]) -> None:
-        """Products of all tiles with one point of the weights."""
+    def _columns(self, panel: Reg) -> tuple[Reg, Reg, Reg]:
+        """(first result, results, vectors) of a panel."""
+        code, shape = self.code, self._shape
+        channel = times(code, panel, i64(shape.width))
+        columns = least(code, code.binary("sub", self.geometry.outputs, channel), i64(shape.width))
+        return channel, columns, ceil_div(code, columns, i64(shape.lanes))
+
+    def _multiply(self, chunk: _Chunk, point: Reg, first: Reg, index: Reg, lists: list[tuple[Reg, Reg]]) -> list[Reg]:
+        """Products of all tiles with one point of a panel's weights. In a group the same point of the next panel is
+        prefetched, else what follows."""
         code, g, shape = self.code, self.geometry, self._shape
+        panel = plus(code, first, index)
+        _, _, vectors = self._columns(panel)
+        panel_nbytes = times(code, g.channels, i64(self._side**2 * shape.width * 4))
+        nbytes = times(code, g.channels, vectors, i64(shape.lanes * 4))
+        w = code.at(self.w, plus(code, times(code, panel, panel_nbytes), times(code, point, nbytes)))
         a = code.at(chunk.images, times(code, point, chunk.plane))
-        c = code.at(chunk.products, times(code, point, chunk.product_plane))
-        ahead = (code.at(w, i64(AHEAD)), i64(0), times(code, vectors, i64(shape.lanes * 4 * UNROLL)))
+        c = code.at(
+            chunk.products,
+            plus(code, times(code, point, chunk.product_plane), times(code, index, i64(shape.width * 4))),
+        )
+        distance = code.select(code.compare("icmp sgt", self.group, i64(1)), panel_nbytes, i64(AHEAD))
+        ahead = (code.at(w, distance), i64(0), times(code, vectors, i64(shape.lanes * 4 * UNROLL)))
         table = Reg(f"@{self.numbers.define_table(code, self.target)}", "ptr")
-        columns, c_row = times(code, vectors, i64(shape.lanes)), i64(shape.width * 4)
+        columns = times(code, vectors, i64(shape.lanes))
         for (records, length), rows in zip(lists, (shape.rows, shape.few), strict=True):
             reading = (a, chunk.line, i64(0), i64(1), i64(0), g.channels)
-            arguments = [length, records, columns, *reading, w, c, c_row, *ahead, self.operands, i64(0)]
+            arguments = [length, records, columns, *reading, w, c, chunk.product_line, *ahead, self.operands, i64(0)]
             call_tiles(code, table, shape, rows, vectors, arguments)
+        return []
 
-    def _back(
-        self, grid: Geometry, chunk: _Chunk, first: Reg, tile: Reg, channel: Reg, columns: Reg, vectors: Reg
-    ) -> list[Reg]:
-        """The results of one tile from its products, those outside the image left out."""
+    def _back(self, grid: Geometry, chunk: _Chunk, first: Reg, tile: Reg, first_panel: Reg, index: Reg) -> list[Reg]:
+        """The results of one tile and panel from its products, those outside the image left out."""
         code, g, m = self.code, self.geometry, self.m
+        channel, columns, vectors = self._columns(plus(code, first_panel, index))
+        products = code.at(
+            chunk.products,
+            plus(code, times(code, tile, chunk.product_line), times(code, index, i64(self._shape.width * 4))),
+        )
         (y, x), image = self._corner(grid, plus(code, first, tile))
         y, x = times(code, y, i64(m)), times(code, x, i64(m))
         down, across = (
@@ -316,7 +366,7 @@ class _Driver:
         def some_channels(index: Reg, _: list[Reg]) -> list[Reg]:
             lane = times(code, index, i64(self._lanes))
             offset = times(code, lane, i64(4))
-            start = code.at(chunk.products, plus(code, times(code, tile, i64(self._shape.width * 4)), offset))
+            start = code.at(products, offset)
             places = iter(_steps(code, start, chunk.product_plane, self._side**2))
             loaded = [
                 [self._load(next(places), self.numbers.product) for _ in range(self._side)] for _ in range(self._side)
