@@ -18,10 +18,12 @@ from gpu_engine.ir.ops import MatMul
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
+FEW_PIXELS, SOME_PIXELS, MANY_CHANNELS = 64, 256, 1024
+"""1x1 convolutions of so few pixels, or of some and many channels, are matrix products (benchmarks/conv.py)."""
 
 
 def lower_last_conv(lowering: Lowering, op: LastConv, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
-    if _has_single_pixels(op, node) and _emit_rows(lowering, op, node, inputs, outputs):
+    if _is_product(op, node) and _emit_rows(lowering, op, node, inputs, outputs):
         return True
     finish = _finish(op, node, inputs)
     weights = node.inputs[1].constant
@@ -51,27 +53,44 @@ def lower_last_pool(lowering: Lowering, op: LastPool, node: Node, inputs: Buffer
     return True
 
 
-def _has_single_pixels(op: LastConv, node: Node) -> bool:
-    """Whether every image is one pixel, as gates behind a global pool see it, and all products are of float32."""
+def _is_product(op: LastConv, node: Node) -> bool:
+    """Whether this is a product of float32 matrices that a row for every pixel makes, and faster as such: parts of its
+    depth stay in the first cache."""
     x, w = node.inputs[:2]
-    inside = (x.shape[2:] if op.planar else x.shape[1:-1], w.shape[2:], node.outputs[0].shape[1:-1])
-    unit = all(extent == 1 for extents in inside for extent in extents) and not any((*op.before, *op.after))
-    return unit and op.group == 1 and x.dtype == w.dtype == FLOAT32
+    unit = all(extent == 1 for extent in (*w.shape[2:], *op.strides)) and not any((*op.before, *op.after))
+    inside = x.shape[2:] if op.planar else x.shape[1:-1]
+    if not unit or op.group > 1 or not x.dtype == w.dtype == FLOAT32:
+        return False
+    if all(extent == 1 for extent in inside):
+        return True
+    pixels, result = dims.product(inside), node.outputs[0].shape
+    if op.planar or not all(value.shape == result or _is_row(value) for value in node.inputs[2:]):
+        return False
+    limit = SOME_PIXELS if max(map(dims.number, w.shape[:2])) >= MANY_CHANNELS else FEW_PIXELS
+    return isinstance(pixels, int) and pixels <= limit
+
+
+def _is_row(value: Value) -> bool:
+    """Whether an operand of the epilogue is the same for every pixel."""
+    return all(extent == 1 for extent in value.shape[:-1])
 
 
 def _emit_rows(lowering: Lowering, op: LastConv, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
-    """A convolution of single pixels as a product of matrices whose rows are the images."""
+    """A convolution that `_is_product`, as one."""
     weights, rank = node.inputs[1].constant, node.outputs[0].rank
     if weights is None:
         return False
 
     def flat(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-        return shape if len(shape) < rank else (shape[0], dims.product(shape[1:]))
+        if len(shape) < rank:
+            return shape
+        return (shape[0], dims.product(shape[1:])) if op.planar else (dims.product(shape[:-1]), shape[-1])
 
-    x, w, *extras = (Value(TensorType(value.dtype, flat(value.shape))) for value in node.inputs)
+    x, *extras = (Value(TensorType(v.dtype, flat(v.shape))) for v in (node.inputs[0], *node.inputs[2:]))
     product = MatMul(transpose_b=True, epilogue=op.epilogue)
-    result = Value(TensorType(node.outputs[0].dtype, flat(node.outputs[0].shape)))
-    known = Value(w.type, weights.reshape(weights.shape[0], -1))
+    shape, matrix = node.outputs[0].shape, weights.reshape(weights.shape[0], -1)
+    result = Value(TensorType(node.outputs[0].dtype, (dims.product(shape[:-1]), shape[-1])))
+    known = Value(TensorType(FLOAT32, matrix.shape), matrix)
     rows = Node(product, (x, known, *extras), (result,), node.source)
     buffers = tuple(lowering.alias(b, value.shape) for b, value in zip(inputs, rows.inputs, strict=True))
     return emit_product(lowering, product, rows, buffers, (lowering.alias(outputs[0], result.shape),), host())
