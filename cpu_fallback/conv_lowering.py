@@ -14,13 +14,14 @@ import numpy as np
 from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native
 from cpu_fallback.conv_choice import best_winograd
-from cpu_fallback.conv_depthwise import ROWS, DepthwiseKernel
+from cpu_fallback.conv_depthwise import DepthwiseKernel
 from cpu_fallback.conv_direct import FLAT, IN_PLACE, PLANAR, WINDOWS, ConvKernel
 from cpu_fallback.conv_tiles import TileShape, tile_shape
 from cpu_fallback.conv_weights import Floats, aligned, depthwise_weights, is_balanced, tile_weights, winograd_weights
 from cpu_fallback.conv_windows import SLACK, Geometry
 from cpu_fallback.conv_winograd import WinogradKernel
 from cpu_fallback.cores import usable_cores
+from cpu_fallback.depthwise_driver import ROWS, window_of
 from cpu_fallback.epilogues import Finish
 from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target
@@ -145,14 +146,10 @@ def emit_depthwise(layer: Layer, op: Conv, weights: Floats) -> None:
     lowering, finish = layer.lowering, layer.finish
     geometry = geometry_of(op, weights.shape, layer.x.shape, layer.out.shape)
     channels = weights.shape[0]
-    lanes = min(layer.shape.lanes, 1 << (channels.bit_length() - 1))
-    rows = 1 if geometry.out_h == 1 else 2
-    height = geometry.kernel_h if geometry.kernel_h <= 3 else 0
-    kernel = DepthwiseKernel(
-        weights.shape[-1], height, op.dilations[-1], op.strides[-1], rows, lanes, finish.epilogue
-    )  # fmt: skip
+    window = window_of(geometry, channels, layer.shape.lanes, finite=bool(np.isfinite(weights).all()))
+    kernel = DepthwiseKernel(window, finish.epilogue)
     packed = lowering.constant(depthwise_weights(weights))
-    blank = lowering.constant(aligned(np.zeros(kernel.blank_elements(channels))))
+    blank = lowering.constant(aligned(np.zeros(window.blank_elements(channels))))
     addresses = map(Address, (layer.x.buffer, packed, blank, layer.out.buffer))
     words = (*addresses, caches().l1 // 2, caches().l2 // 2, *geometry, *finish.words)
     lowering.emit(Native(kernel, words), (layer.x.buffer, packed, blank, *finish.buffers), (layer.out.buffer,))

@@ -19,6 +19,7 @@ from cpu_fallback.conv_lowering import COPIES, geometry_of, thread_limit
 from cpu_fallback.conv_tiles import TileShape, tile_shape
 from cpu_fallback.conv_weights import depthwise_weights, tile_weights
 from cpu_fallback.conv_windows import SLACK, Geometry
+from cpu_fallback.depthwise_driver import window_of
 from cpu_fallback.image_lowering import lower_last_conv
 from cpu_fallback.integer_conv_tiles import TERMS, define_integer_table
 from cpu_fallback.integer_depthwise import IntegerDepthwiseKernel
@@ -147,16 +148,11 @@ def _emit_depthwise(layer: _Layer, weights: Integers) -> None:
     x, out = layer.node.inputs[0].shape, layer.node.outputs[0].shape
     geometry = geometry_of(op.form, weights.shape, x, out)
     channels = weights.shape[0]
-    lanes = min(tile_shape(layer.target).lanes, 1 << (channels.bit_length() - 1))
-    rows = 1 if geometry.out_h == 1 else 2
-    height = geometry.kernel_h if geometry.kernel_h <= 3 else 0
-    steps = (geometry.stride_h, geometry.dilation_h)
     epilogue, real = layer.finish.epilogue.of_floats()
-    kernel = IntegerDepthwiseKernel(
-        weights.shape[-1], height, op.dilations[-1], op.strides[-1], rows, lanes, steps, epilogue, real
-    )  # fmt: skip
+    window = window_of(geometry, channels, tile_shape(layer.target).lanes, finite=True)
+    kernel = IntegerDepthwiseKernel(window, epilogue, real)
     packed = lowering.constant(depthwise_weights(weights.astype(np.float32)))
-    blank = lowering.constant(np.zeros(kernel.blank_elements(channels), np.float32))
+    blank = lowering.constant(np.zeros(window.blank_elements(channels), np.float32))
     addresses = map(Address, (layer.x, packed, blank, layer.out))
     words = (*addresses, caches().l1 // 2, caches().l2 // 2, *geometry, *layer.finish.words)
     lowering.emit(Native(kernel, words), (layer.x, packed, blank, *layer.finish.buffers), (layer.out,))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpu_fallback.conv_depthwise import ROWS
 from cpu_fallback.conv_lowering import AXES
+from cpu_fallback.depthwise_driver import ROWS
 from cpu_fallback.integer_planes import PairedPlanes, has_planes_form
 from cpu_fallback.native import Target
 from gpu_engine.ir import expr
