@@ -32,7 +32,7 @@ from gpu_engine.ir.dtypes import UINT8
 from gpu_engine.ir.ops import Conv, ConvTranspose
 from gpu_engine.plan.lower import Lowering
 
-AXES = 3
+AXES, LONGEST_AXIS = 3, 1 << 31
 COPIES = 3
 """Tiles that would read behind the image at the end of rows of at least half a tile."""
 LONGEST_RUN = 8
@@ -202,7 +202,8 @@ def _phase(op: ConvTranspose, kernel: Sequence[int], axis: int, residue: int) ->
 
 def has_phases(op: ConvTranspose, kernel: Sequence[int]) -> bool:
     """Whether `emit_transposed` knows how: pads are numbers, and every result has a tap."""
-    if not all(isinstance(pad, int) for pad in op.before):
+    fewer = any(stride > extent for stride, extent in zip(op.strides, kernel, strict=True))
+    if fewer or not all(isinstance(pad, int) for pad in op.before):
         return False
     phases = [
         _phase(op, kernel, axis, residue) for axis, stride in enumerate(op.strides) for residue in range(stride)
@@ -227,6 +228,8 @@ def geometry_of(
     ones: Shape = (1,) * missing
     spatial = (x[2:] if planar else x[1:-1]), out[1:-1], tuple(weights[2:]), op.strides, op.dilations
     inside, outside, kernel, strides, dilations = (ones + tuple(axis) for axis in spatial)
+    strides = tuple(_step(stride, extent) for stride, extent in zip(strides, outside, strict=True))
+    dilations = tuple(_step(dilation, extent) for dilation, extent in zip(dilations, kernel, strict=True))
     pads = (0,) * missing + op.before
     words = (
         dims.product(out[:-1]),
@@ -246,3 +249,9 @@ def geometry_of(
         weights[0] // op.group,
     )
     return Geometry._make(words)
+
+
+def _step(step: Any, count: Dim) -> Any:
+    """A stride or dilation over `count` places. One alone takes no step, and none is longer than any axis: else offsets
+    would not fit 64 bits."""
+    return 1 if count == 1 else min(step, LONGEST_AXIS)

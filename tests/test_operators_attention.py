@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from gpu_engine.errors import InvalidModel
 from gpu_engine.ir.ops import Iota, Map, MatMul, Softmax
 from tests.reference import run_graph
 from tests.test_operators_nn import agree, numbers
@@ -168,3 +169,8 @@ def test_momentum_descends_a_parabola() -> None:
         inputs = {"r": np.array(0.1, np.float32), "t": np.array(t), "x": x, "g": 2 * x, "v": v}
         x, v = run("ai.onnx.preview.training::Momentum", inputs, 1, 2, **attributes)
     assert abs(x).max() < 1e-3
+
+
+def test_causal_is_a_truth_value() -> None:
+    with pytest.raises(InvalidModel, match="is_causal is 0 or 1, not 2"):
+        run("Attention", {name: numbers(1, 1, 2, 4) for name in "qkv"}, 23, is_causal=2)

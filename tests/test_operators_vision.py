@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gpu_engine.errors import InvalidModel
 from tests.reference import run_graph
 from tests.test_operators_nn import agree, numbers, opened
 from tests.test_operators_tensor import graph_of, model_of, run
@@ -121,6 +122,15 @@ def test_center_crop_pad(form: str) -> None:
     inputs = {"x": x, "shape": np.array([3, 9])}
     found = run("CenterCropPad", inputs, 18, form=form, known=("shape",), axes=[0, -2])
     np.testing.assert_array_equal(found, np.pad(x[1:4], ((0, 0), (1, 2), (0, 0))))
+
+
+def test_no_axis_has_fewer_than_no_elements() -> None:
+    """ONNX Runtime wraps round."""
+    inputs = {"x": numbers(1, 1), "shape": np.array([2, -(2**63)])}
+    with pytest.raises(InvalidModel, match="-9223372036854775808"):
+        run("CenterCropPad", inputs, 18, form="known", known=("shape",))
+    with pytest.raises(ValueError, match="axis 1 cannot have -9223372036854775808 elements"):
+        run("CenterCropPad", inputs, 18, form="symbolic")
 
 
 def test_center_crop_pad_serves_any_extent() -> None:

@@ -84,3 +84,10 @@ def test_what_is_small_or_broadcast_along_its_rows_stays() -> None:
     row = model(nodes, {"y": 2}, q=INT8, scale=SCALES, shift=SHIFT[None])
     for proto in (small, row):
         assert operators(proto)[0] == "Cast"
+
+
+def test_an_axis_that_is_no_number_is_refused() -> None:
+    gathered = helper.make_node("Gather", ["q", "ids"], ["y"])
+    gathered.attribute.append(helper.make_attribute("axis", numpy_helper.from_array(np.zeros(0, np.int64))))
+    with pytest.raises(gpu_engine.GpuEngineError, match="axis of Gather is a tensor"):
+        gpu_engine.compile(model([gathered], {"y": 2}, q=INT8))

@@ -55,7 +55,9 @@ def read_rows_first(graph: ModelGraph) -> ModelGraph:
 
 def _reads_rows(node: ModelNode) -> bool:
     data_alone = len(node.inputs) == 2 and node.inputs[0] != node.inputs[1] and len(node.outputs) == 1
-    return (node.op_type, node.domain) == ("Gather", "") and data_alone and node.attributes.get("axis", 0) == 0
+    axis = node.attributes.get("axis", 0)
+    first = isinstance(axis, int) and axis == 0
+    return (node.op_type, node.domain) == ("Gather", "") and data_alone and first
 
 
 def _table(

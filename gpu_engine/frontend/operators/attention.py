@@ -63,6 +63,8 @@ def attention(
     offset = b.shape_constant([past])
     if nonpad_kv_seqlen is not None:
         offset = emit_map(b, lambda n, s: n - s, nonpad_kv_seqlen, b.shape_constant([q.shape[2]]))
+    if is_causal not in (0, 1):
+        raise InvalidModel(f"is_causal is 0 or 1, not {is_causal}")
     positions = Positions(bool(is_causal), left_window_size, right_window_size, offset, nonpad_kv_seqlen)
     biased = _masked(b, capped, attn_mask, positions)
     hides = attn_mask is not None or nonpad_kv_seqlen is not None or max(left_window_size, right_window_size) >= 0

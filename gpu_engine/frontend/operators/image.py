@@ -68,6 +68,8 @@ def center_crop_pad(b: Builder, x: Value, shape: Value, *, axes: Sequence[int] =
     chosen = [normal_axis(axis, x.rank) for axis in axes] or list(range(x.rank))
     wanted = dict(zip(chosen, extents_of(b, shape, len(chosen)), strict=True))
     target = tuple(wanted.get(axis, extent) for axis, extent in enumerate(x.shape))
+    if any(isinstance(extent, int) and extent < 0 for extent in target):
+        raise InvalidModel(f"CenterCropPad to {list(target)}")
     if shape.known is None:
         (result,) = emit_array(
             b, _crop_or_pad, lambda *_, **__: TensorType(x.dtype, target), (x, shape), {"axes": tuple(chosen)}
@@ -84,6 +86,8 @@ def center_crop_pad(b: Builder, x: Value, shape: Value, *, axes: Sequence[int] =
 def _crop_or_pad(xp: Any, x: Any, shape: Any, *, axes: Sequence[int]) -> Any:
     for axis, wanted in zip(axes, (int(extent) for extent in shape), strict=True):
         extent = x.shape[axis]
+        if wanted < 0:
+            raise ValueError(f"axis {axis} cannot have {wanted} elements")
         start = max(0, extent - wanted) // 2
         x = x[(slice(None),) * axis + (slice(start, start + wanted),)]
         missing = max(0, wanted - extent)
