@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tests.conformance_check import difference
@@ -82,11 +83,19 @@ class Reference:
 
 def disagreement(model: bytes, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """What differs by more than rounding, empty if nothing does or the results are not defined."""
-    if any(name.encode() in model for name in RANDOM):
+    if any(name.encode() in model for name in RANDOM) or _wraps(model):
         return ""
     scale = max((_largest(array) for array in expected.values()), default=0.0)
     ours = [_as_given(actual.get(name), array) for name, array in expected.items()]
     return difference(ours, list(expected.values()), 1e-3, 1e-4 * (1 + scale))
+
+
+def _wraps(model: bytes) -> bool:
+    """Whether ONNX Runtime counts in 32 bits what does not fit them: the extents that CenterCropPad is given."""
+    if b"CenterCropPad" not in model:
+        return False
+    given = [numpy_helper.to_array(tensor) for tensor in onnx.ModelProto.FromString(model).graph.initializer]
+    return any(array.dtype == np.int64 and (abs(array) >= 2**31).any() for array in given)
 
 
 def _as_given(array: Any, expected: Any) -> Any:
