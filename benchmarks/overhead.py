@@ -2,7 +2,7 @@
 
 The model is MatMul 64x64 + Relu, 8 kFLOP a row. Every row of the table is measured in turn, in several rounds, so that
 whatever else the machine does hits all of them; the best round counts. ONNX Runtime runs with one thread, as its
-documentation advises for models this small, and is asked for the same bytes.
+documentation advises for models this small, and is asked for the same bytes; `run` must not be behind it.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def our_cases(opened: ExitStack, model: onnx.ModelProto, row: Array, rows: Array
                 future.result()
 
     return [
-        Case("gpu_engine run, one thread, batch 1", items, run, 50_000),
+        Case("gpu_engine run, one thread, batch 1", items, run),
         Case(f"gpu_engine submit, {IN_FLIGHT} in flight", items // IN_FLIGHT * IN_FLIGHT, submit, 50_000),
-        Case(f"gpu_engine run_many, batch {RUN_MANY_BATCH}", len(rows), lambda: bulk.run_many(rows), 3_000_000),
+        Case(f"gpu_engine run_many, batch {RUN_MANY_BATCH}", len(rows), lambda: bulk.run_many(rows), 8_000_000),
     ]
 
 
@@ -126,7 +126,9 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=8 * IN_FLIGHT, help="requests per round")
     arguments = parser.parse_args()
     missed = []
-    for case in measure(arguments.rounds, max(arguments.items, IN_FLIGHT)):
+    cases = measure(arguments.rounds, max(arguments.items, IN_FLIGHT))
+    cases[0].target = int(cases[1].rate)
+    for case in cases:
         text = f"{case.name:56}{case.rate:12,.0f} items/s"
         if case.target is not None:
             reached = case.rate >= case.target
