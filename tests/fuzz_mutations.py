@@ -217,6 +217,8 @@ def point_outside(generator: Generator, proto: ModelProto) -> None:
 
 def shuffle_nodes(generator: Generator, proto: ModelProto) -> None:
     graph = _any_of(generator, proto, "GraphProto")
+    if graph is None:
+        return
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
     generator.shuffle(nodes)  # type: ignore[arg-type]
     del graph.node[:]
