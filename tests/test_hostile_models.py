@@ -267,3 +267,13 @@ def test_whatever_an_operator_trips_over_is_the_models_fault() -> None:
     nodes = [node("Split", ["x"], ["y", "z"], axis=0, num_outputs=2**62)]
     with pytest.raises(GpuEngineError, match="Split"):
         run(model(nodes, [port("x", 3, 2)], "y"), X)
+
+
+@pytest.mark.parametrize(("extent", "size"), [(2**33, None), (2**33, 2**10), (4, 0), (4, -1)])
+def test_sequences_of_more_parts_than_a_graph_has_nodes(extent: int, size: int | None) -> None:
+    names, constants = (["x"], {}) if size is None else (["x", "n"], {"n": np.int64(size)})
+    nodes = [node("SplitToSequence", names, ["s"]), node("SequenceLength", ["s"], ["y"])]
+    started = time.process_time()
+    with pytest.raises(GpuEngineError, match=f"{extent} / {1 if size is None else size} parts"):
+        gpu_engine.compile(model(nodes, [port("x", extent, 2)], "y", constants).SerializeToString())
+    assert time.process_time() - started < 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpu_engine.errors import DependsOnValues, InvalidModel
+from gpu_engine.errors import DependsOnValues, InvalidModel, UnsupportedModel
 from gpu_engine.frontend.operators.movement import concat, cut, split_by_value
 from gpu_engine.frontend.operators.operands import known_scalar, static_length
 from gpu_engine.frontend.operators.shape import squeezed, unsqueezed
@@ -12,6 +12,9 @@ from gpu_engine.frontend.registry import normal_axis, operator
 from gpu_engine.frontend.sequences import AbsentValue, Emitted, SequenceValue
 from gpu_engine.ir.graph import Builder, Value
 from gpu_engine.ir.ops import Gather, Reshape
+
+MAX_PARTS = 1 << 14
+"""Each is a node or two."""
 
 
 def elements_of(b: Builder, sequence: Emitted) -> tuple[Value, ...]:
@@ -99,6 +102,8 @@ def split_to_sequence(
     size = 1 if split is None else known_scalar(split)
     if not isinstance(extent, int) or not isinstance(size, int):
         raise DependsOnValues(f"{b.source}: a sequence of {extent} / {size} parts, whose number depends on the run")
+    if size < 1 or extent > size * MAX_PARTS:
+        raise UnsupportedModel(f"{b.source}: {extent} / {size} parts of a sequence, at most {MAX_PARTS:,} are possible")
     starts = range(0, extent, size)
     parts = tuple(cut(b, x, {axis: (start, 1, min(size, extent - start))}) for start in starts)
     if split is None and not keepdims:
