@@ -69,15 +69,24 @@ def speed(first: Contender, other: Contender) -> float:
     return float(np.median(np.array(other.times_s) / np.array(first.times_s)))
 
 
-def peak(target: Target) -> tuple[Contender, float]:
-    """Multiply-adds on registers alone, and how many operations one run is."""
-    lanes, kind, code = target.vector_nbytes // 4, vector(target.vector_nbytes // 4, "float"), Code()
-    half = literal(kind, 0.5)
+def halved(code: Code, total: Reg) -> Reg:
+    """One multiply-add of floats that stay finite."""
+    half = literal(total.type, 0.5)
+    return code.call(total.type, f"llvm.fma.{mangled(total.type)}", total, half, half)
+
+
+def peak(
+    target: Target, multiplied: Callable[[Code, Reg], Reg] = halved, scalar: str = "float"
+) -> tuple[Contender, float]:
+    """Multiply-adds on registers alone, and how many operations one run is if each of the vector instructions that
+    `multiplied` writes is one for every lane of 4 bytes, and counts twice."""
+    lanes, code = target.vector_nbytes // 4, Code()
+    kind = vector(lanes, scalar)
 
     def body(_: Reg, sums: list[Reg]) -> list[Reg]:
-        return [code.call(kind, f"llvm.fma.{mangled(kind)}", total, half, half) for total in sums]
+        return [multiplied(code, total) for total in sums]
 
-    sums = code.loop(i64(0), i64(PEAK_STEPS), i64(1), body, [literal(kind, i) for i in range(PEAK_CHAINS)])
+    sums = code.loop(i64(0), i64(PEAK_STEPS), i64(1), body, [literal(kind, i + 1) for i in range(PEAK_CHAINS)])
     for i, total in enumerate(sums):
         code.store(total, code.at(Reg("%out", "ptr"), i64(i * target.vector_nbytes)), 4)
     text = "\n".join([*code.declarations.values(), code.text("peak", "ptr %out", attributes(target))])

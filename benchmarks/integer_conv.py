@@ -10,19 +10,18 @@ multiply-adds a second of CPU time, counting those of direct convolution, by til
 from __future__ import annotations
 
 import argparse
-import ctypes
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.contest import PEAK_CHAINS, PEAK_STEPS, Contender, contest, native, placed
+from benchmarks.contest import contest, native, peak, placed
 from cpu_fallback.channels_last import LastConv
-from cpu_fallback.code import Code, Reg, i64, literal, vector
+from cpu_fallback.code import Code, Reg
 from cpu_fallback.integer_conv import emit_integer_conv
 from cpu_fallback.integer_winograd_choice import best_integer_winograd
-from cpu_fallback.native import Target, attributes, compile_module, host
+from cpu_fallback.native import Target, host
 from cpu_fallback.tiles import pair_multiply_add
 from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32, INT16, INT32
@@ -37,23 +36,9 @@ SUM = expr.cast(expr.arg(0, INT32), FLOAT32) * expr.arg(1, FLOAT32) + expr.arg(2
 REQUANTIZED = expr.cast(expr.round_even(expr.minimum(expr.maximum(SUM, 0.0), 255.0)), INT16, saturate=True)
 
 
-def peak(target: Target) -> tuple[Contender, float]:
-    """Pairs multiplied on registers alone, and how many multiply-adds one run is."""
-    lanes, code = target.vector_nbytes // 4, Code()
-    kind = vector(lanes, "i32")
-
-    def body(index: Reg, sums: list[Reg]) -> list[Reg]:
-        return [pair_multiply_add(code, target, total, total, total) for total in sums]
-
-    sums = code.loop(i64(0), i64(PEAK_STEPS), i64(1), body, [literal(kind, i + 1) for i in range(PEAK_CHAINS)])
-    for i, total in enumerate(sums):
-        code.store(total, code.at(Reg("%out", "ptr"), i64(i * target.vector_nbytes)), 4)
-    text = "\n".join([*code.declarations.values(), code.text("peak", "ptr %out", attributes(target))])
-    engine = compile_module(text, target)
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("peak"))
-    out = np.zeros(PEAK_CHAINS * lanes, np.int32)
-    run = Contender("peak", lambda times: [function(out.ctypes.data) for _ in range(times)], keep=(engine, out))
-    return run, 2.0 * lanes * PEAK_CHAINS * PEAK_STEPS
+def squared(target: Target, code: Code, total: Reg) -> Reg:
+    """Two multiply-adds in every lane of 4 bytes."""
+    return pair_multiply_add(code, target, total, total, total)
 
 
 def measure(layer: tuple[int, ...], target: Target, seconds: float) -> None:
@@ -70,7 +55,7 @@ def measure(layer: tuple[int, ...], target: Target, seconds: float) -> None:
     out = (1, *result.shape[2:], outputs)
     chosen = best_integer_winograd(op.form, w, x.shape, out, target)
     found = [native(partial(emit_integer_conv, m=m), op, operands, target, (1,)) for m in forms]
-    top = peak(target)
+    top = peak(target, partial(squared, target), "i32")
     contest([*found, top[0]], seconds)
     products = np.prod(out, dtype=np.int64) * np.prod(w.shape[1:]) / 1e9
     rates = [

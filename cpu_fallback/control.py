@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall, copy_exactly
-from cpu_fallback.checks import sunk
 from cpu_fallback.cores import free_memory
 from cpu_fallback.inlining import can_inline, inline_if, inline_loop
-from cpu_fallback.program import build_program
+from cpu_fallback.program import with_program
 from cpu_fallback.stream import CpuSlot, CpuStream
 from gpu_engine.errors import OutOfMemory
 from gpu_engine.ir.graph import Node
@@ -30,8 +28,7 @@ class Body:
     """A body's plan, with the slots that no execution uses at the moment."""
 
     def __init__(self, plan: Plan) -> None:
-        plan = sunk(plan)
-        self._plan = dataclasses.replace(plan, program=build_program(plan))
+        self._plan = with_program(plan)
         self._shapes = [port.shape for port in plan.input_ports]
         self._idle: deque[CpuSlot] = deque()
 

@@ -10,7 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64
-from cpu_fallback.conv_tiles import AHEAD, RECORD, UNROLL, TileShape, call_tiles, define_table, tile_shape
+from cpu_fallback.conv_tiles import (
+    AHEAD,
+    RECORD,
+    UNROLL,
+    TileShape,
+    call_tiles,
+    define_table,
+    tile_shape,
+    weights_ahead,
+)
 from cpu_fallback.conv_tiling import MOST, Tiling, tiles_in_place, tiles_of_windows
 from cpu_fallback.conv_windows import Geometry
 from cpu_fallback.epilogues import Epilogue, stack
@@ -191,7 +200,7 @@ class _Driver:
         """What tiles prefetch: the next tile where the image is read first, else weights."""
         code = self.code
         (records, _), _ = tiles
-        own = (code.at(weights, i64(AHEAD)), i64(0), times(code, vectors, i64(self._shape.lanes * 4 * UNROLL)))
+        own = weights_ahead(code, weights, vectors, self._shape, i64(AHEAD))
         if tiling.windows is not None:
             return own
         step = i64(4 * self._shape.rows * UNROLL)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpu_fallback.caches import caches
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Address, Native, Word
 from cpu_fallback.conv_choice import best_winograd
 from cpu_fallback.conv_depthwise import DepthwiseKernel
 from cpu_fallback.conv_direct import FLAT, IN_PLACE, PLANAR, WINDOWS, ConvKernel
@@ -106,19 +106,30 @@ def emit_winograd(layer: Layer, op: Conv, weights: Floats, m: int) -> None:
     geometry = geometry_of(op, weights.shape, layer.x.shape, layer.out.shape)
     packed = layer.lowering.constant(winograd_weights(weights, m, layer.shape))
     room = room_for(m, weights.shape[1], weights.shape[0], layer.shape)
-    _emit(layer, WinogradKernel(m, layer.finish.epilogue), packed, 0, room.words, geometry)
+    _emit(layer, WinogradKernel(m, layer.finish.epilogue), packed, 0, room, geometry)
 
 
 def _emit(
     layer: Layer, kernel: Any, packed: int, offset: Dim, room: Sequence[int], geometry: Geometry
 ) -> None:  # fmt: skip
-    """`room` begins with the bytes of scratch for a thread."""
-    lowering, finish = layer.lowering, layer.finish
+    """See `emit_kernel`."""
+    finish = layer.finish
+    operands = finish.shifted(offset), finish.buffers
+    emit_kernel(
+        layer.lowering, kernel, (layer.x.buffer, packed), Address(layer.out.buffer, offset), room, geometry, *operands
+    )
+
+
+def emit_kernel(
+    lowering: Lowering, kernel: Any, inputs: tuple[int, int], out: Address, room: Sequence[int], geometry: Geometry,
+    operands: Sequence[Word], buffers: Sequence[int],
+) -> None:  # fmt: skip
+    """Append the step of a convolution of the image and the packed weights `inputs`; `room` begins with the bytes of
+    scratch for a thread, `operands` are the epilogue's words and `buffers` what they read."""
     scratch = lowering.buffer(UINT8, (thread_limit() * room[0],))
-    addresses = Address(layer.x.buffer), Address(packed), Address(layer.out.buffer, offset)
-    words = (*addresses, Address(scratch), *room, thread_limit(), *geometry, *finish.shifted(offset))
-    inputs = (layer.x.buffer, packed, *finish.buffers)
-    lowering.emit(Native(kernel, words), inputs, (layer.out.buffer,), scratch=(scratch,))
+    addresses = (*map(Address, inputs), out, Address(scratch))
+    words = (*addresses, *room, thread_limit(), *geometry, *operands)
+    lowering.emit(Native(kernel, words), (*inputs, *buffers), (out.buffer,), scratch=(scratch,))
 
 
 @lru_cache(maxsize=1)

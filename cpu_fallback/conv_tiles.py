@@ -87,6 +87,11 @@ def define_table(code: Code, target: Target, vectors: Sequence[int], epilogue: E
     return name
 
 
+def weights_ahead(code: Code, w: Reg, vectors: Reg, shape: TileShape, distance: Reg) -> tuple[Reg, Reg, Reg]:
+    """The three arguments that have a tile prefetch weights `distance` bytes behind those that it reads from `w`."""
+    return code.at(w, distance), i64(0), code.binary("mul", vectors, i64(shape.lanes * 4 * UNROLL))
+
+
 def call_tiles(code: Code, table: Reg, shape: TileShape, rows: int, vectors: Reg, arguments: Sequence[Reg]) -> None:
     """`rows` is one of the two numbers that tiles have; `arguments` are those of PARAMETERS."""
     first = -1 if rows == shape.rows else shape.vectors - 1
@@ -118,7 +123,7 @@ class _Tiles:
             place = self._place(code, code.at(c, offset), c_row, count, columns)
             moved = self.epilogue.moved(code, operands, offset)
             for base in (place.base, *self.epilogue.followed(moved)):
-                for line in _every(code, base, c_row, self.rows):
+                for line in every(code, base, c_row, self.rows):
                     for nbytes in range(0, self._row_nbytes, LINE):
                         prefetch(code, code.at(line, i64(nbytes)))
             lines = self._lines(code, code.at(a, start), a_row, a_jump)
@@ -133,10 +138,10 @@ class _Tiles:
         """Every third row from the first on, in both halves of the tile: addressing modes reach the others."""
         half = tile_shape(self.target).few
         third = code.binary("mul", a_row, i64(3))
-        found = _every(code, first, third, -(-min(half, self.rows) // 3))
+        found = every(code, first, third, -(-min(half, self.rows) // 3))
         if self.rows > half:
             second = code.at(first, code.binary("add", code.binary("mul", a_row, i64(half)), a_jump))
-            found += _every(code, second, third, -(-(self.rows - half) // 3))
+            found += every(code, second, third, -(-(self.rows - half) // 3))
         return found
 
     @property
@@ -277,7 +282,7 @@ def tied(code: Code, address: Reg, value: Reg, target: Target) -> tuple[Reg, Reg
     return code.let(address.type, f"extractvalue {both}, 0"), code.let(value.type, f"extractvalue {both}, 1")
 
 
-def _every(code: Code, base: Reg, step: Reg, count: int) -> list[Reg]:
+def every(code: Code, base: Reg, step: Reg, count: int) -> list[Reg]:
     """base, base + step, base + 2 step, ..."""
     found = [base]
     for _ in range(count - 1):

@@ -25,7 +25,7 @@ class WinogradKernel:
     """A Winograd convolution by content.
 
     Words: addresses of x, of transformed and packed weights (`conv_weights.winograd_weights`), of the result and of
-    scratch; the words of `winograd_driver.Room`, threads that it is there for; the Geometry; the operands of the
+    scratch; a `winograd_driver.Room`, threads that it is there for; the Geometry; the operands of the
     epilogue.
     """
 

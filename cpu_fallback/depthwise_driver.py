@@ -296,8 +296,6 @@ class _Driver:
         for row in sorted({y for _, _, y in uses}):
             found = [(r, self._weights(i64(ky), channel)) for r, ky, y in uses if y == row]
             sums = self._multiplied(tile, i64(row), channel, found, sums)
-            if self.target.x86 and window.lanes >= 4:
-                sums = pinned(self.code, sums, self.target)
         return sums
 
     def _tap(self, tile: _Tile, ky: Reg, channel: Reg, sums: list[Reg]) -> list[Reg]:
@@ -306,8 +304,6 @@ class _Driver:
         for r in range(self.window.rows):
             row = plus(code, times(code, ky, i64(dilation)), i64(r * stride))
             sums = self._multiplied(tile, row, channel, [(r, factors)], sums)
-            if self.target.x86 and self.window.lanes >= 4:
-                sums = pinned(code, sums, self.target)
         return sums
 
     def _multiplied(
@@ -326,7 +322,7 @@ class _Driver:
                     i, rest = divmod(column - kx * window.dilation, window.stride)
                     if rest == 0 and 0 <= i < PIXELS:
                         totals[r * PIXELS + i] = fma(code, value, factor, totals[r * PIXELS + i])
-        return totals
+        return pinned(code, totals, self.target) if self.target.x86 and window.lanes >= 4 else totals
 
     def _column(self, tile: _Tile, start: Reg, number: int, column: int) -> Reg:
         """What the tile reads at one of its columns, as float32."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Sequence
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
-from cpu_fallback.checks import sunk
 from cpu_fallback.layouts import assign_layouts
 from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import host
-from cpu_fallback.program import Program, build_program, zone_sizes
+from cpu_fallback.program import Program, with_program, zone_sizes
 from cpu_fallback.stream import CpuStream
 from cpu_fallback.turned_attention import turn_attention
 from cpu_fallback.wide_floats import widen_floats
@@ -54,8 +52,9 @@ class CpuDevice:
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         """The plan, its kernels compiled."""
-        plan = sunk(lower_graph(graph, batching, lower_node, _arrange, room_nbytes=self.free_memory() // GROWTH))
-        return dataclasses.replace(plan, program=build_program(plan))
+        return with_program(
+            lower_graph(graph, batching, lower_node, _arrange, room_nbytes=self.free_memory() // GROWTH)
+        )
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream]:
         """Streams on disjoint cores; `threads` of each stream where given, else one for each of its cores."""

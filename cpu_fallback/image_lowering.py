@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cpu_fallback.channels_last import LastConv, LastConvTranspose, LastPool
 from cpu_fallback.conv_lowering import Layer, Operand, emit_conv, emit_transposed
-from cpu_fallback.epilogues import Finish, finish_of
+from cpu_fallback.epilogues import Finish, finish_of, operand_kind
 from cpu_fallback.gemm import emit_product
 from cpu_fallback.native import host
 from cpu_fallback.pooling import pool_call
@@ -64,15 +64,10 @@ def _is_product(op: LastConv, node: Node) -> bool:
     if all(extent == 1 for extent in inside):
         return True
     pixels, result = dims.product(inside), node.outputs[0].shape
-    if op.planar or not all(value.shape == result or _is_row(value) for value in node.inputs[2:]):
+    if op.planar or any(operand_kind(value.shape, result) is None for value in node.inputs[2:]):
         return False
     limit = SOME_PIXELS if max(map(dims.number, w.shape[:2])) >= MANY_CHANNELS else FEW_PIXELS
     return isinstance(pixels, int) and pixels <= limit
-
-
-def _is_row(value: Value) -> bool:
-    """Whether an operand of the epilogue is the same for every pixel."""
-    return all(extent == 1 for extent in value.shape[:-1])
 
 
 def _emit_rows(lowering: Lowering, op: LastConv, node: Node, inputs: Buffers, outputs: Buffers) -> bool:

@@ -135,13 +135,15 @@ def _advance(
 ) -> None:
     """The number of the next iteration; of the first one if `before` names what all iterations together fill, whose
     memory is theirs from here on. The run ends where a signal's handler raised: no loop around this one goes on."""
-    given, raised = tuple(buffer for buffer in (trips, condition) if buffer is not None), lowering.buffer(BOOL, ())
+    given = tuple(buffer for buffer in (trips, condition) if buffer is not None)
     kernel = LoopKernel(before is not None, trips is not None, condition is not None)
+    if before is not None:
+        lowering.emit(Native(kernel, tuple(map(Address, (*changed, *given)))), given, (*changed, *before))
+        return
+    raised = lowering.buffer(BOOL, ())
     words: tuple[Word, ...] = (*map(Address, (*changed, raised)), STATE, *map(Address, given))
-    inputs = given if before is not None else (*given, *changed)
-    lowering.emit(Native(kernel, words), inputs, (*changed, raised, *(before or ())))
-    if before is None:
-        lowering.emit(Native(Jump(), (Address(raised), 1, BEHIND_ALL)), (raised,), ())
+    lowering.emit(Native(kernel, words), (*given, *changed), (*changed, raised))
+    lowering.emit(Native(Jump(), (Address(raised), 1, BEHIND_ALL)), (raised,), ())
 
 
 class _Inlined:

@@ -15,10 +15,10 @@ from cpu_fallback.calls import Address, Native
 from cpu_fallback.channels_last import LastConv
 from cpu_fallback.code import Code
 from cpu_fallback.conv_direct import FLAT, PARAMETERS, WINDOWS, write_driver
-from cpu_fallback.conv_lowering import COPIES, geometry_of, thread_limit
+from cpu_fallback.conv_lowering import COPIES, emit_kernel, geometry_of
 from cpu_fallback.conv_tiles import TileShape, tile_shape
 from cpu_fallback.conv_weights import depthwise_weights, tile_weights
-from cpu_fallback.conv_windows import SLACK, Geometry
+from cpu_fallback.conv_windows import SLACK
 from cpu_fallback.depthwise_driver import window_of
 from cpu_fallback.image_lowering import lower_last_conv
 from cpu_fallback.integer_conv_tiles import TERMS, define_integer_table
@@ -31,7 +31,7 @@ from cpu_fallback.loops import BLOCK, THREAD, THREADS
 from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target, attributes, host
 from cpu_fallback.winograd_driver import room_for
-from gpu_engine.ir.dtypes import INT16, UINT8
+from gpu_engine.ir.dtypes import INT16
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Conv
 from gpu_engine.plan.lower import Lowering
@@ -127,7 +127,7 @@ def emit_tiles(
     nbytes = shape.rows * elements * 4 + SLACK
     nbytes = -(-(nbytes if flat else max(nbytes, caches().l2)) // 64) * 64
     kernel = IntegerConvKernel(FLAT if flat else WINDOWS, _panel_vectors(pairs.shape[0], shape), finish.epilogue)
-    emit_integer_kernel(lowering, kernel, (x[0], packed, out[0]), (nbytes,), geometry, finish)
+    emit_kernel(lowering, kernel, (x[0], packed), Address(out[0]), (nbytes,), geometry, finish.words, finish.buffers)
 
 
 def _emit_winograd(layer: _Layer, weights: Integers, m: int) -> None:
@@ -139,7 +139,8 @@ def _emit_winograd(layer: _Layer, weights: Integers, m: int) -> None:
     packed = layer.lowering.constant(packed_integers(weights, m, shape))
     room = room_for(m, pairs[1], pairs[0], shape)
     kernel = IntegerWinogradKernel(m, layer.finish.epilogue)
-    emit_integer_kernel(layer.lowering, kernel, (layer.x, packed, layer.out), room.words, geometry, layer.finish)
+    place, operands = Address(layer.out), (layer.finish.words, layer.finish.buffers)
+    emit_kernel(layer.lowering, kernel, (layer.x, packed), place, room, geometry, *operands)
 
 
 def _emit_depthwise(layer: _Layer, weights: Integers) -> None:
@@ -156,18 +157,6 @@ def _emit_depthwise(layer: _Layer, weights: Integers) -> None:
     addresses = map(Address, (layer.x, packed, blank, layer.out))
     words = (*addresses, caches().l1 // 2, caches().l2 // 2, *geometry, *layer.finish.words)
     lowering.emit(Native(kernel, words), (layer.x, packed, blank, *layer.finish.buffers), (layer.out,))
-
-
-def emit_integer_kernel(
-    lowering: Lowering, kernel: Any, buffers: tuple[int, int, int], room: Sequence[int], geometry: Geometry,
-    finish: IntegerFinish,
-) -> None:  # fmt: skip
-    """Append the step of a kernel; `room` begins with the bytes of scratch for a thread."""
-    x, packed, out = buffers
-    scratch = lowering.buffer(UINT8, (thread_limit() * room[0],))
-    addresses = (Address(x), Address(packed), Address(out), Address(scratch))
-    words = (*addresses, *room, thread_limit(), *geometry, *finish.words)
-    lowering.emit(Native(kernel, words), (x, packed, *finish.buffers), (out,), scratch=(scratch,))
 
 
 def pair_weights(weights: Integers) -> NDArray[np.float32]:

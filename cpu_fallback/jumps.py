@@ -30,9 +30,9 @@ class Jump:
 class LoopKernel:
     """Before the first iteration (`first`) or after one: the number of the next, and whether there is one.
 
-    Words: number int64, whether there is another bool, the condition that the body sees bool, whether a signal's
-    handler raised bool, address of `interruption.STATE`, trips int64 if `counted`, the condition that was computed
-    last, bool, if `conditional`.
+    Words: number int64, whether there is another bool, the condition that the body sees bool; if not `first` whether a
+    signal's handler raised bool, and the address of `interruption.STATE`; trips int64 if `counted`; the condition that
+    was computed last, bool, if `conditional`.
     """
 
     first: bool
@@ -46,7 +46,8 @@ class LoopKernel:
 
     def _count(self, code: Code) -> list[Reg]:
         words = Words(code)
-        number, more, seen, raised, state = words.pointers(5)
+        number, more, seen = words.pointers(3)
+        raised, state = (None, None) if self.first else words.pointers(2)
         trips = words.take("ptr") if self.counted else None
         condition = words.take("ptr") if self.conditional else None
         count = i64(0) if self.first else code.binary("add", code.load("i64", number, 8), i64(1))
@@ -59,7 +60,7 @@ class LoopKernel:
             left = code.compare("icmp slt", count, code.load("i64", trips, 8))
             going = code.binary("and", going, code.convert("zext", left, "i8"))
         code.store(going, more, 1)
-        if not self.first:
+        if raised is not None and state is not None:
             due = code.compare("icmp eq", code.binary("and", count, i64(PERIOD - 1)), i64(0))
             (found,) = code.either(due, lambda: [write_look(code, state)], lambda: [i64(0)])
             code.store(code.convert("zext", code.compare("icmp ne", found, i64(0)), "i8"), raised, 1)

@@ -160,29 +160,7 @@ def attributes(target: Target) -> str:
     return f'nounwind "prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
 
 
-WALK = """
-define void @walk(ptr %job) nounwind {
-entry:
-  %table = load ptr, ptr %job
-  %count = getelementptr i8, ptr %job, i64 8
-  %steps = load i64, ptr %count
-  %end = getelementptr { ptr, ptr }, ptr %table, i64 %steps
-  br label %head
-head:
-  %row = phi ptr [ %table, %entry ], [ %next, %step ], [ %target, %jump ]
-  %more = icmp ult ptr %row, %end
-  br i1 %more, label %body, label %done
-body:
-  %function = load ptr, ptr %row
-  %place = getelementptr i8, ptr %row, i64 8
-  %block = load ptr, ptr %place
-  %next = getelementptr { ptr, ptr }, ptr %row, i64 1
-  %plain = icmp ne ptr %function, null
-  br i1 %plain, label %step, label %jump
-step:
-  call void %function(ptr %block, i64 0, i64 1)
-  br label %head
-jump:
+JUMP = """
   %byte = load ptr, ptr %block
   %seen = load i8, ptr %byte
   %set = icmp ne i8 %seen, 0
@@ -192,10 +170,36 @@ jump:
   %taken = icmp eq i1 %set, %should
   %distance = getelementptr i8, ptr %block, i64 16
   %nbytes = load i64, ptr %distance
+"""
+"""Of the words of a `jumps.Jump` at %block: whether it is %taken, and how many bytes far."""
+WALK = f"""
+define void @walk(ptr %job) nounwind {{
+entry:
+  %table = load ptr, ptr %job
+  %count = getelementptr i8, ptr %job, i64 8
+  %steps = load i64, ptr %count
+  %end = getelementptr {{ ptr, ptr }}, ptr %table, i64 %steps
+  br label %head
+head:
+  %row = phi ptr [ %table, %entry ], [ %next, %step ], [ %target, %jump ]
+  %more = icmp ult ptr %row, %end
+  br i1 %more, label %body, label %done
+body:
+  %function = load ptr, ptr %row
+  %place = getelementptr i8, ptr %row, i64 8
+  %block = load ptr, ptr %place
+  %next = getelementptr {{ ptr, ptr }}, ptr %row, i64 1
+  %plain = icmp ne ptr %function, null
+  br i1 %plain, label %step, label %jump
+step:
+  call void %function(ptr %block, i64 0, i64 1)
+  br label %head
+jump:
+{JUMP}
   %away = getelementptr i8, ptr %row, i64 %nbytes
   %target = select i1 %taken, ptr %away, ptr %next
   br label %head
 done:
   ret void
-}
+}}
 """

@@ -8,7 +8,7 @@ generated for the purpose.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cpu_fallback.binder import Binder, Call, Maker
 from cpu_fallback.calls import Address, Array, ArrayCall, Native, address_of
+from cpu_fallback.checks import sunk
 from cpu_fallback.jumps import Jump
 from cpu_fallback.native import LIBRARY, host
 from cpu_fallback.sharing import Traffic, shares_of, traffic_of
@@ -89,8 +90,13 @@ class Program:
     weights_nbytes: int
 
 
-def build_program(plan: Plan) -> Program:
-    """Prepare a plan whose steps are `Native` and `ArrayCall`; compiles the kernels that are new."""
+def with_program(plan: Plan) -> Plan:
+    """A plan whose steps are `Native` and `ArrayCall`, prepared; compiles the kernels that are new."""
+    plan = sunk(plan)
+    return replace(plan, program=_build_program(plan))
+
+
+def _build_program(plan: Plan) -> Program:
     kernels = {step.kernel.kernel: None for step in plan.steps if isinstance(step.kernel, Native)}
     kernels.pop(Jump(), None)
     addresses = LIBRARY.addresses(kernels, host()) | {Jump(): 0}

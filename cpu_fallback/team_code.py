@@ -16,7 +16,7 @@ https://man7.org/linux/man-pages/man2/futex.2.html
 
 from __future__ import annotations
 
-from cpu_fallback.native import Target
+from cpu_fallback.native import JUMP, Target
 
 LINE = 128
 """Bytes between words that different threads write: processors fetch cache lines in pairs."""
@@ -45,7 +45,7 @@ def team_module(target: Target, machine: str) -> str:
     """LLVM IR of `lead(job)`, which is {table, steps, shares, team}, `serve(line of a worker)` and `stop(team)`."""
     declared, called = PAUSE[target.x86]
     numbers = {name: value for name, value in globals().items() if isinstance(value, int)}
-    return CODE.format(declared=declared, called=called, futex=FUTEX[machine], **numbers)
+    return CODE.format(declared=declared, called=called, futex=FUTEX[machine], JUMP=JUMP, **numbers)
 
 
 CODE = """
@@ -121,15 +121,7 @@ entry:
   %row = getelementptr {{ ptr, ptr }}, ptr %table, i64 %i
   %place = getelementptr i8, ptr %row, i64 8
   %block = load ptr, ptr %place
-  %byte = load ptr, ptr %block
-  %seen = load i8, ptr %byte
-  %set = icmp ne i8 %seen, 0
-  %wanted = getelementptr i8, ptr %block, i64 8
-  %when = load i64, ptr %wanted
-  %should = icmp ne i64 %when, 0
-  %taken = icmp eq i1 %set, %should
-  %distance = getelementptr i8, ptr %block, i64 16
-  %nbytes = load i64, ptr %distance
+{JUMP}
   %rows = sdiv i64 %nbytes, 16
   %far = select i1 %taken, i64 %rows, i64 1
   %next = add i64 %i, %far

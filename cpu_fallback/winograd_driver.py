@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cpu_fallback.caches import caches
 from cpu_fallback.code import Code, Reg, i64, vector
-from cpu_fallback.conv_tiles import AHEAD, LINE, RECORD, UNROLL, TileShape, call_tiles, tile_shape
+from cpu_fallback.conv_tiles import AHEAD, LINE, RECORD, TileShape, call_tiles, every, tile_shape, weights_ahead
 from cpu_fallback.conv_windows import SLACK, Geometry, Windows
 from cpu_fallback.epilogues import stack
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
@@ -55,10 +55,6 @@ class Room(NamedTuple):
 
     nbytes: int
     group: int
-
-    @property
-    def words(self) -> tuple[int, int]:
-        return self.nbytes, self.group
 
 
 def room_for(m: int, channels: int, outputs: int, shape: TileShape) -> Room:
@@ -272,12 +268,12 @@ class _Driver:
         def some_channels(channel: Reg, _: list[Reg]) -> list[Reg]:
             last = code.binary("sub", self.geometry.channels, i64(self._lanes))
             offset = times(code, least(code, channel, last), i64(4))
-            lines = _steps(code, code.at(start, offset), row, n)
+            lines = every(code, code.at(start, offset), row, n)
             loaded = [
-                [self._load(place, self.numbers.image) for place in _steps(code, line, pixel, n)] for line in lines
+                [self._load(place, self.numbers.image) for place in every(code, line, pixel, n)] for line in lines
             ]
             values = twice(self.numbers.forward[self.m], loaded)
-            places = _steps(code, code.at(to, offset), plane, n * n)
+            places = every(code, code.at(to, offset), plane, n * n)
             for place, value in zip(places, (value for line in values for value in line), strict=True):
                 code.store(value.reg, place, 4)
             return []
@@ -336,7 +332,7 @@ class _Driver:
             plus(code, times(code, point, chunk.product_plane), times(code, index, i64(shape.width * 4))),
         )
         distance = code.select(code.compare("icmp sgt", self.group, i64(1)), panel_nbytes, i64(AHEAD))
-        ahead = (code.at(w, distance), i64(0), times(code, vectors, i64(shape.lanes * 4 * UNROLL)))
+        ahead = weights_ahead(code, w, vectors, shape, distance)
         table = Reg(f"@{self.numbers.define_table(code, self.target)}", "ptr")
         columns = times(code, vectors, i64(shape.lanes))
         for (records, length), rows in zip(lists, (shape.rows, shape.few), strict=True):
@@ -367,7 +363,7 @@ class _Driver:
             lane = times(code, index, i64(self._lanes))
             offset = times(code, lane, i64(4))
             start = code.at(products, offset)
-            places = iter(_steps(code, start, chunk.product_plane, self._side**2))
+            places = iter(every(code, start, chunk.product_plane, self._side**2))
             loaded = [
                 [self._load(next(places), self.numbers.product) for _ in range(self._side)] for _ in range(self._side)
             ]
@@ -384,11 +380,3 @@ class _Driver:
 
         code.loop(i64(0), vectors, i64(1), some_channels)
         return []
-
-
-def _steps(code: Code, base: Reg, step: Reg, count: int) -> list[Reg]:
-    """base, base + step, base + 2 step, ..."""
-    found = [base]
-    for _ in range(count - 1):
-        found.append(code.at(found[-1], step))
-    return found

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.operators.conversion import convert
-from gpu_engine.frontend.operators.ml_features import ML
+from gpu_engine.frontend.operators.ml_features import ML, look_up_text
 from gpu_engine.frontend.registry import emit_array, operator
 from gpu_engine.frontend.sequences import MapsValue, PairsValue
 from gpu_engine.ir.dtypes import FLOAT32, INT64, STRING, DType
@@ -61,28 +61,20 @@ def dict_vectorizer(
         raise InvalidModel("DictVectorizer needs a vocabulary, of integers or of strings")
     if (x.keys.dtype == STRING) != bool(string_vocabulary):
         raise InvalidModel(f"DictVectorizer looks up a vocabulary of {type(words[0]).__name__} in {x.keys.type}")
-    kind = TensorType(x.values.dtype, (1, len(words)))
-    operands, attributes = (x.keys, x.values), {"vocabulary": words}
-    return emit_array(b, look_up_words, lambda b, *_, **__: kind, operands, attributes, host=True, mixes=())[0]
+    kind, vocabulary = TensorType(x.values.dtype, (1, len(words))), np.array([words], x.keys.dtype)
+    operands = (b.constant(vocabulary), x.keys, x.values, b.constant(_blank(x.values.dtype)))
+    return emit_array(b, look_up_text, lambda b, *_: kind, operands, {}, host=True, mixes=())[0]
 
 
-def _blank(values: NDArray[Any], size: int) -> NDArray[Any]:
-    return np.full((1, size), "" if values.dtype == STRING else 0, values.dtype)
+def _blank(dtype: DType) -> NDArray[Any]:
+    """What stands where a map has nothing."""
+    return np.array("" if dtype == STRING else 0, dtype)
 
 
 def spread(xp: Any, keys: Any, values: Any, *, size: int) -> Any:
     """A row of `size` elements with each value at its key."""
     if keys.size and keys.max() >= size:
         raise ValueError(f"key {keys.max()} of a map that is cast to {size} columns")
-    result = _blank(values, size)
+    result = np.full((1, size), _blank(values.dtype))
     result[0, keys[keys >= 0]] = values[keys >= 0]
-    return result
-
-
-def look_up_words(xp: Any, keys: Any, values: Any, *, vocabulary: tuple[Any, ...]) -> Any:
-    """A row with the value of each word, 0 or an empty string for one that is no key."""
-    result, found = _blank(values, len(vocabulary)), dict(zip(keys.tolist(), values.tolist(), strict=True))
-    for column, word in enumerate(vocabulary):
-        if word in found:
-            result[0, column] = found[word]
     return result
