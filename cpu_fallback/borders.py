@@ -9,12 +9,12 @@ from cpu_fallback.checks import GREATER, emit_relations
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.copies import can_copy, emit_copy
 from cpu_fallback.loops import Words, thread_share
-from cpu_fallback.maps import contiguous_strides
 from cpu_fallback.native import Target
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Pad
+from gpu_engine.plan.axes import contiguous_strides
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

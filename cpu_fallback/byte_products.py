@@ -16,7 +16,7 @@ from cpu_fallback.gemm_driver import PACKED
 from cpu_fallback.integers import times
 from cpu_fallback.lanes import is_supported
 from cpu_fallback.loops import Words, thread_share
-from cpu_fallback.maps import broadcast_strides, compacted, contiguous_strides, operand_dtypes
+from cpu_fallback.maps import compacted, operand_dtypes
 from cpu_fallback.native import Target
 from cpu_fallback.product_calls import Matrix, Operand, Product, emit_call
 from cpu_fallback.tiles import has_byte_pairs, has_dots, tile_shape
@@ -25,6 +25,7 @@ from gpu_engine.ir.dtypes import INT8, INT32, UINT8
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import MatMul
+from gpu_engine.plan.axes import broadcast_strides, contiguous_strides
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

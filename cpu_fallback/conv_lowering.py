@@ -23,13 +23,13 @@ from cpu_fallback.conv_winograd import WinogradKernel
 from cpu_fallback.cores import usable_cores
 from cpu_fallback.depthwise_driver import ROWS, window_of
 from cpu_fallback.epilogues import Finish
-from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target
 from cpu_fallback.winograd_driver import room_for
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import UINT8
 from gpu_engine.ir.ops import Conv, ConvTranspose
+from gpu_engine.plan.axes import Shape
 from gpu_engine.plan.lower import Lowering
 
 AXES, LONGEST_AXIS = 3, 1 << 31

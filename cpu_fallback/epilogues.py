@@ -15,7 +15,7 @@ from cpu_fallback.calls import Address, Word
 from cpu_fallback.code import Code, Reg, i64, vector
 from cpu_fallback.lanes import is_supported, write_expr
 from cpu_fallback.loops import least, literal_zero, splat
-from cpu_fallback.maps import Shape, hoisted
+from cpu_fallback.maps import hoisted
 from cpu_fallback.native import Target
 from cpu_fallback.packing import joined, lanes_of
 from cpu_fallback.vector_math import mangled
@@ -23,6 +23,7 @@ from gpu_engine.ir import expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.expr import Expr
+from gpu_engine.plan.axes import Shape
 
 SCALAR, CHANNEL, FULL, LITERAL = "scalar", "channel", "full", "literal"
 COSTS = {"div": 4, "sqrt": 4, "exp": 20, "log": 25, "tanh": 25, "erf": 40, "sin": 40, "cos": 40, "pow": 60}

@@ -10,7 +10,7 @@ from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native, Word
 from cpu_fallback.gemm import converted
 from cpu_fallback.loops import STRIDED
-from cpu_fallback.maps import Shape, broadcast_strides, collapsed, contiguous_strides, inner_access
+from cpu_fallback.maps import inner_access
 from cpu_fallback.native import Target, host
 from cpu_fallback.product_calls import thread_limit, tile_widths
 from cpu_fallback.tiles import TileShape, tile_shape
@@ -20,6 +20,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Attention
+from gpu_engine.plan.axes import Shape, broadcast_strides, collapsed, contiguous_strides
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

@@ -9,7 +9,7 @@ from cpu_fallback.calls import Array
 from cpu_fallback.gemm_driver import PACKED, PLAIN, TRANSPOSED
 from cpu_fallback.lanes import COMPUTED, is_supported
 from cpu_fallback.linear import lower_matmul
-from cpu_fallback.maps import Shape, broadcast_strides, compacted, contiguous_strides, map_call, operand_dtypes
+from cpu_fallback.maps import compacted, map_call, operand_dtypes
 from cpu_fallback.native import Target, host
 from cpu_fallback.product_calls import Matrix, Operand, Product, emit_call
 from cpu_fallback.tiles import TileShape, narrow_terms, tile_shape
@@ -18,6 +18,7 @@ from gpu_engine.ir.dtypes import INT16, INT32, DType, compute_dtype, is_float
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import MatMul
+from gpu_engine.plan.axes import Shape, broadcast_strides, contiguous_strides
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

@@ -28,12 +28,12 @@ from cpu_fallback.integer_winograd import IntegerWinogradKernel
 from cpu_fallback.integer_winograd_choice import best_integer_winograd
 from cpu_fallback.integer_winograd_transforms import packed_integers
 from cpu_fallback.loops import BLOCK, THREAD, THREADS
-from cpu_fallback.maps import Shape
 from cpu_fallback.native import Target, attributes, host
 from cpu_fallback.winograd_driver import room_for
 from gpu_engine.ir.dtypes import INT16
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Conv
+from gpu_engine.plan.axes import Shape
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

@@ -15,12 +15,13 @@ from cpu_fallback.code import Code, Reg, element, i64, literal, vector
 from cpu_fallback.epilogues import CHANNEL, COSTS, FULL, LITERAL, SCALAR, UNROLLED, operand_kind, stack
 from cpu_fallback.lanes import COMPUTED, STORED, converted, find_operation, is_supported, narrowed, widened
 from cpu_fallback.loops import splat
-from cpu_fallback.maps import Shape, hoisted
+from cpu_fallback.maps import hoisted
 from cpu_fallback.native import Target
 from cpu_fallback.vector_math import Num
 from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32, INT8, INT16, INT32, UINT8, DType
 from gpu_engine.ir.expr import Expr
+from gpu_engine.plan.axes import Shape
 
 SUM = expr.arg(0, INT32)
 DTYPES = (FLOAT32, INT8, UINT8, INT16, INT32)

@@ -17,7 +17,7 @@ from cpu_fallback.integer_conv import emit_tiles, is_paired
 from cpu_fallback.integer_epilogues import integer_finish
 from cpu_fallback.integer_images import CENTRED, EXACT
 from cpu_fallback.lanes import is_supported
-from cpu_fallback.maps import Shape, Walked, broadcast_strides, compacted, contiguous_strides, walk_call
+from cpu_fallback.maps import Walked, compacted, walk_call
 from cpu_fallback.native import Target, host
 from cpu_fallback.product_calls import Matrix, Product, emit_call
 from cpu_fallback.tiles import tile_shape
@@ -27,6 +27,7 @@ from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, INT16, INT32
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node, TensorType, Value
 from gpu_engine.ir.ops import Conv, MatMul
+from gpu_engine.plan.axes import Shape, broadcast_strides, contiguous_strides
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

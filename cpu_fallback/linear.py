@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
-from cpu_fallback.maps import Shape, map_call
+from cpu_fallback.maps import map_call
 from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, DType, compute_dtype
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Map, MatMul
+from gpu_engine.plan.axes import Shape
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

@@ -29,8 +29,7 @@ from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType, compute_dtype, is_float
 from gpu_engine.ir.expr import Expr
-
-Shape = tuple[Dim, ...]
+from gpu_engine.plan.axes import Shape, broadcast_strides, collapsed, contiguous_strides
 
 
 @dataclass(frozen=True)
@@ -167,42 +166,6 @@ def hoisted(root: Expr, first: int) -> tuple[Expr, tuple[int, ...]]:
 def _is_plain(value: float) -> bool:
     """Few values that many expressions share, and that instructions are chosen by."""
     return not math.isfinite(value) or (abs(value) <= 8 and value * 8 == int(value * 8))
-
-
-def contiguous_strides(shape: Shape) -> tuple[Dim, ...]:
-    """Element strides of a C-contiguous array."""
-    strides: list[Dim] = []
-    step: Dim = 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step = step * extent
-    return tuple(reversed(strides))
-
-
-def broadcast_strides(own: Shape, shape: Shape) -> tuple[Dim, ...]:
-    """Element strides of a contiguous operand of shape `own` over the axes of `shape`, 0 where it is broadcast."""
-    padded = (1,) * (len(shape) - len(own)) + own
-    return tuple(
-        step if extent == full else dims.many(extent) * step
-        for extent, full, step in zip(padded, shape, contiguous_strides(padded), strict=True)
-    )
-
-
-Axis = tuple[Dim, list[Dim]]
-
-
-def collapsed(extents: Shape, strides: Sequence[Sequence[Dim]]) -> list[Axis]:
-    """(extent, stride of every stream) of the axes that are left when neighbours that all walk alike are joined."""
-    axes: list[Axis] = []
-    for i, extent in enumerate(extents):
-        if extent == 1:
-            continue
-        steps = [stream[i] for stream in strides]
-        if axes and all(before == step * extent for before, step in zip(axes[-1][1], steps, strict=True)):
-            axes[-1] = (axes[-1][0] * extent, steps)
-        else:
-            axes.append((extent, steps))
-    return axes
 
 
 def inner_access(stride: Dim) -> str:

@@ -14,12 +14,12 @@ from cpu_fallback.dots import MOST_ROWS, Dots
 from cpu_fallback.gemm_driver import BLOCK_TILES, FEW_COLUMNS, PACKED, PLAIN, TRANSPOSED, Driver
 from cpu_fallback.gemm_kernels import GemmKernel
 from cpu_fallback.loops import BROADCAST, CONTIGUOUS, STRIDED
-from cpu_fallback.maps import Shape, collapsed
 from cpu_fallback.tiles import TileShape
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.expr import Expr
+from gpu_engine.plan.axes import Shape, collapsed
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

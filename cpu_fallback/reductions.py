@@ -25,16 +25,7 @@ from cpu_fallback.loops import (
     splat,
     thread_share,
 )
-from cpu_fallback.maps import (
-    Shape,
-    broadcast_strides,
-    collapsed,
-    compacted,
-    contiguous_strides,
-    inner_access,
-    lane_count,
-    operand_dtypes,
-)
+from cpu_fallback.maps import compacted, inner_access, lane_count, operand_dtypes
 from cpu_fallback.native import Target, host
 from cpu_fallback.vector_math import Num
 from gpu_engine.ir import dims, expr
@@ -43,6 +34,7 @@ from gpu_engine.ir.dtypes import BOOL, FLOAT32, FLOAT64, DType, compute_dtype, i
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Map, Reduce
+from gpu_engine.plan.axes import Shape, broadcast_strides, collapsed, contiguous_strides
 from gpu_engine.plan.lower import Lowering
 
 COMBINE = {"sum": "add", "mean": "add", "prod": "mul", "min": "min", "max": "max"}

@@ -11,12 +11,12 @@ from cpu_fallback.copies import can_copy, emit_copy
 from cpu_fallback.jumps import emit_move
 from cpu_fallback.lanes import INTEGERS
 from cpu_fallback.loops import Words
-from cpu_fallback.maps import contiguous_strides
 from cpu_fallback.native import Target
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Node, ShapeTensor
 from gpu_engine.ir.ops import Gather
 from gpu_engine.ir.ops.control import Require
+from gpu_engine.plan.axes import contiguous_strides
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

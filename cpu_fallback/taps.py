@@ -15,7 +15,7 @@ import numpy as np
 
 from cpu_fallback.calls import Array, ArrayCall
 from cpu_fallback.copies import Padding, emit_pad
-from cpu_fallback.maps import Shape, Walked, broadcast_strides, contiguous_strides, walk_call
+from cpu_fallback.maps import Walked, walk_call
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, is_float, limits
@@ -23,6 +23,7 @@ from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Conv, Pool
 from gpu_engine.ir.ops.pooling import pool_counts, window_sizes
+from gpu_engine.plan.axes import Shape, broadcast_strides, contiguous_strides
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

@@ -105,7 +105,7 @@ def open_device(choice: DeviceChoice, fallback: str | None = None) -> tuple[Devi
     try:
         device = _open(kind, choice.index)
     except DeviceError as error:
-        if kind == "cpu" or (choice.kind == "cuda" and fallback is None):
+        if kind == "cpu" or (choice.kind != "auto" and fallback is None):
             raise
         device = _open("cpu", 0)
         reason = f"{device.reason}; {error}"

@@ -130,7 +130,7 @@ class DeviceChoice:
 
 
 _DEVICE = re.compile(r"(?P<batched>batch:)?(?P<kind>[a-z]+)(?:[:.](?P<index>\d+))?(?P<count>\(.*)?", re.DOTALL)
-_KINDS = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda"}
+_KINDS = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda", "interpret": "interpret"}
 
 
 def parse_device(text: str) -> DeviceChoice:
@@ -143,7 +143,7 @@ def parse_device(text: str) -> DeviceChoice:
     match = _DEVICE.fullmatch(text.strip().lower())
     if match is None or match["kind"] not in _KINDS:
         near = suggestion(re.sub(r"[^a-z].*", "", text.lower().removeprefix("batch:")), _KINDS)
-        raise ValueError(f"unknown device {text!r}{near}; devices are auto, cpu, cuda and cuda:N")
+        raise ValueError(f"unknown device {text!r}{near}; devices are auto, cpu, cuda, cuda:N and interpret")
     batch = None if match["count"] is None else _device_batch(match["kind"].upper(), match["count"])
     return DeviceChoice(_KINDS[match["kind"]], int(match["index"] or 0), batch, match["batched"] is not None)
 

@@ -8,6 +8,7 @@ from typing import Any
 DEVICES = {
     "cpu": "cpu_fallback.device:CpuDevice",
     "cuda": "gpu_engine.gpu.cuda:CudaDevice",
+    "interpret": "gpu_engine.gpu.interpret:InterpretDevice",
 }
 NAMES = {
     "compile": "gpu_engine.compiler:compile",

@@ -1,0 +1,123 @@
+"""device="interpret": the GPU's plan and kernels on the host, checked at every access. For tests and for CI.
+
+Memory starts, and ends its use, as NaN; every lane of every load and store must lie in what its step declares; the
+programs of a launch run in an order that a seed chooses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.gpu.driver import HostArray, Piece
+from gpu_engine.gpu.interpreter import interpret, spans
+from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.lowering import lower_node
+from gpu_engine.gpu.program import Program, with_program, zone_nbytes
+from gpu_engine.gpu.slot import GpuStream, Weights
+from gpu_engine.ir.dtypes import DType
+from gpu_engine.ir.graph import Graph
+from gpu_engine.plan.lower import lower_graph
+from gpu_engine.plan.plan import Batching, Plan
+
+ALIGNMENT = 256
+POISON = 0xFF
+
+
+class HostMemory:
+    """Aligned bytes of the host that stand for a GPU's."""
+
+    def __init__(self, nbytes: int) -> None:
+        try:
+            raw = np.full(nbytes + ALIGNMENT, POISON, np.uint8)
+        except MemoryError as error:
+            raise OutOfMemory(f"{nbytes:,} bytes could not be allocated") from error
+        start = -int(raw.__array_interface__["data"][0]) % ALIGNMENT
+        self.bytes = raw[start : start + nbytes]
+        self.address, self.nbytes = int(self.bytes.__array_interface__["data"][0]), nbytes
+
+
+class Interpreter:
+    """See `driver.Driver`."""
+
+    xp = np
+
+    def __init__(self, seed: int = 0) -> None:
+        self._shuffle = random.Random(seed)
+
+    def allocate(self, nbytes: int) -> HostMemory:
+        return HostMemory(nbytes)
+
+    def array(self, memory: HostMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
+        return np.ndarray(shape, dtype, memory.bytes.data, offset)
+
+    def upload(self, target: Any, source: HostArray) -> None:
+        target[...] = source
+
+    def download(self, source: Any) -> HostArray:
+        return np.array(source)
+
+    def load(self, kernel: TritonKernel) -> TritonKernel:
+        return kernel
+
+    def launch(
+        self,
+        loaded: TritonKernel,
+        grid: tuple[int, int, int],
+        words: Sequence[int],
+        reads: list[Piece],
+        writes: list[Piece],
+    ) -> None:
+        interpret(loaded, grid, words, spans([*reads, *writes]), spans(writes), self._shuffle)
+
+    def discard(self, piece: Piece) -> None:
+        address, nbytes = piece
+        ctypes.memset(address, POISON, nbytes)
+
+    def finish(self) -> None:
+        """Everything has happened by then."""
+
+
+class InterpretDevice:
+    """See `runtime.device.Device`."""
+
+    asynchronous = False
+    batch_limit = None
+    stream_limit = None
+
+    def __init__(self, ordinal: int | None = None, seed: int = 0) -> None:
+        if ordinal not in (None, 0):
+            raise DeviceError(f"there is one interpreter; interpret:{ordinal} does not exist")
+        self._driver = Interpreter(seed)
+
+    @property
+    def name(self) -> str:
+        return "interpret"
+
+    @property
+    def reason(self) -> str:
+        return "the GPU's kernels on the host, for tests"
+
+    def auto_streams(self) -> int:
+        return 1
+
+    def lower(self, graph: Graph, batching: Batching) -> Plan:
+        return with_program(lower_graph(graph, batching, lower_node, room_nbytes=self.free_memory() // 4))
+
+    def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
+        weights = Weights(plan, self._driver)
+        return [GpuStream(plan, slots, self._driver, weights) for _ in range(streams)]
+
+    def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
+        """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""
+        program: Program = plan.program
+        return program.weights_nbytes, zone_nbytes(program.segments[0], extents)
+
+    def free_memory(self) -> int:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

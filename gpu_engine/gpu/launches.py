@@ -1,0 +1,51 @@
+"""What a step of a GPU plan does: launch a kernel, or run a function over arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_engine.gpu.kernel import DIVISIBILITY, TritonKernel
+from gpu_engine.ir import dims
+from gpu_engine.ir.dims import Dim
+
+
+@dataclass(frozen=True)
+class Address:
+    """The memory of a buffer, from `offset` bytes on."""
+
+    buffer: int
+    offset: Dim = 0
+
+
+Word = Address | Dim
+Grid = tuple[Dim, Dim, Dim]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel over a grid of programs; `words` are its arguments."""
+
+    kernel: TritonKernel
+    grid: Grid
+    words: tuple[Word, ...]
+
+
+ArrayFunction = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
+"""function(xp, op, inputs) gives the outputs; `op` has ints for all its extents."""
+
+
+@dataclass(frozen=True)
+class ArrayCall:
+    """A function over arrays; `op` is a dataclass, whose extents binding resolves. With `host` it runs on NumPy arrays
+    in the host's memory whatever the device, else on the device's own array module."""
+
+    function: ArrayFunction
+    op: Any
+    host: bool = False
+
+
+def is_multiple(dim: Dim, factor: int = DIVISIBILITY) -> bool:
+    """Whether `dim` is a multiple of `factor` whatever its symbols are."""
+    return dims.modulo(dim, factor) == 0

@@ -1,0 +1,235 @@
+"""Programs: a plan prepared for binding on a GPU.
+
+What changes with the extents are numbers: each distinct one is computed once, then gathered into the arguments of all
+launches at a time, eight bytes for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gpu_engine.errors import OutOfMemory
+from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.launches import Address, ArrayCall, Launch
+from gpu_engine.ir.dims import product
+from gpu_engine.ir.dtypes import STRING
+from gpu_engine.plan.binding import Numbers, op_resolver
+from gpu_engine.plan.lower import segments
+from gpu_engine.plan.plan import Plan, Step, root
+from gpu_engine.plan.zones import Ints, Zone, new_requirements, segment_of_buffers, zone
+
+MOST_ELEMENTS = (1 << 31) - 1
+"""Kernels index with 32 bits."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the plan that can be bound at once: `steps` up to and including one that binds extents.
+
+    `gather` maps each argument of a launch to a place in [numbers, addresses of the arena's and the ports' buffers,
+    addresses of constants, `literals`, addresses of `foreign` buffers, which earlier segments own]; `shifts` are
+    (argument, number to add). `firsts[i]` is the first argument of step i's launch and `grids[i]` where its extents
+    stand; `elements` are the sizes of tensors that kernels index. `resolvers` give the operations of array steps their
+    extents. `dying` are the arena's buffers that a step is the last to use.
+    """
+
+    names: tuple[str, ...]
+    numbers: Numbers
+    arena: Zone
+    ports: Zone
+    steps: range
+    gather: Ints
+    literals: Ints
+    foreign: tuple[int, ...]
+    shifts: tuple[Ints, Ints]
+    firsts: dict[int, int]
+    grids: dict[int, tuple[int, ...]]
+    shapes: dict[int, tuple[int, ...]]
+    elements: Ints
+    resolvers: dict[int, Any]
+    dying: dict[int, tuple[int, ...]]
+    binds: int | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """All segments of a plan, its distinct kernels, and the buffers that hold constants."""
+
+    segments: tuple[Segment, ...]
+    kernels: tuple[TritonKernel, ...]
+    constants: tuple[int, ...]
+    weights_nbytes: int
+
+
+def with_program(plan: Plan) -> Plan:
+    """A plan whose steps are `Launch` and `ArrayCall`, prepared."""
+    kernels = dict.fromkeys(step.kernel.kernel for step in plan.steps if isinstance(step.kernel, Launch))
+    constants = tuple(i for i, b in enumerate(plan.buffers) if b.constant is not None and b.dtype != STRING)
+    nbytes = sum(plan.buffers[i].constant.nbytes for i in constants)
+    homes = segment_of_buffers(plan)
+    parts = [_Builder(plan, constants, homes, index, *cut).segment() for index, cut in enumerate(segments(plan))]
+    return replace(plan, program=Program(tuple(parts), tuple(kernels), constants, nbytes))
+
+
+class _Builder:
+    """Collects what one segment needs."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        constants: tuple[int, ...],
+        homes: dict[int, int],
+        index: int,
+        first: int,
+        last: int,
+        names: tuple[str, ...],
+    ) -> None:
+        self.plan, self.constants, self.homes, self.index = plan, constants, homes, index
+        self.steps, self.names, self.numbers = range(first, last), names, Numbers(names)
+        self.words: list[Any] = []
+
+    def segment(self) -> Segment:
+        buffers = self.plan.buffers
+        outward = {root(buffers, i) for i in (*self.plan.inputs, *self.plan.outputs)}
+        owned = [b for b, home in self.homes.items() if home == self.index and buffers[b].dtype != STRING]
+        arena = zone(self.plan, [buffer for buffer in owned if buffer not in outward], self.numbers, share=True)
+        ports = zone(self.plan, [buffer for buffer in owned if buffer in outward], self.numbers, share=False)
+        self.numbers.require(new_requirements(self.plan, self.names, self.index == 0))
+        launches = {i: self.plan.steps[i].kernel for i in self.steps if isinstance(self.plan.steps[i].kernel, Launch)}
+        firsts = {i: self._first(launch) for i, launch in launches.items()}
+        grids = {i: tuple(map(self.numbers.place, launch.grid)) for i, launch in launches.items()}
+        touched = {b for i in launches for b in _touched(self.plan.steps[i])}
+        elements = [self.numbers.place(product(buffers[b].shape)) for b in sorted(touched)]
+        calls = [i for i in self.steps if isinstance(self.plan.steps[i].kernel, ArrayCall)]
+        resolvers = {i: op_resolver(self.plan.steps[i].kernel.op, self.numbers) for i in calls}
+        shapes = self._shapes(calls)
+        gather, literals, foreign, shifts = self._gather(arena.owned + ports.owned)
+        self.numbers.compile()
+        last = self.plan.steps[self.steps[-1]] if self.steps else None
+        return Segment(
+            self.names, self.numbers, arena, ports, self.steps, gather, literals, foreign, shifts, firsts, grids,
+            shapes, np.array(elements, np.intp), resolvers, self._dying(arena.owned),
+            self.steps[-1] if last is not None and last.binds else None,
+        )  # fmt: skip
+
+    def _first(self, launch: Launch) -> int:
+        first = len(self.words)
+        self.words += launch.words
+        return first
+
+    def _shapes(self, calls: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """Where the extents stand of every buffer whose array somebody asks for."""
+        plan = self.plan
+        wanted = {b for i in calls for b in _touched(plan.steps[i])}
+        if self.index == 0:
+            wanted |= set(plan.inputs)
+        elif self.steps.start:
+            wanted |= set(plan.steps[self.steps.start - 1].outputs)
+        wanted |= {i for i in plan.outputs if self.homes.get(root(plan.buffers, i), 0) == self.index}
+        if calls and plan.steps[calls[-1]].binds:
+            wanted -= set(plan.steps[calls[-1]].outputs)
+        return {b: tuple(map(self.numbers.place, plan.buffers[b].shape)) for b in sorted(wanted)}
+
+    def _dying(self, owned: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        last = {root(self.plan.buffers, b): i for i, step in enumerate(self.plan.steps) for b in _touched(step)}
+        return {i: tuple(b for b in owned if last[b] == i) for i in self.steps}
+
+    def _gather(self, owned: tuple[int, ...]) -> tuple[Ints, Ints, tuple[int, ...], tuple[Ints, Ints]]:
+        """See `Segment`. All numbers have their places before: addresses lie behind them."""
+        places = {buffer: i for i, buffer in enumerate(owned)}
+        constants = {buffer: i for i, buffer in enumerate(self.constants)}
+        literals: dict[int, int] = {}
+        foreign: dict[int, int] = {}
+        kinds: list[tuple[int, int]] = []
+        shifts: list[tuple[int, int]] = []
+        for i, word in enumerate(self.words):
+            if isinstance(word, Address):
+                owner = root(self.plan.buffers, word.buffer)
+                if owner in constants:
+                    kinds.append((2, constants[owner]))
+                elif owner in places:
+                    kinds.append((1, places[owner]))
+                else:
+                    kinds.append((4, foreign.setdefault(owner, len(foreign))))
+                if word.offset != 0:
+                    shifts.append((i, self.numbers.place(word.offset)))
+            elif isinstance(word, int):
+                kinds.append((3, literals.setdefault(word, len(literals))))
+            else:
+                kinds.append((0, self.numbers.place(word)))
+        starts = np.cumsum([0, len(self.numbers), len(owned), len(self.constants), len(literals)])
+        gather = np.array([starts[kind] + place for kind, place in kinds], np.intp)
+        columns = np.array(shifts, np.intp).reshape(-1, 2)
+        pair = (columns[:, 0].copy(), columns[:, 1].copy())
+        return gather, np.array(list(literals), np.int64), tuple(foreign), pair
+
+
+def _touched(step: Step) -> tuple[int, ...]:
+    return (*step.inputs, *step.outputs, *step.scratch)
+
+
+@dataclass(eq=False)
+class Bound:
+    """A segment with numbers: the arguments of its launches and where its buffers lie.
+
+    `located` are (memory, offset, bytes) by root buffer. `hosted` are arrays of objects, which have no address.
+    """
+
+    extents: tuple[int, ...]
+    values: tuple[int, ...]
+    words: list[int]
+    located: dict[int, tuple[Any, int, int]]
+    hosted: dict[int, Any]
+
+
+def bind(
+    segment: Segment,
+    extents: tuple[int, ...],
+    allocate: Any,
+    weights: Ints,
+    before: Sequence[Bound],
+) -> Bound:
+    """The segment bound to `extents`, in memory from `allocate(bytes of the arena, bytes of the ports)`.
+
+    `weights` are the addresses of the program's constants; `before` are the bound segments that ran already, whose
+    buffers this one may read. InputError if the extents contradict each other, OutOfMemory where kernels cannot index
+    a tensor.
+    """
+    values = segment.numbers.evaluate(extents)
+    numbers = np.array(values, np.int64)
+    if len(segment.elements) and (most := int(numbers[segment.elements].max())) > MOST_ELEMENTS:
+        raise OutOfMemory(f"a tensor of {most:,} elements: kernels index up to {MOST_ELEMENTS:,}; use smaller batches")
+    (arena, arena_nbytes), (ports, ports_nbytes) = (zone.offsets(numbers) for zone in (segment.arena, segment.ports))
+    memory = allocate(arena_nbytes, ports_nbytes)
+    located = {
+        buffer: (piece, offset, size)
+        for zone, offsets, piece in ((segment.arena, arena, memory[0]), (segment.ports, ports, memory[1]))
+        for buffer, offset, size in zip(zone.owned, offsets.tolist(), numbers[zone.sizes].tolist(), strict=True)
+    }
+    parts = [numbers, arena + memory[0].address, ports + memory[1].address, weights, segment.literals]
+    if segment.foreign:
+        parts.append(np.array([_foreign_address(owner, before) for owner in segment.foreign], np.int64))
+    words = np.take(np.concatenate(parts), segment.gather)
+    if len(segment.shifts[0]):
+        words[segment.shifts[0]] += numbers[segment.shifts[1]]
+    return Bound(extents, values, words.tolist(), located, {})
+
+
+def _foreign_address(owner: int, before: Sequence[Bound]) -> int:
+    memory, offset, _ = next(bound.located[owner] for bound in before if owner in bound.located)
+    return int(memory.address) + int(offset)
+
+
+def located(owner: int, chain: Sequence[Bound]) -> tuple[Any, int, int]:
+    """Where a root buffer lies that one of the bound segments owns."""
+    return next(bound.located[owner] for bound in reversed(chain) if owner in bound.located)
+
+
+def zone_nbytes(segment: Segment, extents: Mapping[str, int] | Sequence[int]) -> int:
+    """Bytes of a segment's memory."""
+    values = np.array(segment.numbers.evaluate(tuple(extents)), np.int64)
+    return sum(zone.offsets(values)[1] for zone in (segment.arena, segment.ports))

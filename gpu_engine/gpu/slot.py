@@ -1,0 +1,271 @@
+"""Streams and slots on a GPU: memory with fixed addresses, bindings of the shapes seen last, and running them.
+
+Every slot has its own arena and ports, so that two batches of one stream can be in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
+from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, host_array
+from gpu_engine.gpu.launches import ArrayCall, Launch
+from gpu_engine.gpu.program import Bound, Program, Segment, bind, located
+from gpu_engine.ir.dtypes import STRING
+from gpu_engine.plan.binding import solve_binds
+from gpu_engine.plan.plan import Plan, Step, root
+from gpu_engine.plan.zones import Ints
+
+CACHED_BINDINGS = 32
+
+
+class Weights:
+    """A plan's constants on the device, once for all streams, and its kernels ready to launch."""
+
+    def __init__(self, plan: Plan, driver: Driver) -> None:
+        program: Program = plan.program
+        self.kernels = {kernel: driver.load(kernel) for kernel in program.kernels}
+        self.memories: dict[int, Memory] = {}
+        shared: dict[tuple[int, int], Memory] = {}
+        for index in program.constants:
+            array = plan.buffers[index].constant
+            key = (array.__array_interface__["data"][0], array.nbytes)
+            if key not in shared:
+                shared[key] = driver.allocate(array.nbytes)
+                driver.upload(driver.array(shared[key], 0, array.shape, array.dtype), array)
+            self.memories[index] = shared[key]
+        self.addresses: Ints = np.array([self.memories[index].address for index in program.constants], np.int64)
+
+
+class Area:
+    """A piece of device memory that grows on demand; `moves` counts how often pieces of its kind have moved."""
+
+    def __init__(self, driver: Driver, moves: list[int]) -> None:
+        self._driver, self._moves = driver, moves
+        self.memory = driver.allocate(0)
+
+    def reserve(self, nbytes: int) -> Memory:
+        """At least `nbytes`."""
+        if nbytes > self.memory.nbytes:
+            self.memory = self._driver.allocate(nbytes)
+            self._moves[0] += 1
+        return self.memory
+
+
+class GpuSlot:
+    """Room for one batch in flight. See `runtime.device.Slot`."""
+
+    def __init__(self, plan: Plan, driver: Driver, weights: Weights) -> None:
+        self._plan, self._driver, self._weights = plan, driver, weights
+        self._program: Program = plan.program
+        self._moves, self._seen = [0], 0
+        self._areas = [(Area(driver, self._moves), Area(driver, self._moves)) for _ in self._program.segments]
+        self._cache: dict[tuple[int, tuple[int, ...]], Bound] = {}
+        self._bound: Bound | None = None
+        self._inputs: list[HostArray] = []
+        self._chain: list[Bound] = []
+        self._error: BaseException | None = None
+
+    def stage(self, extents: tuple[int, ...]) -> Sequence[HostArray]:
+        """See `runtime.device.Slot`. InputError if the extents contradict each other inside the model."""
+        bound = self._bound
+        if bound is None or bound.extents != extents or self._seen != self._moves[0]:
+            self._bound = None
+            self._bound = bound = self._bind(0, extents, [])
+            shapes = self._program.segments[0].shapes
+            buffers = self._plan.buffers
+            self._inputs = [
+                host_array(tuple(bound.values[place] for place in shapes[i]), buffers[i].dtype)
+                for i in self._plan.inputs
+            ]
+        return self._inputs
+
+    def launch(self) -> None:
+        """Copy the inputs to the device and start every step; an error is kept for `wait`."""
+        assert self._bound is not None, "launch without stage"
+        self._error, self._chain = None, []
+        try:
+            self._start(self._bound)
+        except BaseException as error:
+            self._error = error
+            if not isinstance(error, Exception):
+                raise
+
+    def wait(self) -> Sequence[HostArray]:
+        if self._error is not None:
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
+        return [self.output(i) for i in range(len(self._plan.outputs))]
+
+    def output(self, position: int) -> HostArray:
+        """An output of the last launch, in the host's memory."""
+        array = self._array(self._plan.outputs[position], self._chain)
+        return array if isinstance(array, np.ndarray) and array.dtype.hasobject else self._driver.download(array)
+
+    def _start(self, bound: Bound) -> None:
+        chain = [bound]
+        for buffer, source in zip(self._plan.inputs, self._inputs, strict=True):
+            self._write(buffer, source, chain)
+        for index, segment in enumerate(self._program.segments):
+            results = self._run(segment, chain)
+            if segment.binds is not None:
+                step = self._plan.steps[segment.binds]
+                following = self._bind(index + 1, self._extents_after(index, step, results, chain), chain)
+                chain.append(following)
+                for buffer, result in zip(step.outputs, results, strict=True):
+                    self._write(buffer, result, chain)
+        self._chain = chain
+
+    def _run(self, segment: Segment, chain: list[Bound]) -> Sequence[Any]:
+        """Start the steps of one segment; what the last one gives if it binds extents."""
+        bound, results = chain[-1], []
+        for i in segment.steps:
+            step = self._plan.steps[i]
+            if isinstance(step.kernel, Launch):
+                self._launch(segment, i, step, step.kernel, bound, chain)
+            else:
+                results = self._call(segment, i, step, step.kernel, chain)
+                if not step.binds:
+                    for buffer, result in zip(step.outputs, results, strict=True):
+                        self._write_checked(step, buffer, result, chain)
+            for buffer in segment.dying[i]:
+                memory, offset, nbytes = bound.located[buffer]
+                self._driver.discard((memory.address + offset, nbytes))
+        return results
+
+    def _launch(self, segment: Segment, i: int, step: Step, launch: Launch, bound: Bound, chain: list[Bound]) -> None:
+        x, y, z = (bound.values[place] for place in segment.grids[i])
+        if not x * y * z:
+            return
+        first = segment.firsts[i]
+        words = bound.words[first : first + len(launch.words)]
+        reads = [self._piece(buffer, chain) for buffer in step.inputs]
+        writes = [self._piece(buffer, chain) for buffer in (*step.outputs, *step.scratch)]
+        try:
+            self._driver.launch(self._weights.kernels[launch.kernel], (x, y, z), words, reads, writes)
+        except GpuEngineError as error:
+            raise type(error)(f"{step.source}: {error}") from error
+
+    def _call(self, segment: Segment, i: int, step: Step, call: ArrayCall, chain: list[Bound]) -> Sequence[Any]:
+        resolve = segment.resolvers[i]
+        op = call.op if resolve is None else resolve(chain[-1].values)
+        inputs = [self._array(buffer, chain) for buffer in step.inputs]
+        xp = np if call.host else self._driver.xp
+        if call.host:
+            inputs = [self._on_host(array) for array in inputs]
+        try:
+            with np.errstate(all="ignore"):
+                return call.function(xp, op, inputs)
+        except GpuEngineError:
+            raise
+        except Exception as error:
+            raise _failure(step, op, inputs, error) from error
+
+    def _on_host(self, array: Any) -> HostArray:
+        hosted = isinstance(array, np.ndarray) and array.dtype.hasobject
+        return array if hosted else self._driver.download(array)
+
+    def _write_checked(self, step: Step, buffer: int, result: Any, chain: list[Bound]) -> None:
+        shape = self._shape(buffer, chain)
+        if tuple(result.shape) != shape:
+            raise ExecutionError(
+                f"{step.source}: a result of shape {list(result.shape)} where {list(shape)} was declared"
+            )
+        self._write(buffer, result, chain)
+
+    def _write(self, buffer: int, source: Any, chain: list[Bound]) -> None:
+        """Fill a buffer from an array of the host or the device."""
+        target = self._array(buffer, chain)
+        if self._plan.buffers[buffer].dtype == STRING:
+            target[...] = source
+        elif type(source) is np.ndarray or isinstance(source, np.generic):
+            self._driver.upload(target, np.asarray(source).astype(target.dtype, copy=False))
+        else:
+            target[...] = source
+
+    def _array(self, buffer: int, chain: list[Bound]) -> Any:
+        owner = root(self._plan.buffers, buffer)
+        dtype, constant = self._plan.buffers[buffer].dtype, self._plan.buffers[owner].constant
+        shape = self._shape(buffer, chain)
+        if dtype == STRING:
+            if constant is not None:
+                return constant.reshape(shape)
+            found = next((bound.hosted[owner] for bound in chain if owner in bound.hosted), None)
+            if found is None:
+                found = chain[-1].hosted[owner] = host_array(shape, dtype)
+            return found.reshape(shape)
+        if constant is not None:
+            return self._driver.array(self._weights.memories[owner], 0, shape, dtype)
+        memory, offset, _ = located(owner, chain)
+        return self._driver.array(memory, offset, shape, dtype)
+
+    def _shape(self, buffer: int, chain: list[Bound]) -> tuple[int, ...]:
+        for segment, bound in zip(self._program.segments, chain, strict=False):
+            places = segment.shapes.get(buffer)
+            if places is not None:
+                return tuple(bound.values[place] for place in places)
+        raise AssertionError(f"buffer {buffer} has no array in the segments that ran")
+
+    def _piece(self, buffer: int, chain: list[Bound]) -> Piece:
+        owner = root(self._plan.buffers, buffer)
+        memory = self._weights.memories.get(owner)
+        if memory is not None:
+            return memory.address, memory.nbytes
+        memory, offset, nbytes = located(owner, chain)
+        return memory.address + offset, nbytes
+
+    def _extents_after(self, index: int, step: Step, results: Sequence[Any], chain: list[Bound]) -> tuple[int, ...]:
+        segments = self._program.segments
+        known = dict(zip(segments[index].names, chain[index].extents, strict=True))
+        declared = [self._plan.buffers[i].shape for i in step.outputs]
+        try:
+            found = solve_binds(declared, [tuple(result.shape) for result in results], known)
+        except ValueError as error:
+            raise ExecutionError(f"{step.source}: {error}") from error
+        return tuple(found.get(name, known.get(name, 0)) for name in segments[index + 1].names)
+
+    def _bind(self, index: int, extents: tuple[int, ...], chain: list[Bound]) -> Bound:
+        """From the cache, or new; whatever moves makes all older bindings void."""
+        if self._seen != self._moves[0]:
+            self._cache.clear()
+        bound = self._cache.pop((index, extents), None)
+        if bound is None or index:
+            segment = self._program.segments[index]
+            bound = bind(segment, extents, self._reserving(index), self._weights.addresses, chain)
+            if self._seen != self._moves[0]:
+                self._cache.clear()
+        self._seen = self._moves[0]
+        if not index:
+            if len(self._cache) >= CACHED_BINDINGS:
+                del self._cache[next(iter(self._cache))]
+            self._cache[index, extents] = bound
+        return bound
+
+    def _reserving(self, index: int) -> Callable[[int, int], tuple[Memory, Memory]]:
+        arena, ports = self._areas[index]
+        return lambda arena_nbytes, ports_nbytes: (arena.reserve(arena_nbytes), ports.reserve(ports_nbytes))
+
+
+def _failure(step: Step, op: Any, inputs: Sequence[Any], error: Exception) -> GpuEngineError:
+    kinds = ", ".join(f"{array.dtype}{list(array.shape)}" for array in inputs)
+    text = f"{step.source}: {type(op).__name__} of {kinds}: {str(error) or type(error).__name__}"
+    return OutOfMemory(text) if isinstance(error, MemoryError) else ExecutionError(text)
+
+
+class GpuStream:
+    """One lane: its slots share weights and nothing else. See `runtime.device.Stream`."""
+
+    def __init__(self, plan: Plan, slots: int, driver: Driver, weights: Weights) -> None:
+        self.slots = [GpuSlot(plan, driver, weights) for _ in range(slots)]
+
+    def enter(self) -> None:
+        """No thread of a GPU's stream is tied to a core."""
+
+    def close(self) -> None:
+        self.slots = []

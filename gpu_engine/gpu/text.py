@@ -1,0 +1,132 @@
+"""Writing a kernel: its lines, its parameters in the order in which they are first needed, and its launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from textwrap import dedent, indent
+
+from gpu_engine.gpu.kernel import TRITON_TYPES, Argument, TritonKernel
+from gpu_engine.gpu.launches import Address, Launch, Word, is_multiple
+from gpu_engine.gpu.printing import loaded, print_expr, stored
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import UINT8, UINT16, UINT32, UINT64, DType
+from gpu_engine.ir.expr import Expr
+from gpu_engine.plan.lower import Lowering
+
+BITS: dict[int, DType] = {1: UINT8, 2: UINT16, 4: UINT32, 8: UINT64}
+"""The unsigned integers of every width."""
+
+
+class KernelText:
+    """Lines of one kernel. Addresses and extents that are not known yet become parameters; known extents literals."""
+
+    def __init__(self, lowering: Lowering, name: str, *, bits: bool = False) -> None:
+        """With `bits`, elements are unsigned integers of their width, whatever they mean."""
+        self._lowering, self.name, self._bits = lowering, name, bits
+        self._words: dict[Word, str] = {}
+        self._lines: list[str] = []
+        self._depth = 1
+        self._fresh = 0
+
+    def buffer(self, buffer: int, offset: Dim = 0) -> str:
+        """The parameter that holds the address of a buffer, from `offset` bytes on."""
+        return self._words.setdefault(Address(buffer, offset), f"p{len(self._words)}")
+
+    def number(self, dim: Dim) -> str:
+        """A number as a literal, or the parameter that holds it."""
+        if isinstance(dim, int):
+            return str(dim)
+        return self._words.setdefault(dim, f"n{len(self._words)}")
+
+    def parameter(self, dim: Dim) -> str:
+        """The parameter that holds a number, known or not: kernels that differ in it alone are one."""
+        return self._words.setdefault(dim, f"n{len(self._words)}")
+
+    def fresh(self, prefix: str) -> str:
+        """A name that no line has yet."""
+        self._fresh += 1
+        return f"{prefix}_{self._fresh}"
+
+    def line(self, text: str) -> None:
+        """One line, or several with the indentation between them."""
+        self._lines.append(indent(dedent(text).strip("\n"), "    " * self._depth))
+
+    def let(self, prefix: str, text: str) -> str:
+        """The name of a value that gets its own line."""
+        name = self.fresh(prefix)
+        self.line(f"{name} = {text}")
+        return name
+
+    @contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        """Lines inside `head`, a `for` or `if`."""
+        self.line(head)
+        self._depth += 1
+        yield
+        self._depth -= 1
+
+    def load(self, buffer: int, index: str, mask: str | None = None, other: str | None = None) -> str:
+        """The name of elements in computing form. `index` counts elements; without `mask` all lanes are inside.
+
+        Lanes that the mask leaves out hold `other`, or garbage.
+        """
+        dtype = self._dtype(buffer)
+        options = "" if mask is None else f", mask={mask}" + (f", other={other}" if other is not None else "")
+        raw = f"tl.load({self.buffer(buffer)} + ({index}){options})"
+        return self.let("x", loaded(raw, dtype))
+
+    def store(self, buffer: int, index: str, value: str, mask: str | None = None) -> None:
+        """Write elements that are in computing form."""
+        dtype = self._dtype(buffer)
+        tail = "" if mask is None else f", mask={mask}"
+        self.line(f"tl.store({self.buffer(buffer)} + ({index}), {stored(value, dtype)}{tail})")
+
+    def evaluate(self, root: Expr, operands: Mapping[int, str]) -> str:
+        """The name of an expression's value, of operands in computing form."""
+        lines, name = print_expr(root, operands, self.fresh("t") + "_")
+        for line in lines:
+            self.line(line)
+        return name
+
+    def kernel(self, num_warps: int = 4, num_stages: int = 3) -> TritonKernel:
+        """What the lines so far make."""
+        head = f"def {self.name}({', '.join(self._words.values())}):"
+        arguments = tuple(map(self._argument, self._words))
+        return TritonKernel(self.name, "\n".join([head, *self._lines, ""]), arguments, num_warps, num_stages)
+
+    def launch(
+        self,
+        grid: Sequence[Dim],
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        scratch: tuple[int, ...] = (),
+        in_place: tuple[int, ...] = (),
+    ) -> None:
+        """Append the launch to the plan.
+
+        `inputs` are the buffers that the kernel reads, `outputs` and `scratch` those that it also writes; it touches no
+        others. Only the first extent of the grid may pass 65535; a launch of no programs is none.
+        """
+        if 0 in grid:
+            return
+        padded = (*grid, 1, 1)
+        launch = Launch(self.kernel(num_warps, num_stages), (padded[0], padded[1], padded[2]), tuple(self._words))
+        self._lowering.emit(launch, inputs, outputs, scratch=scratch, in_place=in_place)
+
+    def _argument(self, word: Word) -> Argument:
+        if isinstance(word, Address):
+            return Argument("*" + TRITON_TYPES[self._dtype(word.buffer)], is_multiple(word.offset))
+        return Argument("i32", is_multiple(word))
+
+    def _dtype(self, buffer: int) -> DType:
+        dtype = self._lowering.buffers[buffer].dtype
+        return BITS[dtype.itemsize] if self._bits else dtype
+
+
+def power_of_two(extent: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << max(0, extent - 1).bit_length()
