@@ -38,7 +38,7 @@ class Driver(Protocol):
         """Uninitialised bytes, aligned to 256; OutOfMemory."""
         ...
 
-    def array(self, memory: Memory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
+    def array(self, memory: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
         """A C-contiguous array of the device over a part of its memory."""
         ...
 

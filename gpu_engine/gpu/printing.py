@@ -140,8 +140,8 @@ def _saturated(x: str, source: DType, target: DType) -> str:
     if target.itemsize == 8 or (target.itemsize == 4 and compute_dtype(source) == FLOAT32):
         inside = f"(({x} >= {float(low)!r}) & ({x} < {float(int(high) + 1)!r}))"
     whole = _truncated(f"tl.where({inside}, {x}, 0.0)", target)
-    ends = f"tl.where({x} >= {float(high)!r}, {int(high)}, tl.where({x} <= {float(low)!r}, {int(low)}, 0))"
-    return f"tl.where({inside}, {whole}, {ends}.to({computing(target)}))"
+    below = f"tl.where({x} <= {float(low)!r}, {literal(low, target)}, {literal(0, target)})"
+    return f"tl.where({inside}, {whole}, tl.where({x} >= {float(high)!r}, {literal(high, target)}, {below}))"
 
 
 def _binary(symbol: str) -> Callable[..., str]:
@@ -192,6 +192,10 @@ def _sign(dtype: DType, x: str) -> str:
     return f"tl.where({x} > 0, 1, tl.where({x} < 0, -1, 0)).to({computing(dtype)})"
 
 
+def _all_ones(dtype: DType) -> int:
+    return -1 if dtype.kind == "i" else (1 << (8 * dtype.itemsize)) - 1
+
+
 def _square_root(dtype: DType, x: str) -> str:
     return f"tl.sqrt({x})" if dtype == FLOAT64 else f"tl.sqrt_rn({x})"
 
@@ -221,7 +225,7 @@ _FORMS: dict[str, Callable[..., str]] = {
     "isnan": lambda dtype, x: f"{x} != {x}", "lt": _binary("<"), "le": _binary("<="), "eq": _binary("=="),
     "where": lambda dtype, condition, yes, no: f"tl.where({condition}, {yes}, {no})",
     "and": _binary("&"), "or": _binary("|"), "xor": _binary("^"),
-    "not": lambda dtype, x: f"{x} == 0" if dtype == BOOL else f"~{x}",
+    "not": lambda dtype, x: f"{x} == 0" if dtype == BOOL else f"{x} ^ {literal(_all_ones(dtype), dtype)}",
     "shl": _shifted("<<"), "shr": _shifted(">>"),
 }  # fmt: skip
 """form(dtype of the operands, names of the operands); integer division truncates and gives 0 where the divisor is."""

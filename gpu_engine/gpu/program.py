@@ -6,7 +6,7 @@ launches at a time, eight bytes for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ class Segment:
     addresses of constants, `literals`, addresses of `foreign` buffers, which earlier segments own]; `shifts` are
     (argument, number to add). `firsts[i]` is the first argument of step i's launch and `grids[i]` where its extents
     stand; `elements` are the sizes of tensors that kernels index. `resolvers` give the operations of array steps their
-    extents. `dying` are the arena's buffers that a step is the last to use.
+    extents. `dying` are the arena's buffers that a step is the last to use; what gives results may still read them.
     """
 
     names: tuple[str, ...]
@@ -112,7 +112,7 @@ class _Builder:
         last = self.plan.steps[self.steps[-1]] if self.steps else None
         return Segment(
             self.names, self.numbers, arena, ports, self.steps, gather, literals, foreign, shifts, firsts, grids,
-            shapes, np.array(elements, np.intp), resolvers, self._dying(arena.owned),
+            shapes, np.array(elements, np.intp), resolvers, self._dying(arena),
             self.steps[-1] if last is not None and last.binds else None,
         )  # fmt: skip
 
@@ -134,9 +134,17 @@ class _Builder:
             wanted -= set(plan.steps[calls[-1]].outputs)
         return {b: tuple(map(self.numbers.place, plan.buffers[b].shape)) for b in sorted(wanted)}
 
-    def _dying(self, owned: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    def _dying(self, arena: Zone) -> dict[int, tuple[int, ...]]:
         last = {root(self.plan.buffers, b): i for i, step in enumerate(self.plan.steps) for b in _touched(step)}
-        return {i: tuple(b for b in owned if last[b] == i) for i in self.steps}
+        dying = {i: tuple(b for b in arena.owned if last[b] == i and not self.plan.steps[i].binds) for i in self.steps}
+        return {i: tuple(b for b in found if not self._taken_over(arena, i, b)) for i, found in dying.items()}
+
+    def _taken_over(self, arena: Zone, i: int, buffer: int) -> bool:
+        """Whether what the step writes lies where the buffer lay."""
+        regions = dict(zip(arena.owned, arena.layout.regions.tolist(), strict=True))
+        step = self.plan.steps[i]
+        written = {root(self.plan.buffers, b) for b in (*step.outputs, *step.scratch)} - {buffer}
+        return any(regions.get(b) == regions[buffer] for b in written)
 
     def _gather(self, owned: tuple[int, ...]) -> tuple[Ints, Ints, tuple[int, ...], tuple[Ints, Ints]]:
         """See `Segment`. All numbers have their places before: addresses lie behind them."""
@@ -229,7 +237,7 @@ def located(owner: int, chain: Sequence[Bound]) -> tuple[Any, int, int]:
     return next(bound.located[owner] for bound in reversed(chain) if owner in bound.located)
 
 
-def zone_nbytes(segment: Segment, extents: Mapping[str, int] | Sequence[int]) -> int:
+def zone_nbytes(segment: Segment, extents: Sequence[int]) -> int:
     """Bytes of a segment's memory."""
     values = np.array(segment.numbers.evaluate(tuple(extents)), np.int64)
     return sum(zone.offsets(values)[1] for zone in (segment.arena, segment.ports))

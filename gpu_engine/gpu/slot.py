@@ -124,7 +124,8 @@ class GpuSlot:
 
     def _run(self, segment: Segment, chain: list[Bound]) -> Sequence[Any]:
         """Start the steps of one segment; what the last one gives if it binds extents."""
-        bound, results = chain[-1], []
+        bound = chain[-1]
+        results: Sequence[Any] = ()
         for i in segment.steps:
             step = self._plan.steps[i]
             if isinstance(step.kernel, Launch):

@@ -109,10 +109,8 @@ class KernelText:
         """Append the launch to the plan.
 
         `inputs` are the buffers that the kernel reads, `outputs` and `scratch` those that it also writes; it touches no
-        others. Only the first extent of the grid may pass 65535; a launch of no programs is none.
+        others. Only the first extent of the grid may pass 65535.
         """
-        if 0 in grid:
-            return
         padded = (*grid, 1, 1)
         launch = Launch(self.kernel(num_warps, num_stages), (padded[0], padded[1], padded[2]), tuple(self._words))
         self._lowering.emit(launch, inputs, outputs, scratch=scratch, in_place=in_place)

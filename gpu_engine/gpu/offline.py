@@ -1,0 +1,108 @@
+"""Compiling kernels for a GPU that is not there, and reading what became of them.
+
+Triton compiles without a driver, and its wheel brings the tools that read machine code. What registers a kernel takes
+and whether they spilled is said by them alone: Triton's metadata have it only once a driver loaded the kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gpu_engine.gpu.kernel import DIVISIBILITY, TritonKernel
+from gpu_engine.gpu.triton_source import jit_function
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes of shared memory that one block can have.
+https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities"""
+MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
+_INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+(?:\.[A-Za-z0-9_]+)*)", re.MULTILINE
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers of a thread, bytes of its stack and of a block's shared memory, and how
+    often each machine instruction occurs."""
+
+    registers: int
+    stack_nbytes: int
+    shared_nbytes: int
+    instructions: Counter[str] = field(repr=False)
+
+    def count(self, name: str) -> int:
+        """Instructions called `name`, with or without modifiers: "HGMMA", "LDG.E.128"."""
+        return sum(n for text, n in self.instructions.items() if text == name or text.startswith(f"{name}."))
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of registers that did not fit."""
+        return self.count("LDL") + self.count("STL")
+
+    @property
+    def matrix_instructions(self) -> dict[str, int]:
+        return {name: count for name in MATRIX_INSTRUCTIONS if (count := self.count(name))}
+
+    @property
+    def load_bits(self) -> int:
+        """The widest load from global memory."""
+        widths = [int(found[1]) for text in self.instructions if (found := re.match(r"LDG\.E\S*\.(64|128)\b", text))]
+        return max(widths, default=32 if self.count("LDG") else 0)
+
+
+def compiled(kernel: TritonKernel, arch: int) -> Any:
+    """Triton's `CompiledKernel` for an architecture such as 90 (sm_90), from its cache on disk where it is there."""
+    function = jit_function(kernel)
+    names = function.arg_names
+    signature = {name: argument.type for name, argument in zip(names, kernel.arguments, strict=True)}
+    divisible = {(i,): [["tt.divisibility", DIVISIBILITY]] for i, a in enumerate(kernel.arguments) if a.divisible}
+    source = ASTSource(fn=function, signature=signature, constexprs={}, attrs=divisible)
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(binary: Any) -> Resources:
+    """What `compiled` made, read from its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        listing = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    counts = Counter(_INSTRUCTION.findall(listing))
+    return Resources(int(found[1]), int(found[2]), int(binary.metadata.shared), counts)
+
+
+def problems(kernel: TritonKernel, binary: Any, used: Resources, arch: int) -> list[str]:
+    """Reasons not to launch a kernel, known without having run it."""
+    found = []
+    if used.stack_nbytes or used.spills:
+        found.append(f"spills: {used.stack_nbytes} bytes of stack, {used.spills} local loads and stores")
+    if used.shared_nbytes > SHARED_LIMITS[arch]:
+        found.append(f"{used.shared_nbytes:,} bytes of shared memory, {SHARED_LIMITS[arch]:,} are there")
+    wanted = "tl.dot(" in kernel.text and 'input_precision="ieee"' not in kernel.text
+    if wanted and not used.matrix_instructions:
+        found.append("tl.dot did not become a matrix instruction")
+    for line in binary.asm["ttgir"].splitlines():
+        if "async_tma_copy" in line:
+            box = re.search(r"tensordesc<tensor<([\dx]+)x[a-z]", line)
+            staging = re.findall(r"memdesc<([\dx]+)x[a-z]", line)
+            if box and staging and box[1] != staging[-1]:
+                found.append(f"a TMA box of {box[1]} but a buffer of {staging[-1]}")
+    return found
+
+
+def _tool(name: str, option: str, path: str) -> str:
+    return subprocess.run([TOOLS / name, option, path], capture_output=True, text=True, check=True).stdout
