@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from gpu_engine.errors import DeviceError, OutOfMemory
-from gpu_engine.gpu.driver import HostArray, Piece
-from gpu_engine.gpu.interpreter import interpret, spans
+from gpu_engine.gpu.driver import HostArray, Piece, Pieces
+from gpu_engine.gpu.interpreter import interpret, interpreting, spans
 from gpu_engine.gpu.kernel import TritonKernel
 from gpu_engine.gpu.lowering import lower_node
 from gpu_engine.gpu.program import Program, with_program, zone_nbytes
@@ -25,6 +26,7 @@ from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.lower import lower_graph
 from gpu_engine.plan.plan import Batching, Plan
+from gpu_engine.plan.zones import Ints
 
 ALIGNMENT = 256
 POISON = 0xFF
@@ -54,27 +56,33 @@ class Interpreter:
     def allocate(self, nbytes: int) -> HostMemory:
         return HostMemory(nbytes)
 
+    def active(self) -> AbstractContextManager[Any]:
+        return interpreting()
+
     def array(self, memory: HostMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
         return np.ndarray(shape, dtype, memory.bytes.data, offset)
 
     def upload(self, target: Any, source: HostArray) -> None:
         target[...] = source
 
-    def download(self, source: Any) -> HostArray:
+    def download(self, source: Any, dtype: DType) -> HostArray:
         return np.array(source)
 
     def load(self, kernel: TritonKernel) -> TritonKernel:
         return kernel
 
+    def pack(self, loaded: TritonKernel, words: Ints) -> list[int]:
+        return [int(word) for word in words]
+
     def launch(
         self,
         loaded: TritonKernel,
         grid: tuple[int, int, int],
-        words: Sequence[int],
-        reads: list[Piece],
-        writes: list[Piece],
+        packed: list[int],
+        pieces: Callable[[], tuple[Pieces, Pieces]],
     ) -> None:
-        interpret(loaded, grid, words, spans([*reads, *writes]), spans(writes), self._shuffle)
+        reads, writes = pieces()
+        interpret(loaded, grid, packed, spans([*reads, *writes]), spans(writes), self._shuffle)
 
     def discard(self, piece: Piece) -> None:
         address, nbytes = piece
