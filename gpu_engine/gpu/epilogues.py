@@ -1,0 +1,77 @@
+"""Epilogues: an Expr applied to a tile of sums while it is in registers, beside operands broadcast to the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from gpu_engine.gpu.launches import is_multiple
+from gpu_engine.gpu.maps import Walked
+from gpu_engine.gpu.text import KernelText
+from gpu_engine.ir import expr
+from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.expr import Expr
+from gpu_engine.plan.axes import Shape, collapsed
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A tile's index: the lanes of `index` are points of the neighbouring `axes` of a result, in row-major order.
+
+    Lanes outside `mask` are no points; None says that all are. Indices of different walks broadcast to the tile: a
+    column [BLOCK_M, 1], a row [1, BLOCK_N], a scalar for axes along which a program does not move.
+    """
+
+    index: str
+    axes: tuple[int, ...]
+    mask: str | None = None
+
+
+def finish(
+    text: KernelText, root: Expr, sums: str, operands: Sequence[Walked], walks: Sequence[Walk], shape: Shape
+) -> str:  # fmt: skip
+    """The name of the printable `root` over a tile of `sums` (arg 0, in computing form) and operands (args 1, 2, ...).
+
+    Operands have strides over the axes of `shape`, 0 where they are broadcast. Lanes that are no points hold garbage.
+    """
+    values = {0: sums}
+    for node in expr.walk(root):
+        if node.op == "arg" and node.value:
+            operand = operands[node.value - 1]
+            mask = inside(walk for walk in walks if any(operand.strides[axis] != 0 for axis in walk.axes))
+            values[node.value] = text.load(operand.buffer, place(text, operand, walks, shape), mask)
+    return text.evaluate(root, values)
+
+
+def place(text: KernelText, walked: Walked, walks: Sequence[Walk], shape: Shape) -> str:
+    """Where in a buffer, in elements, the points of a tile are."""
+    terms = [number(text, walked.offset)] * (walked.offset != 0)
+    for walk in walks:
+        steps = [walked.strides[axis] for axis in walk.axes]
+        terms += _steps(text, walk.index, collapsed(tuple(shape[axis] for axis in walk.axes), [steps]))
+    return " + ".join(terms) or "0"
+
+
+def inside(walks: Iterable[Walk]) -> str | None:
+    """The mask of the lanes that are points of all walks."""
+    masks = [walk.mask for walk in walks if walk.mask is not None]
+    return " & ".join(masks) or None
+
+
+def number(text: KernelText, dim: Dim) -> str:
+    """A number that kernels share as a parameter, or a literal where Triton knows more of that."""
+    return text.parameter(dim) if is_multiple(dim) else text.number(dim)
+
+
+def _steps(text: KernelText, index: str, axes: Sequence[tuple[Dim, list[Dim]]]) -> list[str]:
+    """One term for every axis along which the buffer moves; `index` counts the points of all."""
+    terms = []
+    for depth, (extent, (stride,)) in reversed(list(enumerate(axes))):
+        if depth:
+            here = f"({index} % {number(text, extent)})"
+            index = text.let("i", f"{index} // {number(text, extent)}")
+        else:
+            here = index
+        if stride != 0:
+            terms.append(here if stride == 1 else f"{here} * {number(text, stride)}")
+    return terms
