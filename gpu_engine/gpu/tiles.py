@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GemmTile:
-    """A program computes [block_m, block_n] sums in steps of block_k; `group_m` tiles of rows pass over the same columns
-    before the next ones, while these are in the L2 cache."""
+    """A program computes [block_m, block_n] sums in steps of block_k; `group_m` tiles of rows pass over the same
+    columns before the next ones, while these are in the L2 cache."""
 
     block_m: int
     block_n: int
