@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
@@ -20,7 +22,6 @@ from gpu_engine.ir.dtypes import (
     INT16,
     INT32,
     DType,
-    is_integer,
     limits,
 )
 from gpu_engine.ir.expr import Expr
@@ -32,6 +33,8 @@ from gpu_engine.plan.lower import Lowering
 Buffers = tuple[int, ...]
 FEW = 4
 """Rows or columns up to which matrix instructions are not worth the zeros that fill them: float32 has none anyway."""
+K_FIRST = ("tf32", "bytes", "planes")
+"""Families whose matrix instructions want what is summed over side by side."""
 FACTORS: dict[str, DType] = {"fp32": FLOAT32, "tf32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
 
 
@@ -48,7 +51,9 @@ def lower_matmul(
     if found is None:
         return False
     family, step = found
-    product = _product(op, node, (*buffers, *inputs[2:]), outputs[0], root, dtype)
+    b, transpose_b = _oriented(lowering, buffers[1], op.transpose_b, family)
+    flags = op.transpose_a, transpose_b
+    product = _product(lowering, flags, node, (buffers[0], b, *inputs[2:]), outputs[0], root, dtype)
     nbytes = lowering.buffers[buffers[0]].dtype.itemsize
     batch = dims.product(product.batch)
     for choice in choose(family, batch, product.m, product.n, product.k, nbytes, options.arch):
@@ -62,7 +67,7 @@ def _converted(lowering: Lowering, buffer: int, options: GpuOptions) -> int:
     if given.constant is None:
         return buffer
     narrow = FACTORS[options.precision] if given.dtype == FLOAT32 else given.dtype
-    if is_integer(given.dtype) and given.constant.size:
+    if given.dtype.kind in "iu" and given.constant.size:
         span = int(given.constant.min()), int(given.constant.max())
         fitting = (kind for kind in (INT8, INT16) if limits(kind)[0] <= span[0] and span[1] <= limits(kind)[1])
         narrow = next(fitting, given.dtype)
@@ -70,6 +75,20 @@ def _converted(lowering: Lowering, buffer: int, options: GpuOptions) -> int:
         return buffer
     with np.errstate(over="ignore"):
         return lowering.constant(given.constant.astype(narrow))
+
+
+def _oriented(lowering: Lowering, buffer: int, transposed: bool, family: str) -> tuple[int, bool]:
+    """(the second factor, whether it is [n, k]): a constant as matrix instructions or wide loads want it to lie."""
+    given = lowering.buffers[buffer]
+    if given.constant is None:
+        return buffer, transposed
+    outer, inner = given.shape[-2:]
+    (k, n) = (inner, outer) if transposed else (outer, inner)
+    along_k, along_n = (math.gcd(extent * given.dtype.itemsize, 16) for extent in (dims.number(k), dims.number(n)))
+    wanted = along_k > along_n or (along_k == along_n and (transposed or family in K_FIRST))
+    if wanted == transposed or 1 in (k, n):
+        return buffer, transposed
+    return lowering.constant(given.constant.swapaxes(-1, -2)), wanted
 
 
 def _step(
@@ -102,17 +121,23 @@ def _single_step(given: tuple[DType, DType], node: Node, precision: str) -> tupl
 
 
 def _product(
-    op: MatMul, node: Node, buffers: Buffers, out: int, root: Expr, dtype: DType
+    lowering: Lowering, flags: tuple[bool, bool], node: Node, buffers: Buffers, out: int, root: Expr, dtype: DType
 ) -> Product:  # fmt: skip
-    """The product; where all matrices share b, the rows of all are rows of one."""
-    a, b, *extras = (value.shape for value in node.inputs)
+    """The product; where all matrices share b, the rows of all are rows of one.
+
+    `flags` say whether the factors in `buffers` are transposed; a constant b may not lie as the node has it.
+    """
+    extras = [value.shape for value in node.inputs[2:]]
+    a, b = (lowering.buffers[buffer].shape for buffer in buffers[:2])
     shape = node.outputs[0].shape
     *_, n = shape
-    k = a[-2] if op.transpose_a else a[-1]
-    one = all(extent == 1 for extent in b[:-2]) and not op.transpose_a and a[:-2] == shape[:-2]
+    transpose_a, transpose_b = flags
+    depths = a[-2] if transpose_a else a[-1], b[-1] if transpose_b else b[-2]
+    k = next((depth for depth in depths if isinstance(depth, int)), depths[0])
+    one = all(extent == 1 for extent in b[:-2]) and not transpose_a and a[:-2] == shape[:-2]
     lead: Shape = () if one else shape[:-2]
-    left = _factor(buffers[0], (dims.product(a[:-1]), a[-1]) if one else a, lead, op.transpose_a)
-    right = _factor(buffers[1], b[-2:] if one else b, lead, not op.transpose_b)
+    left = _factor(buffers[0], (dims.product(a[:-1]), a[-1]) if one else a, lead, transpose_a)
+    right = _factor(buffers[1], b[-2:] if one else b, lead, not transpose_b)
     operands = tuple(
         Walked(buffer, broadcast_strides(own, shape)) for buffer, own in zip(buffers[2:], extras, strict=True)
     )

@@ -44,14 +44,14 @@ GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
         GemmTile(128, 64, 16, 8, 3), GemmTile(64, 64, 16, 4, 3), GemmTile(64, 32, 32, 4, 3),
         GemmTile(32, 64, 32, 4, 3), GemmTile(16, 64, 32, 4, 4),
     ),
-    "double": (GemmTile(64, 64, 16, 4, 3), GemmTile(32, 32, 16, 4, 3), GemmTile(16, 32, 32, 4, 3)),
+    "double": (GemmTile(64, 64, 16, 4, 3), GemmTile(32, 32, 16, 4, 3)),
     "bytes": (
         GemmTile(128, 128, 128, 8, 3), GemmTile(128, 64, 64, 4, 4), GemmTile(64, 64, 128, 4, 4),
         GemmTile(16, 64, 128, 4, 4),
     ),
     "planes": (GemmTile(64, 64, 64, 4, 3), GemmTile(16, 64, 64, 4, 3)),
     "sums": (
-        GemmTile(16, 32, 4, 4, 3), GemmTile(4, 64, 8, 4, 3), GemmTile(1, 128, 16, 4, 3), GemmTile(1, 32, 64, 4, 3),
+        GemmTile(16, 32, 4, 4, 3), GemmTile(4, 64, 8, 4, 3), GemmTile(1, 128, 32, 4, 3), GemmTile(1, 32, 64, 4, 3),
         GemmTile(32, 1, 64, 4, 3),
     ),
 }  # fmt: skip
