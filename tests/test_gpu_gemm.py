@@ -163,23 +163,23 @@ def test_symbolic_extents_bound_to_many_values() -> None:
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
 def test_a_symbolic_number_of_rows_takes_a_tile_for_each_range(dtype: DType) -> None:
-    """[batch, 3, 128] times [128, 160]: one plan, as many rows as there are, each range with its own kernel."""
+    """[batch, 3, 512] times [512, 96]: one plan, as many rows as there are, each range with its own kernel."""
     batch, weights, bias = dims.symbol("batch"), random(dtype, 512, 96), random(dtype, 96)
     op = MatMul(epilogue=_epilogue(dtype, dtype))
     types = [TensorType(dtype, (batch, 3, 512)), TensorType(dtype, (512, 96)), TensorType(dtype, (96,))]
     plan = _bound(op, types, {1: weights, 2: bias})
     assert len(kernels(plan)) > 2
-    for rows in (1, 5, 6, 42, 43, 60):
+    for rows in (1, 42, 43):
         a = random(dtype, rows, 3, 512)
         assert_product(op, execute(plan, [a])[0], [a, weights, bias])
 
 
-@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("splits", [2, 5])
 def test_parts_are_added_in_order(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = Choice(1, None, GemmTile(16, 16, 16, 4, 2), splits)
+    choice = Choice(1, None, GemmTile(16, 16, 32, 4, 2), splits)
     monkeypatch.setattr(gemm, "choose", lambda *args: (choice,))
     for a, b, dtype, accumulate in (
-        ((2, 19, 100), (2, 100, 21), FLOAT32, None), ((40, 70), (70, 16), FLOAT16, None),
+        ((2, 19, 70), (2, 70, 5), FLOAT32, None), ((40, 70), (70, 16), FLOAT16, None),
         ((7, 33), (33, 1), UINT8, INT32), ((5, 10), (10, 3), INT64, None),
     ):  # fmt: skip
         op, arrays = MatMul(accumulate=accumulate), [random(dtype, *a), random(dtype, *b)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.printing import is_printable
 from gpu_engine.gpu.tiles import choose
 from gpu_engine.ir import dims, expr
+from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import (
     BFLOAT16,
     FLOAT16,
@@ -24,7 +26,6 @@ from gpu_engine.ir.dtypes import (
     DType,
     limits,
 )
-from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import MatMul
 from gpu_engine.plan.axes import Shape, broadcast_strides
@@ -46,19 +47,32 @@ def lower_matmul(
     root = op.epilogue or expr.arg(0, dtype)
     if not is_printable(root):
         return False
-    buffers = tuple(_converted(lowering, buffer, options) for buffer in inputs[:2])
-    found = _step(lowering, dtype, buffers, node, options)
+    shape, lead = node.outputs[0].shape, _lead(op, node)
+    m = dims.product(shape[len(lead) : -1])
+    factors = _converted(lowering, inputs[0], options), _converted(lowering, inputs[1], options)
+    found = _step(lowering, dtype, factors, few=_is_few(m) or _is_few(shape[-1]), precision=options.precision)
     if found is None:
         return False
     family, step = found
-    b, transpose_b = _oriented(lowering, buffers[1], op.transpose_b, family)
-    flags = op.transpose_a, transpose_b
-    product = _product(lowering, flags, node, (buffers[0], b, *inputs[2:]), outputs[0], root, dtype)
-    nbytes = lowering.buffers[buffers[0]].dtype.itemsize
-    batch = dims.product(product.batch)
-    for choice in choose(family, batch, product.m, product.n, product.k, nbytes, options.arch):
+    b, transpose_b = _oriented(lowering, factors[1], op.transpose_b, family)
+    given = replace(op, transpose_b=transpose_b)
+    product = _product(lowering, given, node, (factors[0], b, *inputs[2:]), outputs[0], lead)
+    nbytes = lowering.buffers[factors[0]].dtype.itemsize
+    for choice in choose(family, dims.product(lead), m, product.n, product.k, nbytes, options.arch):
         emit_product(lowering, product, step, choice)
     return True
+
+
+def _lead(op: MatMul, node: Node) -> Shape:
+    """The batch axes of the result; none where all matrices share b, whose rows then are rows of one."""
+    a, b = (value.shape for value in node.inputs[:2])
+    batch = node.outputs[0].shape[:-2]
+    one = all(extent == 1 for extent in b[:-2]) and not op.transpose_a and a[:-2] == batch
+    return () if one else batch
+
+
+def _is_few(extent: Dim) -> bool:
+    return isinstance(extent, int) and extent <= FEW
 
 
 def _converted(lowering: Lowering, buffer: int, options: GpuOptions) -> int:
@@ -92,16 +106,19 @@ def _oriented(lowering: Lowering, buffer: int, transposed: bool, family: str) ->
 
 
 def _step(
-    lowering: Lowering, dtype: DType, factors: Buffers, node: Node, options: GpuOptions
+    lowering: Lowering, dtype: DType, factors: Buffers, *, few: bool, precision: str
 ) -> tuple[str, Step] | None:  # fmt: skip
-    """(family of tiles, how a step multiplies) for a product of type `dtype`."""
+    """(family of tiles, how a step multiplies) for a product of type `dtype`, of few rows or columns perhaps."""
     given = lowering.buffers[factors[0]].dtype, lowering.buffers[factors[1]].dtype
     if dtype in (FLOAT16, BFLOAT16):
         return "half", dot_step(FLOAT32, dtype, given)
     if dtype == FLOAT64:
         return "double", dot_step(FLOAT64, FLOAT64, given)
+    if dtype == FLOAT32 and few and precision == "fp32":
+        return "sums", sum_step(FLOAT32, given)
     if dtype == FLOAT32:
-        return _single_step(given, node, options.precision)
+        family = {"fp32": "ieee", "tf32": "tf32"}.get(precision, "converted")
+        return family, dot_step(FLOAT32, FACTORS[precision], given, "tf32" if precision == "tf32" else "ieee")
     if dtype.kind not in "iu" or any(kind.kind not in "iu" for kind in given):
         return None
     sums = dtype if dtype.itemsize == 8 else INT32
@@ -111,39 +128,25 @@ def _step(
     return "sums", sum_step(sums, given)
 
 
-def _single_step(given: tuple[DType, DType], node: Node, precision: str) -> tuple[str, Step]:
-    m, n = node.outputs[0].shape[-2:]
-    few = any(isinstance(extent, int) and extent <= FEW for extent in (m, n))
-    if precision == "fp32" and few:
-        return "sums", sum_step(FLOAT32, given)
-    family = {"fp32": "ieee", "tf32": "tf32"}.get(precision, "converted")
-    return family, dot_step(FLOAT32, FACTORS[precision], given, "tf32" if precision == "tf32" else "ieee")
-
-
 def _product(
-    lowering: Lowering, flags: tuple[bool, bool], node: Node, buffers: Buffers, out: int, root: Expr, dtype: DType
+    lowering: Lowering, op: MatMul, node: Node, buffers: Buffers, out: int, lead: Shape
 ) -> Product:  # fmt: skip
-    """The product; where all matrices share b, the rows of all are rows of one.
-
-    `flags` say whether the factors in `buffers` are transposed; a constant b may not lie as the node has it.
-    """
-    extras = [value.shape for value in node.inputs[2:]]
+    """The product of the buffers, which lie as `op` says, with batch axes `lead`."""
     a, b = (lowering.buffers[buffer].shape for buffer in buffers[:2])
     shape = node.outputs[0].shape
-    *_, n = shape
-    transpose_a, transpose_b = flags
-    depths = a[-2] if transpose_a else a[-1], b[-1] if transpose_b else b[-2]
+    depths = a[-2] if op.transpose_a else a[-1], b[-1] if op.transpose_b else b[-2]
     k = next((depth for depth in depths if isinstance(depth, int)), depths[0])
-    one = all(extent == 1 for extent in b[:-2]) and not transpose_a and a[:-2] == shape[:-2]
-    lead: Shape = () if one else shape[:-2]
-    left = _factor(buffers[0], (dims.product(a[:-1]), a[-1]) if one else a, lead, transpose_a)
-    right = _factor(buffers[1], b[-2:] if one else b, lead, not transpose_b)
+    if not lead:
+        a, b = (a if op.transpose_a else (dims.product(a[:-1]), a[-1])), b[-2:]
+    left, right = _factor(buffers[0], a, lead, op.transpose_a), _factor(buffers[1], b, lead, not op.transpose_b)
     operands = tuple(
-        Walked(buffer, broadcast_strides(own, shape)) for buffer, own in zip(buffers[2:], extras, strict=True)
+        Walked(buffer, broadcast_strides(value.shape, shape))
+        for buffer, value in zip(buffers[2:], node.inputs[2:], strict=True)
     )
-    rows = len(shape) - 1 - len(lead)
-    m = dims.product(shape[len(lead) : -1])
-    return Product(left, right, m, n, k, shape, rows, root, operands, out, dtype)
+    dtype = op.accumulate or node.inputs[0].dtype
+    root = op.epilogue or expr.arg(0, dtype)
+    rows, m = len(shape) - 1 - len(lead), dims.product(shape[len(lead) : -1])
+    return Product(left, right, m, shape[-1], k, shape, rows, root, operands, out, dtype)
 
 
 def _factor(buffer: int, own: Shape, lead: Shape, outer_is_last: bool) -> Factor:
