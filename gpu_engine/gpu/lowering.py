@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from gpu_engine.gpu.gemm import lower_matmul
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.maps import lower_map
+from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.ir.graph import Node
-from gpu_engine.ir.ops import Map
-from gpu_engine.plan.lower import Lowering
+from gpu_engine.ir.ops import Map, MatMul
+from gpu_engine.plan.lower import Lowering, LowerNode
 
 Buffers = tuple[int, ...]
 LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]
@@ -19,12 +22,23 @@ LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]
 LOWERINGS: dict[type, LowerOp] = {
     Map: lower_map,
 }
+CHOOSING: dict[type, Callable[[GpuOptions, Lowering, Any, Node, Buffers, Buffers], bool]] = {
+    MatMul: lower_matmul,
+}
+"""Lowerings that what the plan is made for matters to."""
 
 
-def lower_node(lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers) -> None:
-    """The steps of one node."""
+def lowering_for(options: GpuOptions) -> LowerNode:
+    """What appends the steps of one node to a plan made for `options`."""
+    table = LOWERINGS | {op: partial(lower, options) for op, lower in CHOOSING.items()}
+    return partial(_lower_node, table)
+
+
+def _lower_node(
+    table: dict[type, LowerOp], lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers
+) -> None:  # fmt: skip
     binds = tuple(getattr(node.op, "binds", ()))
-    lower = LOWERINGS.get(type(node.op))
+    lower = table.get(type(node.op))
     if binds or lower is None or not lower(lowering, node.op, node, inputs, outputs):
         lowering.emit(ArrayCall(evaluate, node.op, host=runs_on_host(node)), inputs, outputs, binds=binds)
 
