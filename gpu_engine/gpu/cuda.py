@@ -17,7 +17,9 @@ from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.driver import HostArray, Piece, Pieces
 from gpu_engine.gpu.kernel import TritonKernel
-from gpu_engine.gpu.lowering import lower_node
+from gpu_engine.gpu.layouts import assign_layouts
+from gpu_engine.gpu.lowering import lowering_for
+from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.program import Program, with_program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
 from gpu_engine.gpu.text import BITS
@@ -160,7 +162,8 @@ class CudaDevice:
         return 2
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
-        return with_program(lower_graph(graph, batching, lower_node, room_nbytes=self.free_memory() // 4))
+        lower_node, room = lowering_for(GpuOptions(arch=self._arch)), self.free_memory() // 4
+        return with_program(lower_graph(graph, batching, lower_node, assign_layouts, room_nbytes=room))
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
         drivers = [CudaDriver(self._ordinal, self._arch, self._source) for _ in range(streams)]

@@ -43,8 +43,9 @@ def lower_matmul(
     root = op.epilogue or expr.arg(0, dtype)
     if not is_printable(root):
         return False
-    buffers = tuple(_converted(lowering, buffer, options) for buffer in inputs[:2])
-    found = _step(lowering, dtype, buffers, node, options)
+    buffers = tuple(converted(lowering, buffer, options) for buffer in inputs[:2])
+    few = any(isinstance(extent, int) and extent <= FEW for extent in node.outputs[0].shape[-2:])
+    found = step_of(lowering, dtype, buffers, options, few=few)
     if found is None:
         return False
     family, step = found
@@ -56,7 +57,7 @@ def lower_matmul(
     return True
 
 
-def _converted(lowering: Lowering, buffer: int, options: GpuOptions) -> int:
+def converted(lowering: Lowering, buffer: int, options: GpuOptions) -> int:
     """A factor as kernels load it: constants become the type that is multiplied, or the narrowest that holds them."""
     given = lowering.buffers[buffer]
     if given.constant is None:
@@ -72,17 +73,17 @@ def _converted(lowering: Lowering, buffer: int, options: GpuOptions) -> int:
         return lowering.constant(given.constant.astype(narrow))
 
 
-def _step(
-    lowering: Lowering, dtype: DType, factors: Buffers, node: Node, options: GpuOptions
+def step_of(
+    lowering: Lowering, dtype: DType, factors: Buffers, options: GpuOptions, *, few: bool
 ) -> tuple[str, Step] | None:  # fmt: skip
-    """(family of tiles, how a step multiplies) for a product of type `dtype`."""
+    """(family of tiles, how a step multiplies) for a product of type `dtype`, of few rows or columns or not."""
     given = lowering.buffers[factors[0]].dtype, lowering.buffers[factors[1]].dtype
     if dtype in (FLOAT16, BFLOAT16):
         return "half", dot_step(FLOAT32, dtype, given)
     if dtype == FLOAT64:
         return "double", dot_step(FLOAT64, FLOAT64, given)
     if dtype == FLOAT32:
-        return _single_step(given, node, options.precision)
+        return _single_step(given, options.precision, few=few)
     if dtype.kind not in "iu" or any(kind.kind not in "iu" for kind in given):
         return None
     sums = dtype if dtype.itemsize == 8 else INT32
@@ -92,9 +93,7 @@ def _step(
     return "sums", sum_step(sums, given)
 
 
-def _single_step(given: tuple[DType, DType], node: Node, precision: str) -> tuple[str, Step]:
-    m, n = node.outputs[0].shape[-2:]
-    few = any(isinstance(extent, int) and extent <= FEW for extent in (m, n))
+def _single_step(given: tuple[DType, DType], precision: str, *, few: bool) -> tuple[str, Step]:
     if precision == "fp32" and few:
         return "sums", sum_step(FLOAT32, given)
     family = {"fp32": "ieee", "tf32": "tf32"}.get(precision, "converted")

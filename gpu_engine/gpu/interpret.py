@@ -19,6 +19,7 @@ from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.driver import HostArray, Piece, Pieces
 from gpu_engine.gpu.interpreter import interpret, interpreting, spans
 from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.layouts import assign_layouts
 from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.program import Program, with_program, zone_nbytes
@@ -117,7 +118,8 @@ class InterpretDevice:
         return 1
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
-        return with_program(lower_graph(graph, batching, self._lower_node, room_nbytes=self.free_memory() // 4))
+        room = self.free_memory() // 4
+        return with_program(lower_graph(graph, batching, self._lower_node, assign_layouts, room_nbytes=room))
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
         weights = Weights(plan, self._driver)

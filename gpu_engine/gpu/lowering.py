@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from gpu_engine.gpu.conv import lower_last_conv
 from gpu_engine.gpu.gemm import lower_matmul
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.maps import lower_map
@@ -13,6 +14,7 @@ from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Map, MatMul
+from gpu_engine.ir.ops.channels_last import LastConv
 from gpu_engine.plan.lower import Lowering, LowerNode
 
 Buffers = tuple[int, ...]
@@ -24,6 +26,7 @@ LOWERINGS: dict[type, LowerOp] = {
 }
 CHOOSING: dict[type, Callable[[GpuOptions, Lowering, Any, Node, Buffers, Buffers], bool]] = {
     MatMul: lower_matmul,
+    LastConv: lower_last_conv,
 }
 """Lowerings that what the plan is made for matters to."""
 
