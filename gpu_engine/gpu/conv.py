@@ -17,7 +17,7 @@ from gpu_engine.gpu.maps import Walked, emit_copy
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.printing import is_printable, is_printable_dtype
 from gpu_engine.gpu.tiles import choose
-from gpu_engine.gpu.windows import Axis, Image, never_outside, pitches
+from gpu_engine.gpu.windows import Axis, Image, never_outside, pitches, valid
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType
@@ -53,21 +53,22 @@ def lower_last_conv(
     image = conv_image(op, node, inputs[0])
     depth = w.shape[1]
     if op.group > 1 and isinstance(depth, int) and depth <= SMALL_GROUP:
-        weights = _packed(lowering, inputs[1], w, op.group, innermost=True)
+        weights = _packed(lowering, inputs[1], w, op.group, direct=True)
         emit_direct(lowering, image, weights, depth, op.group, layer)
         return True
-    weights = converted(lowering, _packed(lowering, inputs[1], w, op.group), options)
-    step = step_for(options, lowering, layer, inputs[0], weights)
+    step = step_for(options, lowering, layer, inputs[0], converted(lowering, inputs[1], options))
     if step is None:
         return False
+    turned = wants_depth_innermost(step)
+    weights = converted(lowering, _packed(lowering, inputs[1], w, op.group, turned=turned), options)
     if op.group == 1 and is_dense(op, node):
-        return _emit_dense(options, lowering, layer, (inputs[0], weights), depth, step)
+        return _emit_dense(options, lowering, layer, (inputs[0], weights), depth, step, turned=turned)
     rank = len(layer.shape)
     walked: Walks = ((), tuple(range(rank - 1)), (rank - 1,))
     if op.group > 1:
         layer = layer.parted(rank - 1, dims.floor_div(w.shape[0], op.group))
         walked = ((rank - 1,), tuple(range(rank - 1)), (rank,))
-    emit_windows(options, lowering, layer, Windows(image, weights, depth), walked, step)
+    emit_windows(options, lowering, layer, Windows(image, weights, depth, turned=turned), walked, step)
     return True
 
 
@@ -88,17 +89,17 @@ def conv_image(op: LastConv, node: Node, buffer: int) -> Image:
     return Image(buffer, x[0], batch, channel, tuple(axes))
 
 
-def valid(extent: Dim, before: Dim, after: Dim) -> tuple[Dim, Dim]:
-    """The elements of an axis that windows may see: negative pads hide some."""
-    return dims.maximum(0, -before), dims.minimum(extent, extent + after)
-
-
 def step_for(
     options: GpuOptions, lowering: Lowering, layer: Layer, image: int, weights: int
 ) -> Chosen | None:  # fmt: skip
     columns = layer.shape[-1]
     few = isinstance(columns, int) and columns <= FEW
     return step_of(lowering, layer.dtype, (image, weights), options, few=few)
+
+
+def wants_depth_innermost(step: Chosen) -> bool:
+    """Whether matrix instructions want what is summed over innermost in both factors, as all but those for 16 bits."""
+    return step[0] in ("tf32", "bytes", "planes")
 
 
 def is_dense(op: LastConv, node: Node) -> bool:
@@ -108,10 +109,10 @@ def is_dense(op: LastConv, node: Node) -> bool:
 
 
 def _emit_dense(
-    options: GpuOptions, lowering: Lowering, layer: Layer, factors: Buffers, depth: Dim, step: Chosen
+    options: GpuOptions, lowering: Lowering, layer: Layer, factors: Buffers, depth: Dim, step: Chosen, *, turned: bool
 ) -> bool:  # fmt: skip
     columns = layer.shape[-1]
-    a, b = Factor(factors[0], (), depth, 1), Factor(factors[1], (), 1, columns)
+    a, b = Factor(factors[0], (), depth, 1), Factor(factors[1], (), *((depth, 1) if turned else (1, columns)))
     rows = dims.product(layer.shape[:-1])
     product = Product(
         a, b, rows, columns, depth, layer.shape, len(layer.shape) - 1,
@@ -139,11 +140,14 @@ def emit_windows(
         emit_product(lowering, product, step[1], choice)
 
 
-def _packed(lowering: Lowering, buffer: int, w: Value, group: int, *, innermost: bool = False) -> int:
-    """Weights [groups, taps, channels, M of a group] of w [M, channels, kernel...]; [taps, channels, M] if so told."""
+def _packed(
+    lowering: Lowering, buffer: int, w: Value, group: int, *, direct: bool = False, turned: bool = False
+) -> int:
+    """Weights [groups, taps, channels, M of a group] of w [M, channels, kernel...]; [taps, channels, M] if `direct`,
+    [groups, M of a group, taps, channels] if `turned`."""
     shape = (group, dims.floor_div(w.shape[0], group), *w.shape[1:])
     kernel = tuple(range(3, len(shape)))
-    order = (*kernel, 2, 0, 1) if innermost else (0, *kernel, 2, 1)
+    order = (*kernel, 2, 0, 1) if direct else (0, 1, *kernel, 2) if turned else (0, *kernel, 2, 1)
     return repacked(lowering, buffer, shape, order)
 
 

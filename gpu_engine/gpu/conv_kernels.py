@@ -23,12 +23,14 @@ from gpu_engine.ir.dims import Dim
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `image` times weights [groups or phases, taps, depth, n]; `phased` says what the batch counts."""
+    """Windows of `image` times weights [groups or phases, taps, depth, n]; `phased` says what the batch counts. If
+    `turned` weights lie as [groups or phases, n, taps, depth]."""
 
     image: Image
     weights: int
     depth: Dim
     phased: bool = False
+    turned: bool = False
 
     @property
     def taps(self) -> int:
@@ -79,7 +81,7 @@ class Windows:
         place = f"({walked.place} + {terms})[:, None] + ({sum_of(self._channels(text))})[None, :]"
         _load(text, "a", text.buffer(self.image.buffer), place, there + [f"{mask}[None, :]" for mask in channels])
         line = "channel" if self.taps == 1 else f"(tap * {number(text, self.depth)} + channel)"
-        place = f"{line}[:, None] * {number(text, product.n)} + {columns}[None, :]"
+        place = self._weights_at(text, line, columns, product)
         _load(text, "b", "b_from", place, [f"{mask}[:, None]" for mask in channels])
 
     def _write_taps(self, text: KernelText, walked: Walked, product: Product, block: int, columns: str) -> None:
@@ -92,8 +94,14 @@ class Windows:
         place = f"{walked.place}[:, None] + ({terms} + {sum_of(self._channels(text))})[None, :]"
         masks = [f"({mask})" for mask in masks] + [f"{mask}[None, :]" for mask in ends]
         _load(text, "a", text.buffer(self.image.buffer), place, masks)
-        place = f"line[:, None] * {number(text, product.n)} + {columns}[None, :]"
-        _load(text, "b", "b_from", place, [f"{mask}[:, None]" for mask in ends])
+        _load(
+            text, "b", "b_from", self._weights_at(text, "line", columns, product), [f"{mask}[:, None]" for mask in ends]
+        )
+
+    def _weights_at(self, text: KernelText, line: str, columns: str, product: Product) -> str:
+        if self.turned:
+            return f"{line}[:, None] + {columns}[None, :] * {number(text, self.taps * self.depth)}"
+        return f"{line}[:, None] * {number(text, product.n)} + {columns}[None, :]"
 
     def _channels(self, text: KernelText) -> list[str]:
         return scaled(text, "channel", self.image.channel_pitch)

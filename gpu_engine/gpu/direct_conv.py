@@ -17,8 +17,8 @@ from gpu_engine.ir.expr import Expr
 from gpu_engine.plan.axes import Shape, contiguous_strides
 from gpu_engine.plan.lower import Lowering
 
-LANES, COLUMNS = 512, 64
-"""Elements of a program's tile, and of these channels at most."""
+TILE_NBYTES, COLUMNS = 2048, 64
+"""Of a program's tile of four warps, a load of 16 bytes for each thread; channels at most."""
 UNROLLED = 32
 """Taps up to which their loop is unrolled."""
 
@@ -49,7 +49,7 @@ def emit_direct(lowering: Lowering, image: Image, weights: int, depth: int, grou
     text = KernelText(lowering, "direct_conv")
     channels, rank = layer.shape[-1], len(layer.shape)
     count = dims.product(layer.shape[:-1])
-    height, width = tile_extents(count, channels)
+    height, width = tile_extents(count, channels, lowering.buffers[image.buffer].dtype.itemsize)
     programs = write_tile(text, count, channels, height, width)
     of_group = dims.floor_div(channels, group)
     own = "columns" if of_group == 1 else f"columns // {number(text, of_group)}"
@@ -80,10 +80,10 @@ def emit_direct(lowering: Lowering, image: Image, weights: int, depth: int, grou
     text.launch([programs], read, (layer.out,))
 
 
-def tile_extents(rows: Dim, columns: Dim) -> tuple[int, int]:
-    """(height, width) of a program's tile."""
+def tile_extents(rows: Dim, columns: Dim, itemsize: int) -> tuple[int, int]:
+    """(height, width) of a program's tile of elements of so many bytes."""
     width = min(COLUMNS, power_of_two(columns)) if isinstance(columns, int) else COLUMNS
-    height = LANES // width
+    height = TILE_NBYTES // max(itemsize, 2) // width
     return (min(height, power_of_two(rows)) if isinstance(rows, int) else height), width
 
 

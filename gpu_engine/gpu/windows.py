@@ -131,10 +131,11 @@ def walk(text: KernelText, image: Image, rows: str, phase: str = "0", first: str
     return Walked(image, tuple(origins), text.let("place", sum_of(terms)), tuple(kinds))
 
 
+def valid(extent: Dim, before: Dim, after: Dim) -> tuple[Dim, Dim]:
+    """The elements of an axis that windows may see: negative pads hide some."""
+    return dims.maximum(0, -before), dims.minimum(extent, extent + after)
+
+
 def never_outside(before: Dim, after: Dim) -> bool:
     """Whether windows lie in an axis wholly, for these pads."""
-    return all(dims.less_equal(pad, 0) if _known(pad) else False for pad in (before, after))
-
-
-def _known(pad: Dim) -> bool:
-    return isinstance(pad, int)
+    return all(isinstance(pad, int) and pad <= 0 for pad in (before, after))
