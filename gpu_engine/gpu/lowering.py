@@ -6,13 +6,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from gpu_engine.gpu.conv import lower_last_conv
 from gpu_engine.gpu.gemm import lower_matmul
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.maps import lower_map
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.pooling import lower_last_pool, lower_pool
+from gpu_engine.gpu.resizing import lower_resize
+from gpu_engine.gpu.transposed_conv import lower_last_conv_transpose
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.ir.graph import Node
-from gpu_engine.ir.ops import Map, MatMul
+from gpu_engine.ir.ops import Map, MatMul, Pool, Resize
+from gpu_engine.ir.ops.channels_last import LastConv, LastConvTranspose, LastPool
 from gpu_engine.plan.lower import Lowering, LowerNode
 
 Buffers = tuple[int, ...]
@@ -21,9 +26,14 @@ LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]
 
 LOWERINGS: dict[type, LowerOp] = {
     Map: lower_map,
+    Pool: lower_pool,
+    LastPool: lower_last_pool,
+    Resize: lower_resize,
 }
 CHOOSING: dict[type, Callable[[GpuOptions, Lowering, Any, Node, Buffers, Buffers], bool]] = {
     MatMul: lower_matmul,
+    LastConv: lower_last_conv,
+    LastConvTranspose: lower_last_conv_transpose,
 }
 """Lowerings that what the plan is made for matters to."""
 
