@@ -5,11 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gpu_engine.gpu.counting import lower_iota, lower_shape_tensor
+from gpu_engine.gpu.gathers import lower_gather, lower_gather_elements, lower_gather_nd
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.maps import lower_map
+from gpu_engine.gpu.movement import lower_concat, lower_expand, lower_slice, lower_transpose
+from gpu_engine.gpu.padding import lower_pad
 from gpu_engine.ir.dtypes import STRING
-from gpu_engine.ir.graph import Node
-from gpu_engine.ir.ops import Map
+from gpu_engine.ir.graph import Node, ShapeTensor
+from gpu_engine.ir.ops import (
+    Concat,
+    Expand,
+    Gather,
+    GatherElements,
+    GatherND,
+    Iota,
+    Map,
+    Pad,
+    Slice,
+    Transpose,
+)
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
@@ -18,7 +33,10 @@ LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]
 
 LOWERINGS: dict[type, LowerOp] = {
     Map: lower_map,
-}
+    Transpose: lower_transpose, Expand: lower_expand, Slice: lower_slice, Concat: lower_concat, Pad: lower_pad,
+    Gather: lower_gather, GatherElements: lower_gather_elements, GatherND: lower_gather_nd,
+    Iota: lower_iota, ShapeTensor: lower_shape_tensor,
+}  # fmt: skip
 
 
 def lower_node(lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers) -> None:
