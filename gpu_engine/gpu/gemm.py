@@ -118,7 +118,9 @@ def step_of(
         return "sums", sum_step(FLOAT32, given)
     if dtype == FLOAT32:
         family = {"fp32": "ieee", "tf32": "tf32"}.get(options.precision, "converted")
-        return family, dot_step(FLOAT32, FACTORS[options.precision], given, "tf32" if options.precision == "tf32" else "ieee")
+        return family, dot_step(
+            FLOAT32, FACTORS[options.precision], given, "tf32" if options.precision == "tf32" else "ieee"
+        )
     if dtype.kind not in "iu" or any(kind.kind not in "iu" for kind in given):
         return None
     sums = dtype if dtype.itemsize == 8 else INT32
