@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from gpu_engine.gpu.kernel import TritonKernel
-from gpu_engine.gpu.lowering import lower_node
+from gpu_engine.gpu.layouts import assign_layouts
+from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.program import Program, with_program
 from gpu_engine.ir.graph import Graph
@@ -17,7 +18,7 @@ GROWTH = 4
 def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes: int = LARGEST) -> Plan:
     """The plan, prepared for binding; OutOfMemory if constants that repeat their elements take more than
     `room_nbytes`."""
-    return with_program(lower_graph(graph, batching, lower_node, room_nbytes=room_nbytes))
+    return with_program(lower_graph(graph, batching, lowering_for(options), assign_layouts, room_nbytes=room_nbytes))
 
 
 def kernels_of(plan: Plan) -> tuple[TritonKernel, ...]:
