@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.layouts import assign_layouts
 from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.options import GpuOptions
@@ -21,7 +21,7 @@ def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes:
     return with_program(lower_graph(graph, batching, lowering_for(options), assign_layouts, room_nbytes=room_nbytes))
 
 
-def kernels_of(plan: Plan) -> tuple[TritonKernel, ...]:
+def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
     """Every distinct kernel that the plan launches, and that bodies inside it launch."""
     program: Program = plan.program
     return tuple(dict.fromkeys((*program.kernels, *program.inner)))
