@@ -56,6 +56,8 @@ def has_compiler() -> bool:
 def _library() -> Any:
     for place in _places():
         try:
+            for part in sorted(Path(place).parent.glob("libnvrtc-builtins.so*")) if "/" in place else ():
+                ctypes.CDLL(str(part))  # NVRTC asks for it by its name, which is found once it is loaded
             library = ctypes.CDLL(place)
         except OSError:
             continue

@@ -3,25 +3,24 @@
 // __shared__ is static memory. A barrier that some threads never reach ends the run with 1.
 #pragma once
 #include "threads.h"
-#include <functional>
-#include <memory>
+#include <stdlib.h>
 #include <ucontext.h>
-#include <vector>
 
 enum class Wait { none, block, warp, ended };
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  char* stack;
   Wait wait;
+  bool released;
   unsigned mask;
   uint64_t given;  // to the other lanes of the warp
 };
 
 static const size_t STACK_NBYTES = 1 << 16;
-static std::vector<Fiber> fibers;
+static Fiber* fibers;
 static unsigned threads, running;
 static ucontext_t scheduler;
-static std::function<void()> kernel_body;
+static void (*kernel_body)();
 
 static void wait_for(Wait what, unsigned mask) {
   Fiber& own = fibers[running];
@@ -89,41 +88,46 @@ static void fiber_main() {
 }
 
 static bool run_block() {
-  for (Fiber& fiber : fibers) {
+  for (unsigned t = 0; t < threads; t++) {
+    Fiber& fiber = fibers[t];
     fiber.wait = Wait::none;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = fiber.stack;
     fiber.context.uc_stack.ss_size = STACK_NBYTES;
     makecontext(&fiber.context, fiber_main, 0);
   }
   for (;;) {
-    unsigned waiting = 0;
-    std::vector<unsigned> released;
+    unsigned waiting = 0, released = 0;
     for (running = 0; running < threads; running++) {
       if (fibers[running].wait != Wait::none) continue;
       threadIdx = at(running, blockDim);
       swapcontext(&scheduler, &fibers[running].context);
     }
     for (unsigned t = 0; t < threads; t++) {
-      if (fibers[t].wait == Wait::ended) continue;
-      waiting++;
-      if (opens(t)) released.push_back(t);
+      fibers[t].released = fibers[t].wait != Wait::ended && opens(t);
+      waiting += fibers[t].wait != Wait::ended;
+      released += fibers[t].released;
     }
     if (!waiting) return true;
-    if (released.empty()) return false;
-    for (unsigned t : released) fibers[t].wait = Wait::none;
+    if (!released) return false;
+    for (unsigned t = 0; t < threads; t++)
+      if (fibers[t].released) fibers[t].wait = Wait::none;
   }
 }
 
 template <class Body> static int run_fibers(Index3 grid, Index3 block, Body body) {
+  static Body* called;
+  called = &body;
+  kernel_body = [] { (*called)(); };
   gridDim = grid, blockDim = block, threads = volume(block);
-  kernel_body = body;
-  fibers.clear();
-  fibers.resize(threads);
-  for (Fiber& fiber : fibers) fiber.stack.reset(new char[STACK_NBYTES]);
-  for (unsigned b = 0; b < volume(grid); b++) {
+  fibers = (Fiber*)calloc(threads, sizeof(Fiber));
+  char* stacks = (char*)malloc(threads * STACK_NBYTES);
+  for (unsigned t = 0; t < threads; t++) fibers[t].stack = stacks + t * STACK_NBYTES;
+  bool fine = true;
+  for (unsigned b = 0; b < volume(grid) && fine; b++) {
     blockIdx = at(b, grid);
-    if (!run_block()) return 1;
+    fine = run_block();
   }
-  return 0;
+  free(stacks), free(fibers);
+  return !fine;
 }

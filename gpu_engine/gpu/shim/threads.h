@@ -1,9 +1,8 @@
 // CUDA C for g++, part 1: what a kernel says about its parts, where a thread is, atomics and exact arithmetic.
 // One host thread runs all of a grid's threads, so that an atomic is a read and a write.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+#include <string.h>
 
 #define __global__
 #define __device__
