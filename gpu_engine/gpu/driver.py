@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,10 +11,12 @@ from numpy.typing import NDArray
 
 from gpu_engine.gpu.kernel import TritonKernel
 from gpu_engine.ir.dtypes import DType
+from gpu_engine.plan.zones import Ints
 
 HostArray = NDArray[Any]
 Piece = tuple[int, int]
 """(address, bytes)"""
+Pieces = Sequence[Piece]
 
 
 class Memory(Protocol):
@@ -38,26 +41,35 @@ class Driver(Protocol):
         """Uninitialised bytes, aligned to 256; OutOfMemory."""
         ...
 
+    def active(self) -> AbstractContextManager[Any]:
+        """What a thread does with the device happens inside."""
+        ...
+
     def array(self, memory: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        """A C-contiguous array of the device over a part of its memory."""
+        """A C-contiguous array of the device over a part of its memory; unsigned integers of its width where the
+        device's array module does not know the dtype."""
         ...
 
     def upload(self, target: Any, source: HostArray) -> None:
         """Copy into an array of the device."""
         ...
 
-    def download(self, source: Any) -> HostArray:
-        """A copy in the host's memory, complete on return."""
+    def download(self, source: Any, dtype: DType) -> HostArray:
+        """A copy in the host's memory as `dtype`, complete on return."""
         ...
 
     def load(self, kernel: TritonKernel) -> Any:
         """The kernel ready to launch on this device."""
         ...
 
+    def pack(self, loaded: Any, words: Ints) -> Any:
+        """The parameters of a launch, from 8 bytes for each argument, which stay where they are."""
+        ...
+
     def launch(
-        self, loaded: Any, grid: tuple[int, int, int], words: Sequence[int], reads: list[Piece], writes: list[Piece]
+        self, loaded: Any, grid: tuple[int, int, int], packed: Any, pieces: Callable[[], tuple[Pieces, Pieces]]
     ) -> None:
-        """Start a kernel. `reads` and `writes` are the memory that its step declares."""
+        """Start a kernel. `pieces` gives the memory that its step declares to read and to write, if asked."""
         ...
 
     def discard(self, piece: Piece) -> None:

@@ -50,8 +50,8 @@ def lower_matmul(
         return False
     shape, lead = node.outputs[0].shape, _lead(op, node)
     m = dims.product(shape[len(lead) : -1])
-    factors = _converted(lowering, inputs[0], options), _converted(lowering, inputs[1], options)
-    found = _step(lowering, dtype, factors, few=_is_few(m) or _is_few(shape[-1]), precision=options.precision)
+    factors = converted(lowering, inputs[0], options), converted(lowering, inputs[1], options)
+    found = step_of(lowering, dtype, factors, options, few=_is_few(m) or _is_few(shape[-1]))
     if found is None:
         return False
     family, step = found
@@ -77,7 +77,7 @@ def _is_few(extent: Dim) -> bool:
     return isinstance(extent, int) and extent <= FEW
 
 
-def _converted(lowering: Lowering, buffer: int, options: GpuOptions) -> int:
+def converted(lowering: Lowering, buffer: int, options: GpuOptions) -> int:
     """A factor as kernels load it: constants become the type that is multiplied, or the narrowest that holds them."""
     given = lowering.buffers[buffer]
     if given.constant is None:
@@ -107,8 +107,8 @@ def _oriented(lowering: Lowering, buffer: int, transposed: bool, family: str) ->
     return lowering.constant(given.constant.swapaxes(-1, -2)), wanted
 
 
-def _step(
-    lowering: Lowering, dtype: DType, factors: Buffers, *, few: bool, precision: str
+def step_of(
+    lowering: Lowering, dtype: DType, factors: Buffers, options: GpuOptions, *, few: bool
 ) -> tuple[str, Step] | None:  # fmt: skip
     """(family of tiles, how a step multiplies) for a product of type `dtype`, of few rows or columns perhaps."""
     given = lowering.buffers[factors[0]].dtype, lowering.buffers[factors[1]].dtype
@@ -116,11 +116,13 @@ def _step(
         return "half", dot_step(FLOAT32, dtype, given)
     if dtype == FLOAT64:
         return "double", dot_step(FLOAT64, FLOAT64, given)
-    if dtype == FLOAT32 and few and precision == "fp32":
+    if dtype == FLOAT32 and few and options.precision == "fp32":
         return "sums", sum_step(FLOAT32, given)
     if dtype == FLOAT32:
-        family = {"fp32": "ieee", "tf32": "tf32"}.get(precision, "converted")
-        return family, dot_step(FLOAT32, FACTORS[precision], given, "tf32" if precision == "tf32" else "ieee")
+        family = {"fp32": "ieee", "tf32": "tf32"}.get(options.precision, "converted")
+        return family, dot_step(
+            FLOAT32, FACTORS[options.precision], given, "tf32" if options.precision == "tf32" else "ieee"
+        )
     if dtype.kind not in "iu" or any(kind.kind not in "iu" for kind in given):
         return None
     sums = dtype if dtype.itemsize == 8 else INT32

@@ -7,7 +7,7 @@ a second kernel adds them, always in the same order, and applies the epilogue.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpu_engine.gpu.epilogues import Walk, finish, inside, number, place
@@ -40,7 +40,9 @@ class Product:
     """[batch..., m, k] times [batch..., k, n], and the epilogue `root` of the sums and of `operands`.
 
     `shape` is that of the result and `rows` how many of its axes, the last but one and those before, m counts; the last
-    is n, and those before the rows are the batch. `dtype` is that of the product, which the sums are converted to.
+    is n, and those before the rows are the batch; or `walked` are the axes of the batch, of m and of n. `dtype` is that
+    of the product, which the sums are converted to. `loop` writes the lines that add up the steps of k from `low` to
+    `high`, for factors that have no strides.
     """
 
     a: Factor
@@ -54,16 +56,25 @@ class Product:
     operands: tuple[Walked, ...]
     out: int
     dtype: DType
+    walked: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+    loop: Loop | None = None
+    name: str = "gemm"
 
     @property
     def batch(self) -> Shape:
-        return self.shape[: len(self.shape) - 1 - self.rows]
+        return tuple(self.shape[axis] for axis in self.axes[0])
 
     @property
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Positions of the axes of the batch, of m and of n."""
-        rank, lead = len(self.shape), len(self.batch)
+        if self.walked is not None:
+            return self.walked
+        rank, lead = len(self.shape), len(self.shape) - 1 - self.rows
         return tuple(range(lead)), tuple(range(lead, rank - 1)), (rank - 1,)
+
+
+Loop = Callable[[KernelText, Product, Step, GemmTile, int], None]
+"""loop(text, product, step, tile, splits)"""
 
 
 def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choice) -> None:
@@ -72,7 +83,7 @@ def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choic
     operands = tuple(product.operands[i - 1].buffer for i in sorted(used - {0}))
     factors = (product.a.buffer, product.b.buffer)
     share = _selected(product.m, choice)
-    text = KernelText(lowering, f"gemm_{step.name}")
+    text = KernelText(lowering, f"{product.name}_{step.name}")
     walks = _write_sums(text, product, step, choice)
     if choice.splits == 1:
         _write_result(text, product, walks, _block(choice.tile))
@@ -132,7 +143,7 @@ def _write_sums(text: KernelText, product: Product, step: Step, choice: Choice) 
     ]
     _write_span(text, product.k, tile.block_k, choice.splits)
     step.start(text, tile)
-    _write_loop(text, product, step, tile, choice.splits)
+    (product.loop or _write_loop)(text, product, step, tile, choice.splits)
     text.line(f"sums = {step.total}")
     return walks
 

@@ -9,26 +9,28 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from gpu_engine.errors import DeviceError, OutOfMemory
-from gpu_engine.gpu.driver import HostArray, Piece
-from gpu_engine.gpu.interpreter import interpret, spans
+from gpu_engine.gpu.driver import HostArray, Piece, Pieces
+from gpu_engine.gpu.interpreter import interpret, interpreting, spans
 from gpu_engine.gpu.kernel import TritonKernel
-from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.gpu.program import Program, with_program, zone_nbytes
+from gpu_engine.gpu.planning import GROWTH, gpu_plan
+from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.graph import Graph
-from gpu_engine.plan.lower import lower_graph
 from gpu_engine.plan.plan import Batching, Plan
+from gpu_engine.plan.zones import Ints
 
 ALIGNMENT = 256
 POISON = 0xFF
+DEFAULTS = GpuOptions()
 
 
 class HostMemory:
@@ -55,27 +57,33 @@ class Interpreter:
     def allocate(self, nbytes: int) -> HostMemory:
         return HostMemory(nbytes)
 
+    def active(self) -> AbstractContextManager[Any]:
+        return interpreting()
+
     def array(self, memory: HostMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
         return np.ndarray(shape, dtype, memory.bytes.data, offset)
 
     def upload(self, target: Any, source: HostArray) -> None:
         target[...] = source
 
-    def download(self, source: Any) -> HostArray:
+    def download(self, source: Any, dtype: DType) -> HostArray:
         return np.array(source)
 
     def load(self, kernel: TritonKernel) -> TritonKernel:
         return kernel
 
+    def pack(self, loaded: TritonKernel, words: Ints) -> list[int]:
+        return [int(word) for word in words]
+
     def launch(
         self,
         loaded: TritonKernel,
         grid: tuple[int, int, int],
-        words: Sequence[int],
-        reads: list[Piece],
-        writes: list[Piece],
+        packed: list[int],
+        pieces: Callable[[], tuple[Pieces, Pieces]],
     ) -> None:
-        interpret(loaded, grid, words, spans([*reads, *writes]), spans(writes), self._shuffle)
+        reads, writes = pieces()
+        interpret(loaded, grid, packed, spans([*reads, *writes]), spans(writes), self._shuffle)
 
     def discard(self, piece: Piece) -> None:
         address, nbytes = piece
@@ -92,10 +100,10 @@ class InterpretDevice:
     batch_limit = None
     stream_limit = None
 
-    def __init__(self, ordinal: int | None = None, seed: int = 0, options: GpuOptions | None = None) -> None:
+    def __init__(self, ordinal: int | None = None, seed: int = 0, options: GpuOptions = DEFAULTS) -> None:
         if ordinal not in (None, 0):
             raise DeviceError(f"there is one interpreter; interpret:{ordinal} does not exist")
-        self._driver, self._lower_node = Interpreter(seed), lowering_for(options or GpuOptions())
+        self._driver, self._options = Interpreter(seed), options
 
     @property
     def name(self) -> str:
@@ -109,7 +117,7 @@ class InterpretDevice:
         return 1
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
-        return with_program(lower_graph(graph, batching, self._lower_node, room_nbytes=self.free_memory() // 4))
+        return gpu_plan(graph, batching, self._options, self.free_memory() // GROWTH)
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
         weights = Weights(plan, self._driver)

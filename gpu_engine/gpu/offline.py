@@ -18,6 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gpu_engine.errors import DeviceError
+from gpu_engine.gpu.binary import Binary, check_parameters, parameter_nbytes
 from gpu_engine.gpu.kernel import DIVISIBILITY, TritonKernel
 from gpu_engine.gpu.triton_source import jit_function
 
@@ -68,8 +70,24 @@ def compiled(kernel: TritonKernel, arch: int) -> Any:
     signature = {name: argument.type for name, argument in zip(names, kernel.arguments, strict=True)}
     divisible = {(i,): [["tt.divisibility", DIVISIBILITY]] for i, a in enumerate(kernel.arguments) if a.divisible}
     source = ASTSource(fn=function, signature=signature, constexprs={}, attrs=divisible)
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_binary(kernel: TritonKernel, arch: int) -> Binary:
+    """The kernel's machine code as data. DeviceError where Triton cannot compile it, or packs parameters in a way that
+    launches do not know."""
+    try:
+        made = compiled(kernel, arch)
+    except Exception as error:
+        raise DeviceError(f"kernel {kernel.name} does not compile for sm_{arch}: {error}") from error
+    parameters = parameter_nbytes(made.asm["ptx"])
+    check_parameters(kernel, parameters)
+    metadata = made.metadata
+    return Binary(
+        metadata.name, arch, made.asm["cubin"], metadata.num_warps * 32, metadata.shared, metadata.global_scratch_size,
+        parameters,
+    )  # fmt: skip
 
 
 def resources(binary: Any) -> Resources:

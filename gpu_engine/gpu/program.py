@@ -189,7 +189,8 @@ class Bound:
 
     extents: tuple[int, ...]
     values: tuple[int, ...]
-    words: list[int]
+    words: Ints
+    packed: dict[int, Any]
     located: dict[int, tuple[Any, int, int]]
     hosted: dict[int, Any]
 
@@ -224,7 +225,7 @@ def bind(
     words = np.take(np.concatenate(parts), segment.gather)
     if len(segment.shifts[0]):
         words[segment.shifts[0]] += numbers[segment.shifts[1]]
-    return Bound(extents, values, words.tolist(), located, {})
+    return Bound(extents, values, words, {}, located, {})
 
 
 def _foreign_address(owner: int, before: Sequence[Bound]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
-from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, host_array
+from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, Pieces, host_array
 from gpu_engine.gpu.launches import ArrayCall, Launch
 from gpu_engine.gpu.program import Bound, Program, Segment, bind, located
 from gpu_engine.ir.dtypes import STRING
@@ -74,7 +74,8 @@ class GpuSlot:
         bound = self._bound
         if bound is None or bound.extents != extents or self._seen != self._moves[0]:
             self._bound = None
-            self._bound = bound = self._bind(0, extents, [])
+            with self._driver.active():
+                self._bound = bound = self._bind(0, extents, [])
             shapes = self._program.segments[0].shapes
             buffers = self._plan.buffers
             self._inputs = [
@@ -88,7 +89,8 @@ class GpuSlot:
         assert self._bound is not None, "launch without stage"
         self._error, self._chain = None, []
         try:
-            self._start(self._bound)
+            with self._driver.active():
+                self._start(self._bound)
         except BaseException as error:
             self._error = error
             if not isinstance(error, Exception):
@@ -101,12 +103,12 @@ class GpuSlot:
                 raise error
             finally:
                 del error  # its traceback holds this frame
-        return [self.output(i) for i in range(len(self._plan.outputs))]
+        with self._driver.active():
+            return [self.output(i) for i in range(len(self._plan.outputs))]
 
     def output(self, position: int) -> HostArray:
         """An output of the last launch, in the host's memory."""
-        array = self._array(self._plan.outputs[position], self._chain)
-        return array if isinstance(array, np.ndarray) and array.dtype.hasobject else self._driver.download(array)
+        return self._on_host(self._plan.outputs[position], self._chain)
 
     def _start(self, bound: Bound) -> None:
         chain = [bound]
@@ -129,7 +131,7 @@ class GpuSlot:
         for i in segment.steps:
             step = self._plan.steps[i]
             if isinstance(step.kernel, Launch):
-                self._launch(segment, i, step, step.kernel, bound, chain)
+                self._launch(segment, i, step, step.kernel, chain)
             else:
                 results = self._call(segment, i, step, step.kernel, chain)
                 if not step.binds:
@@ -140,26 +142,31 @@ class GpuSlot:
                 self._driver.discard((memory.address + offset, nbytes))
         return results
 
-    def _launch(self, segment: Segment, i: int, step: Step, launch: Launch, bound: Bound, chain: list[Bound]) -> None:
+    def _launch(self, segment: Segment, i: int, step: Step, launch: Launch, chain: list[Bound]) -> None:
+        bound = chain[-1]
         x, y, z = (bound.values[place] for place in segment.grids[i])
         if not x * y * z:
             return
-        first = segment.firsts[i]
-        words = bound.words[first : first + len(launch.words)]
-        reads = [self._piece(buffer, chain) for buffer in step.inputs]
-        writes = [self._piece(buffer, chain) for buffer in (*step.outputs, *step.scratch)]
+        loaded = self._weights.kernels[launch.kernel]
+        packed = bound.packed.get(i)
+        if packed is None:
+            first = segment.firsts[i]
+            packed = bound.packed[i] = self._driver.pack(loaded, bound.words[first : first + len(launch.words)])
+
+        def pieces() -> tuple[Pieces, Pieces]:
+            reads = [self._piece(buffer, chain) for buffer in step.inputs]
+            return reads, [self._piece(buffer, chain) for buffer in (*step.outputs, *step.scratch)]
+
         try:
-            self._driver.launch(self._weights.kernels[launch.kernel], (x, y, z), words, reads, writes)
+            self._driver.launch(loaded, (x, y, z), packed, pieces)
         except GpuEngineError as error:
             raise type(error)(f"{step.source}: {error}") from error
 
     def _call(self, segment: Segment, i: int, step: Step, call: ArrayCall, chain: list[Bound]) -> Sequence[Any]:
         resolve = segment.resolvers[i]
         op = call.op if resolve is None else resolve(chain[-1].values)
-        inputs = [self._array(buffer, chain) for buffer in step.inputs]
-        xp = np if call.host else self._driver.xp
-        if call.host:
-            inputs = [self._on_host(array) for array in inputs]
+        fetch = self._on_host if call.host else self._array
+        inputs, xp = [fetch(buffer, chain) for buffer in step.inputs], np if call.host else self._driver.xp
         try:
             with np.errstate(all="ignore"):
                 return call.function(xp, op, inputs)
@@ -168,9 +175,9 @@ class GpuSlot:
         except Exception as error:
             raise _failure(step, op, inputs, error) from error
 
-    def _on_host(self, array: Any) -> HostArray:
-        hosted = isinstance(array, np.ndarray) and array.dtype.hasobject
-        return array if hosted else self._driver.download(array)
+    def _on_host(self, buffer: int, chain: list[Bound]) -> HostArray:
+        array, dtype = self._array(buffer, chain), self._plan.buffers[buffer].dtype
+        return array if dtype == STRING else self._driver.download(array, dtype)
 
     def _write_checked(self, step: Step, buffer: int, result: Any, chain: list[Bound]) -> None:
         shape = self._shape(buffer, chain)
@@ -182,11 +189,11 @@ class GpuSlot:
 
     def _write(self, buffer: int, source: Any, chain: list[Bound]) -> None:
         """Fill a buffer from an array of the host or the device."""
-        target = self._array(buffer, chain)
-        if self._plan.buffers[buffer].dtype == STRING:
+        target, dtype = self._array(buffer, chain), self._plan.buffers[buffer].dtype
+        if dtype == STRING:
             target[...] = source
         elif type(source) is np.ndarray or isinstance(source, np.generic):
-            self._driver.upload(target, np.asarray(source).astype(target.dtype, copy=False))
+            self._driver.upload(target, np.asarray(source).astype(dtype, copy=False))
         else:
             target[...] = source
 

@@ -1,0 +1,186 @@
+"""The NVIDIA GPU as a device: CuPy's memory and streams, and kernels launched with packed parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy.cuda import driver, runtime
+from cupy.cuda.function import Module
+from numpy.typing import NDArray
+
+from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.gpu.binary import Binary, BinarySource
+from gpu_engine.gpu.driver import HostArray, Piece, Pieces
+from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.planning import GROWTH, gpu_plan
+from gpu_engine.gpu.program import Program, zone_nbytes
+from gpu_engine.gpu.slot import GpuStream, Weights
+from gpu_engine.gpu.text import BITS
+from gpu_engine.ir.dtypes import DType
+from gpu_engine.ir.graph import Graph
+from gpu_engine.plan.plan import Batching, Plan
+from gpu_engine.plan.zones import Ints
+
+STATIC_SHARED_NBYTES = 48 << 10
+"""A block that wants more dynamic shared memory has to say so first."""
+OLDEST_ARCH = 80
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A kernel in the device's memory; `module` keeps it there."""
+
+    module: Any
+    function: int
+    binary: Binary
+
+
+class CudaMemory:
+    """Bytes of the device; CuPy frees them with the last reference."""
+
+    def __init__(self, nbytes: int) -> None:
+        try:
+            self.pointer = cupy.cuda.alloc(max(nbytes, 1))
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise OutOfMemory(f"{nbytes:,} bytes could not be allocated on the GPU: {error}") from error
+        self.address, self.nbytes = int(self.pointer.ptr), nbytes
+
+
+class CudaDriver:
+    """One CUDA stream of a device. See `driver.Driver`."""
+
+    xp = cupy
+
+    def __init__(self, ordinal: int, arch: int, source: BinarySource) -> None:
+        self._device, self._arch, self._source = cupy.cuda.Device(ordinal), arch, source
+        with self._device:
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._zero = np.zeros(1, np.int64)
+
+    def active(self) -> AbstractContextManager[Any]:
+        """The thread's current device and stream."""
+        stack = ExitStack()
+        stack.enter_context(self._device)
+        stack.enter_context(self._stream)
+        return stack
+
+    def allocate(self, nbytes: int) -> CudaMemory:
+        return CudaMemory(nbytes)
+
+    def array(self, memory: CudaMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
+        known = BITS[dtype.itemsize] if dtype.kind == "V" else dtype
+        return cupy.ndarray(shape, known, memory.pointer + offset)
+
+    def upload(self, target: Any, source: HostArray) -> None:
+        whole = np.ascontiguousarray(source).reshape(source.shape)
+        target.set(whole.view(target.dtype) if whole.dtype.kind == "V" else whole, self._stream)
+
+    def download(self, source: Any, dtype: DType) -> HostArray:
+        found: NDArray[Any] = cupy.asnumpy(source, stream=self._stream)
+        return found.view(dtype) if found.dtype != dtype else found
+
+    def load(self, kernel: TritonKernel) -> Loaded:
+        binary = self._source(kernel, self._arch)
+        module = Module()
+        module.load(binary.cubin)
+        function = module.get_function(binary.entry)
+        if binary.shared_nbytes > STATIC_SHARED_NBYTES:
+            attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            driver.funcSetAttribute(function.ptr, attribute, binary.shared_nbytes)
+        return Loaded(module, function.ptr, binary)
+
+    def pack(self, loaded: Loaded, words: Ints) -> NDArray[np.uint64]:
+        """The address of every parameter. A word of 32 bits is the low half of its 8 bytes; Triton's own parameters
+        are 0 where a kernel has no scratch."""
+        own = words.__array_interface__["data"][0] + 8 * np.arange(len(words), dtype=np.uint64)
+        extra = len(loaded.binary.parameters) - len(words)
+        return np.concatenate([own, np.full(extra, self._zero.__array_interface__["data"][0], np.uint64)])
+
+    def launch(
+        self,
+        loaded: Loaded,
+        grid: tuple[int, int, int],
+        packed: NDArray[np.uint64],
+        pieces: Callable[[], tuple[Pieces, Pieces]],
+    ) -> None:
+        binary = loaded.binary
+        if binary.scratch_nbytes:
+            scratch = cupy.cuda.alloc(binary.scratch_nbytes * grid[0] * grid[1] * grid[2])
+            holder = np.array([scratch.ptr], np.int64)
+            packed = packed.copy()
+            packed[len(packed) - 2] = holder.__array_interface__["data"][0]
+        parameters = packed.__array_interface__["data"][0]
+        driver.launchKernel(
+            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, self._stream.ptr, parameters, 0
+        )
+
+    def discard(self, piece: Piece) -> None:
+        """Nobody looks."""
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+
+
+class CudaDevice:
+    """See `runtime.device.Device`. Raises DeviceError with the reason if the GPU cannot be used."""
+
+    asynchronous = True
+    batch_limit = None
+    stream_limit = None
+
+    def __init__(self, ordinal: int | None = None, precision: str = "fp32", source: BinarySource | None = None) -> None:
+        self._ordinal = ordinal or 0
+        self._count = _device_count()
+        if self._ordinal >= self._count:
+            raise DeviceError(f"cuda:{self._ordinal} does not exist: {self._count} GPU(s) are there")
+        properties = runtime.getDeviceProperties(self._ordinal)
+        self._arch = 10 * properties["major"] + properties["minor"]
+        self._name = properties["name"].decode()
+        if self._arch < OLDEST_ARCH:
+            raise DeviceError(f"{self._name} is sm_{self._arch}, and kernels need sm_{OLDEST_ARCH} or newer")
+        if source is None:
+            raise DeviceError("no source of compiled kernels: Triton is not installed, and the model is no bundle")
+        self._source, self._options = source, GpuOptions(precision, self._arch)
+
+    @property
+    def name(self) -> str:
+        return f"cuda:{self._ordinal}"
+
+    @property
+    def reason(self) -> str:
+        return f"{self._name}, sm_{self._arch}"
+
+    def auto_streams(self) -> int:
+        return 2
+
+    def lower(self, graph: Graph, batching: Batching) -> Plan:
+        return gpu_plan(graph, batching, self._options, self.free_memory() // GROWTH)
+
+    def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
+        drivers = [CudaDriver(self._ordinal, self._arch, self._source) for _ in range(streams)]
+        with drivers[0].active():
+            weights = Weights(plan, drivers[0])
+        drivers[0].finish()
+        return [GpuStream(plan, slots, one, weights) for one in drivers]
+
+    def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
+        """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""
+        program: Program = plan.program
+        return program.weights_nbytes, zone_nbytes(program.segments[0], extents)
+
+    def free_memory(self) -> int:
+        with cupy.cuda.Device(self._ordinal):
+            return int(runtime.memGetInfo()[0])
+
+
+def _device_count() -> int:
+    try:
+        return int(runtime.getDeviceCount())
+    except runtime.CUDARuntimeError as error:
+        raise DeviceError(f"no GPU can be used: {error}") from error
