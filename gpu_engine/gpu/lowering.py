@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from gpu_engine.gpu.arg_reductions import lower_arg_reduce
+from gpu_engine.gpu.attention import lower_attention
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.maps import lower_map
 from gpu_engine.gpu.norms import lower_layer_norm, lower_local_response_norm
+from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.reductions import lower_reduce
 from gpu_engine.gpu.softmax import lower_softmax
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.ir.graph import Node
-from gpu_engine.ir.ops import ArgReduce, LayerNorm, LocalResponseNorm, Map, Reduce, Softmax
+from gpu_engine.ir.ops import ArgReduce, Attention, LayerNorm, LocalResponseNorm, Map, Reduce, Softmax
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
@@ -22,6 +25,7 @@ LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]
 
 LOWERINGS: dict[type, LowerOp] = {
     ArgReduce: lower_arg_reduce,
+    Attention: partial(lower_attention, GpuOptions()),
     LayerNorm: lower_layer_norm,
     LocalResponseNorm: lower_local_response_norm,
     Map: lower_map,
