@@ -11,6 +11,7 @@ from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.maps import lower_map
 from gpu_engine.gpu.movement import lower_concat, lower_expand, lower_slice, lower_transpose
 from gpu_engine.gpu.padding import lower_pad
+from gpu_engine.gpu.recurrent import lower_recurrent
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.ir.graph import Node, ShapeTensor
 from gpu_engine.ir.ops import (
@@ -22,6 +23,7 @@ from gpu_engine.ir.ops import (
     Iota,
     Map,
     Pad,
+    Recurrent,
     Slice,
     Transpose,
 )
@@ -35,7 +37,7 @@ LOWERINGS: dict[type, LowerOp] = {
     Map: lower_map,
     Transpose: lower_transpose, Expand: lower_expand, Slice: lower_slice, Concat: lower_concat, Pad: lower_pad,
     Gather: lower_gather, GatherElements: lower_gather_elements, GatherND: lower_gather_nd,
-    Iota: lower_iota, ShapeTensor: lower_shape_tensor,
+    Iota: lower_iota, ShapeTensor: lower_shape_tensor, Recurrent: lower_recurrent,
 }  # fmt: skip
 
 
