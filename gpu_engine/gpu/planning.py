@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpu_engine.gpu.joined_products import join_projections
 from gpu_engine.gpu.kernel import TritonKernel
 from gpu_engine.gpu.layouts import assign_layouts
 from gpu_engine.gpu.lowering import lowering_for
@@ -23,7 +24,7 @@ def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes:
 
 
 def _arranged(graph: Graph) -> Graph:
-    return turn_attention(assign_layouts(graph))
+    return turn_attention(join_projections(assign_layouts(graph)))
 
 
 def kernels_of(plan: Plan) -> tuple[TritonKernel, ...]:
