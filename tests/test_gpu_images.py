@@ -169,9 +169,13 @@ def test_resizes_of_other_types(dtype: DType) -> None:
         check(resize(mode, (None,) * 3, (2, 9, 4)), data(1, dtype, 2, 5, 4), known=())
 
 
-def test_resizes_of_any_extents() -> None:
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_resizes_of_any_extents(mode: str) -> None:
     n, h, w = (dims.symbol(name) for name in "NHW")
-    for mode in ("nearest", "linear", "cubic"):
-        shape = (n + 1, h + 1, w + 1, 3)
-        op = resize(mode, (None, 2.0, None, None), (n + 1, 2 * h + 2, 5, 3))
-        assert not isinstance(op.infer(TensorType(FLOAT32, shape))[0].shape[0], int)
+    for scales, coordinates in (((None, 2.0, None, None), "half_pixel"), ((None,) * 4, "align_corners")):
+        op = resize(mode, scales, (n, 2 * h, 5, 3), coordinates)
+        plan = plan_of(op, [TensorType(FLOAT32, (n, h, w, 3))], {})
+        for sizes in ((1, 1, 5), (2, 3, 7)):
+            x = data(4, FLOAT32, *sizes, 3)
+            known = resize(mode, scales, (sizes[0], 2 * sizes[1], 5, 3), coordinates)
+            assert_near(execute(plan, [x])[0], np.asarray(known.evaluate(np, x)[0]))
