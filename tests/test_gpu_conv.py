@@ -106,6 +106,9 @@ CASES = {
     "multiplier": (conv((3, 3), 1, (1, 1), group=6), (1, 5, 6, 6), (18, 1, 3, 3)),
     "small groups": (conv((3, 3), 1, (1, 0), group=5), (1, 5, 6, 20), (30, 4, 3, 3)),
     "one result": (conv((2, 2)), (2, 3, 4, 70), (1, 70, 2, 2)),
+    "one window": (conv((3, 2), 1, (0, 0)), (1, 3, 2, 18), (5, 18, 3, 2)),
+    "one window, planar": (conv((3, 2), 1, (1, 0), planar=True), (1, 3, 2, 2), (5, 3, 3, 2)),
+    "one depthwise window": (conv((3, 3), 3, (1, 0), group=4), (1, 3, 3, 4), (4, 1, 3, 3)),
     "no image": (conv((3, 3), 1, (1, 1)), (0, 3, 4, 5), (6, 5, 3, 3)),
 }  # fmt: skip
 

@@ -90,6 +90,7 @@ POOLS = {
     "average inside": pool("average", (2, 2), 2, (0, 0)),
     "crop": pool("average", (2, 2), 1, (-1, -2)),
     "dilated average": pool("average", (2, 2), 1, (1, 1), dilation=2),
+    "one window": pool("average", (9, 9), 4, (0, 2), ceil_mode=True),
     "many taps": pool("max", (6, 7), 3, (2, 2)),
 }
 
@@ -115,6 +116,13 @@ def test_pools_of_other_types(dtype: DType) -> None:
         check(last(POOLS[kind]), data(1, dtype, 2, 7, 6, 19), known=())
     check(pool("max", (3,), 2, (1, 1)), data(2, dtype, 2, 5, 9), known=())
     check(pool("max", (2, 2, 2), 2, (0, 0)), data(2, dtype, 1, 2, 4, 5, 4), known=())
+
+
+def test_pools_of_one_window() -> None:
+    for kind in ("max", "average"):
+        op = pool(kind, (2, 2), 2, (1, 1), ceil_mode=True)
+        check(op, data(1, FLOAT32, 1, 1, 1, 1), known=())
+        check(last(op), data(1, FLOAT32, 1, 1, 1, 6), known=())
 
 
 def test_pools_of_any_extents() -> None:
