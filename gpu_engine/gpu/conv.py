@@ -16,7 +16,7 @@ from gpu_engine.gpu.gemm_steps import Step
 from gpu_engine.gpu.maps import Walked, emit_copy
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.printing import is_printable, is_printable_dtype
-from gpu_engine.gpu.tiles import choose
+from gpu_engine.gpu.tiles import Extents, choose
 from gpu_engine.gpu.windows import Axis, Image, never_outside, pitches, valid
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
@@ -119,7 +119,7 @@ def _emit_dense(
         layer.root, layer.operands, layer.out, layer.dtype,
     )  # fmt: skip
     nbytes = lowering.buffers[factors[0]].dtype.itemsize
-    for choice in choose(step[0], 1, rows, columns, depth, nbytes, options.arch):
+    for choice in choose(step[0], Extents(1, rows, columns, depth, nbytes), options.arch):
         emit_product(lowering, product, step[1], choice)
     return True
 
@@ -132,7 +132,7 @@ def emit_windows(
     unused = Factor(windows.weights, (), 1, 1)
     depth = windows.taps * windows.depth
     nbytes = lowering.buffers[windows.image.buffer].dtype.itemsize
-    for choice in choose(step[0], batch, rows, columns, depth, nbytes, options.arch):
+    for choice in choose(step[0], Extents(batch, rows, columns, depth, nbytes), options.arch):
         product = Product(
             replace(unused, buffer=windows.image.buffer), unused, rows, columns, windows.steps(choice.tile.block_k),
             layer.shape, 0, layer.root, layer.operands, layer.out, layer.dtype, walked, windows.write_loop, "conv",
