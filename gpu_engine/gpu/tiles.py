@@ -1,18 +1,22 @@
 """Configurations of tiled kernels, and which one a shape gets.
 
-Starting points are those that PyTorch's inductor ships; `tile_filter` drops what does not fit a GPU, no number here
-was measured yet.
+Starting points are those that PyTorch's inductor ships; `tile_filter` drops what does not fit a GPU. What one costs is
+estimated from a GPU's data sheet; no number here was measured yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from gpu_engine.ir.dims import Dim, number
 
 
 @dataclass(frozen=True)
 class GemmTile:
-    """A program computes [block_m, block_n] sums in steps of block_k; `group_m` tiles of rows pass over the same columns
-    before the next ones, while these are in the L2 cache."""
+    """A program computes [block_m, block_n] sums in steps of block_k; `group_m` tiles of rows pass over the same
+    columns before the next ones, while these are in the L2 cache."""
 
     block_m: int
     block_n: int
@@ -20,3 +24,180 @@ class GemmTile:
     num_warps: int
     num_stages: int
     group_m: int = 8
+
+
+GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
+    "half": (
+        GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 3), GemmTile(128, 64, 64, 4, 4),
+        GemmTile(64, 128, 64, 4, 4), GemmTile(64, 64, 64, 4, 4), GemmTile(16, 128, 64, 4, 4),
+        GemmTile(16, 64, 128, 4, 4),
+    ),
+    "converted": (
+        GemmTile(128, 128, 64, 8, 3), GemmTile(128, 64, 32, 4, 4), GemmTile(64, 128, 32, 4, 4),
+        GemmTile(64, 64, 32, 4, 4), GemmTile(16, 64, 64, 4, 4),
+    ),
+    "tf32": (
+        GemmTile(128, 128, 32, 8, 4), GemmTile(128, 64, 32, 4, 4), GemmTile(64, 128, 32, 4, 4),
+        GemmTile(64, 64, 32, 4, 4), GemmTile(16, 64, 64, 4, 4),
+    ),
+    "ieee": (
+        GemmTile(128, 64, 16, 8, 3), GemmTile(64, 64, 16, 4, 3), GemmTile(64, 32, 32, 4, 3),
+        GemmTile(32, 64, 32, 4, 3), GemmTile(16, 64, 32, 4, 4),
+    ),
+    "double": (GemmTile(64, 64, 16, 4, 3), GemmTile(32, 32, 16, 4, 3)),
+    "bytes": (
+        GemmTile(128, 128, 128, 8, 3), GemmTile(128, 64, 64, 4, 4), GemmTile(64, 64, 128, 4, 4),
+        GemmTile(16, 64, 128, 4, 4),
+    ),
+    "planes": (GemmTile(64, 64, 64, 4, 3), GemmTile(16, 64, 64, 4, 3)),
+    "sums": (
+        GemmTile(16, 32, 4, 4, 3), GemmTile(4, 64, 8, 4, 3), GemmTile(1, 128, 32, 4, 3), GemmTile(1, 32, 64, 4, 3),
+        GemmTile(32, 1, 64, 4, 3),
+    ),
+}  # fmt: skip
+"""By how factors are multiplied: "half" in 16 bits, "converted" from float32 to these, "bytes" of 8 bits, "planes" of
+16 bits as two bytes, "sums" without matrix instructions, the others as they say."""
+SPLITS = (1, 2, 4, 8)
+"""In how many parts what is summed over may be cut, each a program of its own."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a tile's cost is estimated from: multiprocessors; for each of these multiplications per second with 16 bits
+    and without matrix instructions, registers, bytes of shared memory, bytes per second from L2; bytes per second from
+    memory."""
+
+    processors: int
+    half_rate: float
+    plain_rate: float
+    shared_nbytes: int
+    l2_rate: float
+    memory_rate: float
+
+
+GPUS = {
+    80: Gpu(108, 1.4e12, 0.9e11, 163 << 10, 40e9, 1.5e12),
+    86: Gpu(84, 0.9e12, 2.3e11, 99 << 10, 30e9, 0.9e12),
+    90: Gpu(132, 3.7e12, 2.5e11, 227 << 10, 45e9, 4.3e12),
+    100: Gpu(148, 7.5e12, 2.5e11, 227 << 10, 50e9, 7e12),
+    120: Gpu(170, 1.2e12, 3e11, 99 << 10, 40e9, 1.7e12),
+}
+RATES = {"half": 1.0, "converted": 0.7, "tf32": 0.5, "bytes": 2.0, "planes": 0.6, "double": 0.03}
+"""Multiplications relative to `half_rate`; what is not here has no matrix instructions."""
+STEP_S, LAUNCH_S = 0.6e-6, 3e-6
+"""Seconds from asking for a step's factors to having them; for one more launch."""
+LIGHT_SUMS = 64
+"""Sums of a thread that registers hold beside an expression that needs many of its own."""
+
+
+class Extents(NamedTuple):
+    """Of a batched product, and the bytes of an element of its factors."""
+
+    batch: Dim
+    m: Dim
+    n: Dim
+    k: Dim
+    nbytes: int
+
+
+class Sizes(NamedTuple):
+    """Extents that are known, or guessed."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    nbytes: int
+
+
+class Choice(NamedTuple):
+    """A tile and its number of parts for least <= M < end; no end: None."""
+
+    least: int
+    end: int | None
+    tile: GemmTile
+    splits: int
+
+
+RANGES = ((1, 17, 8), (17, 129, 96), (129, 1025, 512), (1025, 4097, 2048), (4097, None, 8192))
+"""(least, end, one between) of a symbolic M that may get different tiles."""
+TYPICAL = Extents(16, 128, 128, 128, 0)
+"""What a symbolic extent is taken to be."""
+
+
+def choose(family: str, extents: Extents, arch: int, *, heavy: bool = False) -> tuple[Choice, ...]:
+    """The tiles for a product of GEMM_TILES' `family`: one, or one for each range of a symbolic M.
+
+    `heavy`: the epilogue needs many registers.
+    """
+    gpu = GPUS[max(found for found in GPUS if found <= arch)]
+    tiles = candidates(family, extents.nbytes, arch, heavy=heavy)
+    others = (extents.batch, extents.n, extents.k)
+    if isinstance(extents.m, int) or not all(isinstance(extent, int) for extent in others):
+        return (Choice(1, None, *_best(family, tiles, extents, gpu)),)
+    return _merged([
+        Choice(least, end, *_best(family, tiles, extents._replace(m=typical), gpu)) for least, end, typical in RANGES
+    ])  # fmt: skip
+
+
+def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> list[GemmTile]:
+    """The tiles of a family that a GPU has the shared memory for; if `heavy`, with registers left for an epilogue."""
+    limit = GPUS[max(found for found in GPUS if found <= arch)].shared_nbytes
+    return [
+        tile
+        for tile in GEMM_TILES[family]
+        if _staged_nbytes(tile, nbytes) <= limit
+        and not (heavy and tile.block_m * tile.block_n > LIGHT_SUMS * tile.num_warps * 32)
+    ]
+
+
+def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) -> tuple[GemmTile, int]:
+    """The tile, and the parts of k, that cost least."""
+    values = [
+        max(extent, 1) if isinstance(extent, int) else typical
+        for extent, typical in zip(extents, TYPICAL, strict=True)
+    ]  # fmt: skip
+    sizes = Sizes(*map(number, values))
+    pairs = [
+        (tile, parts)
+        for tile in tiles
+        for parts in (SPLITS if isinstance(extents.k, int) else (1,))
+        if parts == 1 or (2 * parts * tile.block_k <= sizes.k and _programs(tile, sizes) < gpu.processors)
+    ]
+    return min(pairs, key=lambda pair: _cost_s(family, pair[0], pair[1], sizes, gpu))
+
+
+def _merged(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    found = [choices[0]]
+    for choice in choices[1:]:
+        if choice[2:] == found[-1][2:]:
+            found[-1] = found[-1]._replace(end=choice.end)
+        else:
+            found.append(choice)
+    return tuple(found)
+
+
+def _programs(tile: GemmTile, sizes: Sizes) -> int:
+    return sizes.batch * -(-sizes.m // tile.block_m) * -(-sizes.n // tile.block_n)
+
+
+def _staged_nbytes(tile: GemmTile, nbytes: int) -> int:
+    """Bytes of shared memory that the factors of all stages take."""
+    return tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * nbytes
+
+
+def _cost_s(family: str, tile: GemmTile, splits: int, sizes: Sizes, gpu: Gpu) -> float:
+    """Seconds that a product takes, roughly."""
+    m, n, threads = tile.block_m, tile.block_n, tile.num_warps * 32
+    depth = -(-sizes.k // (splits * tile.block_k)) * tile.block_k
+    turns = -(-_programs(tile, sizes) * splits // gpu.processors)
+    registers = threads * (m * n // threads + 64)
+    resident = max(1, min(gpu.shared_nbytes // _staged_nbytes(tile, sizes.nbytes), 65536 // registers, 16))
+    rate = gpu.half_rate * RATES[family] if family in RATES else gpu.plain_rate
+    efficiency = m * n / (m * n + 32 * (m + n))
+    multiply_s = turns * m * n * depth / (rate * efficiency)
+    load_s = turns * (m + n) * depth * sizes.nbytes / gpu.l2_rate
+    wait_s = -(-turns // resident) * (depth / tile.block_k * STEP_S / max(1, tile.num_stages - 1) + 2 * STEP_S)
+    once = sizes.batch * (sizes.m + sizes.n) * sizes.k * sizes.nbytes
+    partial = 8 * splits * sizes.batch * sizes.m * sizes.n if splits > 1 else 0
+    return max(multiply_s, load_s, wait_s, once / gpu.memory_rate) + partial / gpu.memory_rate + LAUNCH_S * (splits > 1)
