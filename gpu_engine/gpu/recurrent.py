@@ -116,7 +116,7 @@ class _Writer:
         self.state = lowering.buffer(self.wide, (STATES[op.kind], self.directions, self.rows, self.hidden))
 
     def launch(self, share: Dim) -> None:
-        text, op = self.text, self.op
+        text = self.text
         self._write_places()
         with self._blocks():
             self._begin()
@@ -134,7 +134,6 @@ class _Writer:
         grid = (dims.ceil_div(self.rows, self.form.rows) * share, len(self.group))
         read = tuple(dict.fromkeys(self.inputs))
         text.launch(grid, read, self.outputs, num_warps=self.form.num_warps, num_stages=2, scratch=(self.state,))
-        assert op.kind in STATES
 
     def _write_places(self) -> None:
         """`row`, `d` and the first element of their states, `own`; the mask of rows."""
