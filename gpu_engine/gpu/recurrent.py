@@ -79,11 +79,11 @@ def _forms(rows: Dim, hidden: int, dtype: DType, weights: DType) -> list[tuple[F
     """The forms that a batch may take, each with 1 or 0 as its extents say: one of them is launched."""
     width = power_of_two(hidden)
     block_n, block_k = min(128, width), min(32, width)
-    single = Form(1, block_n, block_k, 16 if block_n * block_k >= 4096 else 4)
+    single = Form(1, block_n, block_k, 8 if block_n * block_k >= 4096 else 4)
     if compute_dtype(dtype) == FLOAT64 or (isinstance(rows, int) and rows <= FEW_ROWS):
         return [(single, 1)]
-    deep = 64 if weights.itemsize == 2 else 32
-    tiled = Form(TILE_ROWS, min(64, max(16, width)), min(deep, max(16, width)), 4)
+    deep, num_warps = (64, 8) if weights.itemsize == 2 and width >= 64 else (32, 4)
+    tiled = Form(TILE_ROWS, min(64, max(16, width)), min(deep, max(16, width)), num_warps)
     if isinstance(rows, int):
         return [(tiled, 1)]
     many = dims.minimum(1, dims.floor_div(rows - 1, FEW_ROWS))
@@ -116,7 +116,7 @@ class _Writer:
         self.state = lowering.buffer(self.wide, (STATES[op.kind], self.directions, self.rows, self.hidden))
 
     def launch(self, share: Dim) -> None:
-        text, op = self.text, self.op
+        text = self.text
         self._write_places()
         with self._blocks():
             self._begin()
@@ -134,7 +134,6 @@ class _Writer:
         grid = (dims.ceil_div(self.rows, self.form.rows) * share, len(self.group))
         read = tuple(dict.fromkeys(self.inputs))
         text.launch(grid, read, self.outputs, num_warps=self.form.num_warps, num_stages=2, scratch=(self.state,))
-        assert op.kind in STATES
 
     def _write_places(self) -> None:
         """`row`, `d` and the first element of their states, `own`; the mask of rows."""
