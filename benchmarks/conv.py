@@ -28,7 +28,6 @@ from onnx import TensorProto, helper
 
 from benchmarks.contest import Contender, contest, geometric_mean, native, ort, peak, placed, result, speed
 from benchmarks.models import MODELS
-from cpu_fallback.channels_last import LastConv, permuted, to_last
 from cpu_fallback.conv_lowering import Layer as Emitted
 from cpu_fallback.conv_lowering import Operand, emit_conv
 from cpu_fallback.epilogues import finish_of
@@ -40,6 +39,7 @@ from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Conv
+from gpu_engine.ir.ops.channels_last import LastConv, permuted, to_last
 from gpu_engine.passes.pipeline import optimize
 from gpu_engine.plan.lower import Lowering
 

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.contest import contest, native, peak, placed
-from cpu_fallback.channels_last import LastConv
 from cpu_fallback.code import Code, Reg
 from cpu_fallback.integer_conv import emit_integer_conv
 from cpu_fallback.integer_winograd_choice import best_integer_winograd
@@ -26,6 +25,7 @@ from cpu_fallback.tiles import pair_multiply_add
 from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32, INT16, INT32
 from gpu_engine.ir.graph import TensorType
+from gpu_engine.ir.ops.channels_last import LastConv
 
 LAYERS = (
     (64, 64, 56, 3, 1), (128, 128, 28, 3, 1), (256, 256, 14, 3, 1), (512, 512, 7, 3, 1), (4, 64, 224, 7, 2),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpu_fallback.channels_last import LastConv, LastConvTranspose, LastPool
 from cpu_fallback.conv_lowering import Layer, Operand, emit_conv, emit_transposed
 from cpu_fallback.epilogues import Finish, finish_of, operand_kind
 from cpu_fallback.gemm import emit_product
@@ -15,6 +14,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.graph import Node, TensorType, Value
 from gpu_engine.ir.ops import MatMul
+from gpu_engine.ir.ops.channels_last import LastConv, LastConvTranspose, LastPool
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native
-from cpu_fallback.channels_last import LastConv
 from cpu_fallback.code import Code
 from cpu_fallback.conv_direct import FLAT, PARAMETERS, WINDOWS, write_driver
 from cpu_fallback.conv_lowering import COPIES, emit_kernel, geometry_of
@@ -33,6 +32,7 @@ from cpu_fallback.winograd_driver import room_for
 from gpu_engine.ir.dtypes import INT16
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Conv
+from gpu_engine.ir.ops.channels_last import LastConv
 from gpu_engine.plan.axes import Shape
 from gpu_engine.plan.lower import Lowering
 

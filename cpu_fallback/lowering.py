@@ -9,7 +9,6 @@ import numpy as np
 
 from cpu_fallback.arg_reductions import lower_arg_reduce
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
-from cpu_fallback.channels_last import LastConv, LastConvTranspose, LastPool
 from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
 from cpu_fallback.fused_attention import lower_fused_attention, lower_turned_attention
@@ -57,6 +56,7 @@ from gpu_engine.ir.ops import (
     Softmax,
     Transpose,
 )
+from gpu_engine.ir.ops.channels_last import LastConv, LastConvTranspose, LastPool
 from gpu_engine.ir.ops.control import If, Loop, Require
 from gpu_engine.ir.ops.trees import Trees
 from gpu_engine.plan.lower import Lowering

@@ -10,13 +10,16 @@ from typing import Any
 from gpu_engine.errors import DependsOnValues, DeviceError, GpuEngineError, OutOfMemory, UnsupportedModel
 from gpu_engine.frontend.importer import caller_inputs, import_model, is_open, refuse_unsupported
 from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
+from gpu_engine.gpu.binary import BinarySource
+from gpu_engine.gpu.bundle import Bundle, is_bundle, read_bundle
+from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.ir.structure import Structure
 from gpu_engine.options import DeviceChoice, PerformanceMode, Scheduler, one_batch, parse_device, validated
 from gpu_engine.passes.batchability import prove
 from gpu_engine.passes.pipeline import optimize
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
-from gpu_engine.runtime.late import DEVICES, load
+from gpu_engine.runtime.late import DEVICES, KERNEL_COMPILER, load
 from gpu_engine.structured import OpenInput, StructuredEngine
 
 _LOGGER = logging.getLogger(__name__)
@@ -37,14 +40,18 @@ def compile(
     max_queue_size: int = 0,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
+    precision: str | None = None,
 ) -> Engine | StructuredEngine:
-    """An engine for a model: a path, bytes or a ModelProto.
+    """An engine for a model: a path, bytes, a ModelProto, or the path of a bundle that `gpu-engine build` wrote.
 
     A model whose inputs are sequences, optionals or tensors of unknown rank, or decide by value what there is to
     compile, gets a StructuredEngine.
 
     device            "auto" (cuda if it is usable, else cpu), "cpu", "cuda", "cuda:1"; "GPU(8)" also fixes the batch
     fallback          "cpu": run there if the device asked for is not usable, instead of raising DeviceError
+
+    precision         how a GPU multiplies float32: "fp32" (the default, exact), "tf32", "fp16" or "bf16", with sums in
+                      float32; a bundle has its own. The CPU is always exact
 
     The other options are those of `options.Options`. Raises ModelError, DeviceError, TypeError or ValueError for an
     option.
@@ -62,8 +69,9 @@ def compile(
         auto_batching=True if choice.batched and auto_batching is None else auto_batching,
         memory_fraction=memory_fraction,
     )
-    opened, reason = open_device(choice, fallback)
-    parsed = read(model)
+    bundle = read_bundle(model) if is_bundle(model) else None
+    opened, reason = open_device(choice, fallback, _precision(precision, bundle), bundle)
+    parsed = read(model if bundle is None else bundle.model())
 
     def build(structures: Mapping[str, Structure] | None = None) -> Engine:
         with typed_errors():
@@ -97,17 +105,29 @@ def typed_errors() -> Iterator[None]:
         raise UnsupportedModel(f"a number of the model does not fit 64 bits: {error}") from error
 
 
-def open_device(choice: DeviceChoice, fallback: str | None = None) -> tuple[Device, str]:
+def _precision(asked: str | None, bundle: Bundle | None) -> str:
+    if asked is not None:
+        GpuOptions(asked)
+    if bundle is None:
+        return asked or "fp32"
+    if asked not in (None, bundle.precision):
+        raise DeviceError(f"{bundle.path} is built for precision {bundle.precision!r}, not {asked!r}")
+    return bundle.precision
+
+
+def open_device(
+    choice: DeviceChoice, fallback: str | None = None, precision: str = "fp32", bundle: Bundle | None = None
+) -> tuple[Device, str]:
     """The device and why it is this one; DeviceError with the reason if it is not usable and no fallback is allowed."""
     if fallback not in (None, "cpu"):
         raise ValueError(f"fallback must be 'cpu' or None, given {fallback!r}")
     kind = "cuda" if choice.kind == "auto" else choice.kind
     try:
-        device = _open(kind, choice.index)
+        device = _open(kind, choice.index, precision, bundle)
     except DeviceError as error:
         if kind == "cpu" or (choice.kind != "auto" and fallback is None):
             raise
-        device = _open("cpu", 0)
+        device = _open("cpu", 0, precision, bundle)
         reason = f"{device.reason}; {error}"
         _LOGGER.log(
             logging.INFO if choice.kind == "auto" else logging.WARNING, "running on %s: %s", device.name, reason
@@ -117,10 +137,26 @@ def open_device(choice: DeviceChoice, fallback: str | None = None) -> tuple[Devi
     return device, device.reason
 
 
-def _open(kind: str, index: int) -> Device:
+def _open(kind: str, index: int, precision: str, bundle: Bundle | None) -> Device:
     try:
         make: Any = load(DEVICES[kind])
     except ImportError as error:
         raise DeviceError(f"{kind} is not usable: {error}") from error
-    device: Device = make(index)
+    if kind == "cuda":
+        device: Device = make(index, precision, _binaries(bundle))
+    elif kind == "interpret":
+        device = make(index, options=GpuOptions(precision))
+    else:
+        device = make(index)
     return device
+
+
+def _binaries(bundle: Bundle | None) -> BinarySource | None:
+    """Where kernels come compiled from: the bundle, else Triton, else nowhere."""
+    if bundle is not None:
+        return bundle.binary
+    try:
+        source: BinarySource = load(KERNEL_COMPILER)
+    except ImportError:
+        return None
+    return source

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_fallback.calls import Native
-from cpu_fallback.channels_last import to_first, to_last
 from cpu_fallback.conv_lowering import Layer, Operand, emit_conv, emit_transposed
 from cpu_fallback.epilogues import finish_of
 from cpu_fallback.native import Target
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.ops import Conv, ConvTranspose, Map
+from gpu_engine.ir.ops.channels_last import to_first, to_last
 from gpu_engine.plan.lower import Lowering
 from tests.kernel_runner import guarded, guards_hold, run_native
 

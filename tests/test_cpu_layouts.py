@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpu_fallback.channels_last import LastConv, LastConvTranspose, LastPool, to_first, to_last
-from cpu_fallback.layouts import assign_layouts, is_relabelling
+from cpu_fallback.layouts import assign_layouts
 from cpu_fallback.native import Target, host
 from cpu_fallback.pooling import pool_call
 from cpu_fallback.transposition import as_matrices, transpose_call
@@ -34,6 +33,8 @@ from gpu_engine.ir.ops import (
     Softmax,
     Transpose,
 )
+from gpu_engine.ir.ops.channels_last import LastConv, LastConvTranspose, LastPool, to_first, to_last
+from gpu_engine.plan.layouts import is_relabelling
 from tests.cpu_execution import DEVICE, assert_close, lowered, run_slot
 from tests.kernel_runner import guarded, guards_hold, run_native, targets
 from tests.reference import graph_of, pointwise, random_inputs, run_graph

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpu_fallback.channels_last import LastConv, LastPool
 from cpu_fallback.integer_conv import emit_integer_conv
 from cpu_fallback.integer_planes import MOST_CHANNELS, PairedPlanes
 from cpu_fallback.integer_winograd_transforms import SCALES, fits
@@ -20,6 +19,7 @@ from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32, INT8, INT16, INT32, UINT8
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.ops import Conv, Map
+from gpu_engine.ir.ops.channels_last import LastConv, LastPool
 from tests.cpu_execution import check_op, is_native, lowered, run_graph
 from tests.kernel_runner import targets
 from tests.node_runner import run_node

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeGuard
 
 from gpu_engine.errors import DeviceError, InvalidModel
 from gpu_engine.gpu.binary import Binary
@@ -24,6 +25,7 @@ FORMAT = 1
 MANIFEST, MODEL = "manifest.json", "model.onnx"
 SUFFIX = ".bundle"
 LARGEST_MANIFEST = 64 << 20
+DIGEST_NBYTES = 64
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Bundle:
         )
 
 
-def is_bundle(source: object) -> bool:
+def is_bundle(source: object) -> TypeGuard[str | Path]:
     """Whether a model source is the path of a bundle: by its name, since an ONNX file may begin with any bytes."""
     return isinstance(source, str | Path) and Path(source).suffix == SUFFIX
 
@@ -79,27 +81,22 @@ def is_bundle(source: object) -> bool:
 def write_bundle(
     path: Path,
     model: bytes,
-    kernels: Sequence[TritonKernel],
+    binaries: Mapping[tuple[TritonKernel, int], Binary],
     architectures: Sequence[int],
     precision: str,
-    binary: Callable[[TritonKernel, int], Binary],
-    tell: Callable[[TritonKernel, int], None] = lambda kernel, arch: None,
 ) -> Bundle:
-    """Compile every kernel for every architecture and write the bundle; `tell` hears of each as it is done."""
+    """Write a model with its kernels compiled by (kernel, architecture)."""
     members: dict[str, bytes] = {MODEL: model}
     entries = []
-    for kernel in kernels:
-        for arch in architectures:
-            made = binary(kernel, arch)
-            member = f"kernels/{kernel.name}-{kernel.digest}.sm_{arch}.cubin"
-            members[member] = made.cubin
-            entries.append(
-                Entry(
-                    kernel.name, kernel.digest, made.entry, arch, member, made.threads, made.shared_nbytes,
-                    made.scratch_nbytes, made.parameters,
-                )
-            )  # fmt: skip
-            tell(kernel, arch)
+    for (kernel, arch), made in binaries.items():
+        member = f"kernels/{kernel.name}-{kernel.digest}.sm_{arch}.cubin"
+        members[member] = made.cubin
+        entries.append(
+            Entry(
+                kernel.name, kernel.digest, made.entry, arch, member, made.threads, made.shared_nbytes,
+                made.scratch_nbytes, made.parameters,
+            )
+        )  # fmt: skip
     manifest = {
         "format": FORMAT,
         "engine": version("gpu-engine"),
@@ -108,18 +105,44 @@ def write_bundle(
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
         "kernels": [asdict(entry) for entry in entries],
     }
-    text = json.dumps(manifest, indent=1).encode()
+    write_members(path, {MANIFEST: json.dumps(manifest, indent=1).encode(), **members})
+    return read_bundle(path)
+
+
+def write_members(path: Path, members: Mapping[str, bytes]) -> None:
+    """A ZIP file whose comment, its last bytes, is the digest of all others: against damage, not against forgery."""
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(MANIFEST, text + b"\n" + hashlib.sha256(text).hexdigest().encode())
         for name, data in members.items():
             archive.writestr(name, data, zipfile.ZIP_STORED if name == MODEL else zipfile.ZIP_DEFLATED)
-    return read_bundle(path)
+        archive.comment = b"0" * DIGEST_NBYTES
+    with path.open("r+b") as file:
+        digest = _digest(file)
+        file.seek(-DIGEST_NBYTES, os.SEEK_END)
+        file.write(digest)
+
+
+def _digest(file: IO[bytes]) -> bytes:
+    """Of everything but the digest."""
+    whole, left = hashlib.sha256(), file.seek(0, os.SEEK_END) - DIGEST_NBYTES
+    file.seek(0)
+    while left > 0 and (piece := file.read(min(left, 1 << 20))):
+        whole.update(piece)
+        left -= len(piece)
+    return whole.hexdigest().encode()
+
+
+def _check_digest(path: str | Path) -> None:
+    with open(path, "rb") as file:
+        expected = _digest(file)
+        if file.read() != expected:
+            raise ValueError("its bytes are not those that were written")
 
 
 def read_bundle(path: str | Path) -> Bundle:
     """Open a bundle and check all of it: InvalidModel if anything in it is not as it was written, DeviceError if this
     version of the engine cannot use it."""
     try:
+        _check_digest(path)
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(archive)
             _check_members(path, archive, manifest["sha256"])
@@ -138,10 +161,7 @@ def read_bundle(path: str | Path) -> Bundle:
 def _manifest(archive: zipfile.ZipFile) -> Mapping[str, Any]:
     if archive.getinfo(MANIFEST).file_size > LARGEST_MANIFEST:
         raise ValueError("its manifest is too long")
-    text, _, digest = archive.read(MANIFEST).rpartition(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() != digest:
-        raise ValueError("its manifest was changed")
-    manifest: Mapping[str, Any] = json.loads(text)
+    manifest: Mapping[str, Any] = json.loads(archive.read(MANIFEST))
     if manifest["format"] != FORMAT:
         raise DeviceError(f"it has format {manifest['format']}, and this version reads format {FORMAT}")
     if manifest["engine"] != version("gpu-engine"):

@@ -17,13 +17,13 @@ from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.driver import HostArray, Piece, Pieces
 from gpu_engine.gpu.kernel import TritonKernel
-from gpu_engine.gpu.lowering import lower_node
-from gpu_engine.gpu.program import Program, with_program, zone_nbytes
+from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.planning import GROWTH, gpu_plan
+from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
 from gpu_engine.gpu.text import BITS
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.graph import Graph
-from gpu_engine.plan.lower import lower_graph
 from gpu_engine.plan.plan import Batching, Plan
 from gpu_engine.plan.zones import Ints
 
@@ -134,7 +134,7 @@ class CudaDevice:
     batch_limit = None
     stream_limit = None
 
-    def __init__(self, ordinal: int | None = None, source: BinarySource | None = None) -> None:
+    def __init__(self, ordinal: int | None = None, precision: str = "fp32", source: BinarySource | None = None) -> None:
         self._ordinal = ordinal or 0
         self._count = _device_count()
         if self._ordinal >= self._count:
@@ -146,7 +146,7 @@ class CudaDevice:
             raise DeviceError(f"{self._name} is sm_{self._arch}, and kernels need sm_{OLDEST_ARCH} or newer")
         if source is None:
             raise DeviceError("no source of compiled kernels: Triton is not installed, and the model is no bundle")
-        self._source = source
+        self._source, self._options = source, GpuOptions(precision, self._arch)
 
     @property
     def name(self) -> str:
@@ -160,7 +160,7 @@ class CudaDevice:
         return 2
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
-        return with_program(lower_graph(graph, batching, lower_node, room_nbytes=self.free_memory() // 4))
+        return gpu_plan(graph, batching, self._options, self.free_memory() // GROWTH)
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
         drivers = [CudaDriver(self._ordinal, self._arch, self._source) for _ in range(streams)]

@@ -38,18 +38,21 @@ def finish(
     for node in expr.walk(root):
         if node.op == "arg" and node.value:
             operand = operands[node.value - 1]
-            mask = inside(walk for walk in walks if any(operand.strides[axis] != 0 for axis in walk.axes))
-            values[node.value] = text.load(operand.buffer, place(text, operand, walks, shape), mask)
+            values[node.value] = text.load(operand.buffer, *place(text, operand, walks, shape))
     return text.evaluate(root, values)
 
 
-def place(text: KernelText, walked: Walked, walks: Sequence[Walk], shape: Shape) -> str:
-    """Where in a buffer, in elements, the points of a tile are."""
+def place(text: KernelText, walked: Walked, walks: Sequence[Walk], shape: Shape) -> tuple[str, str | None]:
+    """(where in a buffer, in elements, the points of a tile are; the mask of lanes that are points, as far as they
+    differ in where they are)."""
     terms = [number(text, walked.offset)] * (walked.offset != 0)
+    moving = []
     for walk in walks:
         steps = [walked.strides[axis] for axis in walk.axes]
-        terms += _steps(text, walk.index, collapsed(tuple(shape[axis] for axis in walk.axes), [steps]))
-    return " + ".join(terms) or "0"
+        found = _steps(text, walk.index, collapsed(tuple(shape[axis] for axis in walk.axes), [steps]))
+        moving += [walk] * bool(found)
+        terms += found
+    return " + ".join(terms) or "0", inside(moving)
 
 
 def inside(walks: Iterable[Walk]) -> str | None:

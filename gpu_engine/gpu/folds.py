@@ -201,7 +201,8 @@ class Block:
         tile = self._tile
         axes = tile._axes
         steps = [tile._times(index, strides[stream])
-                 for index, (_, strides) in zip(self._indices, axes.folded, strict=True) if strides[stream] != 0]  # fmt: skip
+                 for index, (_, strides) in zip(self._indices, axes.folded, strict=True)
+                 if strides[stream] != 0]  # fmt: skip
         along = self._mask if steps else None
         beside = tile._mask if any(strides[stream] != 0 for _, strides in axes.kept) else None
         return " + ".join([tile._bases[stream], *steps]), _both(beside, along)

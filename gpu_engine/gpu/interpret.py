@@ -19,17 +19,18 @@ from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.driver import HostArray, Piece, Pieces
 from gpu_engine.gpu.interpreter import interpret, interpreting, spans
 from gpu_engine.gpu.kernel import TritonKernel
-from gpu_engine.gpu.lowering import lower_node
-from gpu_engine.gpu.program import Program, with_program, zone_nbytes
+from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.planning import GROWTH, gpu_plan
+from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.graph import Graph
-from gpu_engine.plan.lower import lower_graph
 from gpu_engine.plan.plan import Batching, Plan
 from gpu_engine.plan.zones import Ints
 
 ALIGNMENT = 256
 POISON = 0xFF
+DEFAULTS = GpuOptions()
 
 
 class HostMemory:
@@ -99,10 +100,10 @@ class InterpretDevice:
     batch_limit = None
     stream_limit = None
 
-    def __init__(self, ordinal: int | None = None, seed: int = 0) -> None:
+    def __init__(self, ordinal: int | None = None, seed: int = 0, options: GpuOptions = DEFAULTS) -> None:
         if ordinal not in (None, 0):
             raise DeviceError(f"there is one interpreter; interpret:{ordinal} does not exist")
-        self._driver = Interpreter(seed)
+        self._driver, self._options = Interpreter(seed), options
 
     @property
     def name(self) -> str:
@@ -116,7 +117,7 @@ class InterpretDevice:
         return 1
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
-        return with_program(lower_graph(graph, batching, lower_node, room_nbytes=self.free_memory() // 4))
+        return gpu_plan(graph, batching, self._options, self.free_memory() // GROWTH)
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
         weights = Weights(plan, self._driver)

@@ -8,16 +8,47 @@ from typing import Any
 
 from gpu_engine.gpu.arg_reductions import lower_arg_reduce
 from gpu_engine.gpu.attention import lower_attention
+from gpu_engine.gpu.conv import lower_last_conv
+from gpu_engine.gpu.counting import lower_iota, lower_shape_tensor
+from gpu_engine.gpu.gathers import lower_gather, lower_gather_elements, lower_gather_nd
+from gpu_engine.gpu.gemm import lower_matmul
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.maps import lower_map
+from gpu_engine.gpu.movement import lower_concat, lower_expand, lower_slice, lower_transpose
 from gpu_engine.gpu.norms import lower_layer_norm, lower_local_response_norm
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.padding import lower_pad
+from gpu_engine.gpu.pooling import lower_last_pool, lower_pool
 from gpu_engine.gpu.reductions import lower_reduce
+from gpu_engine.gpu.resizing import lower_resize
 from gpu_engine.gpu.softmax import lower_softmax
+from gpu_engine.gpu.transposed_conv import lower_last_conv_transpose
+from gpu_engine.gpu.turned_attention import TurnedAttention, lower_turned_attention
 from gpu_engine.ir.dtypes import STRING
-from gpu_engine.ir.graph import Node
-from gpu_engine.ir.ops import ArgReduce, Attention, LayerNorm, LocalResponseNorm, Map, Reduce, Softmax
-from gpu_engine.plan.lower import Lowering
+from gpu_engine.ir.graph import Node, ShapeTensor
+from gpu_engine.ir.ops import (
+    ArgReduce,
+    Attention,
+    Concat,
+    Expand,
+    Gather,
+    GatherElements,
+    GatherND,
+    Iota,
+    LayerNorm,
+    LocalResponseNorm,
+    Map,
+    MatMul,
+    Pad,
+    Pool,
+    Reduce,
+    Resize,
+    Slice,
+    Softmax,
+    Transpose,
+)
+from gpu_engine.ir.ops.channels_last import LastConv, LastConvTranspose, LastPool
+from gpu_engine.plan.lower import Lowering, LowerNode
 
 Buffers = tuple[int, ...]
 LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]
@@ -25,19 +56,46 @@ LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]
 
 LOWERINGS: dict[type, LowerOp] = {
     ArgReduce: lower_arg_reduce,
-    Attention: partial(lower_attention, GpuOptions()),
     LayerNorm: lower_layer_norm,
     LocalResponseNorm: lower_local_response_norm,
     Map: lower_map,
+    Pool: lower_pool,
+    LastPool: lower_last_pool,
+    Resize: lower_resize,
     Reduce: lower_reduce,
     Softmax: lower_softmax,
+    Transpose: lower_transpose,
+    Expand: lower_expand,
+    Slice: lower_slice,
+    Concat: lower_concat,
+    Pad: lower_pad,
+    Gather: lower_gather,
+    GatherElements: lower_gather_elements,
+    GatherND: lower_gather_nd,
+    Iota: lower_iota,
+    ShapeTensor: lower_shape_tensor,
 }
+CHOOSING: dict[type, Callable[[GpuOptions, Lowering, Any, Node, Buffers, Buffers], bool]] = {
+    Attention: lower_attention,
+    TurnedAttention: lower_turned_attention,
+    MatMul: lower_matmul,
+    LastConv: lower_last_conv,
+    LastConvTranspose: lower_last_conv_transpose,
+}
+"""Lowerings that what the plan is made for matters to."""
 
 
-def lower_node(lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers) -> None:
-    """The steps of one node."""
+def lowering_for(options: GpuOptions) -> LowerNode:
+    """What appends the steps of one node to a plan made for `options`."""
+    table = LOWERINGS | {op: partial(lower, options) for op, lower in CHOOSING.items()}
+    return partial(_lower_node, table)
+
+
+def _lower_node(
+    table: dict[type, LowerOp], lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers
+) -> None:  # fmt: skip
     binds = tuple(getattr(node.op, "binds", ()))
-    lower = LOWERINGS.get(type(node.op))
+    lower = table.get(type(node.op))
     if binds or lower is None or not lower(lowering, node.op, node, inputs, outputs):
         lowering.emit(ArrayCall(evaluate, node.op, host=runs_on_host(node)), inputs, outputs, binds=binds)
 

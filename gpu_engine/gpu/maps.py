@@ -6,22 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpu_engine.gpu.printing import is_printable
-from gpu_engine.gpu.text import BITS, KernelText, power_of_two
+from gpu_engine.gpu.text import BITS, KernelText
+from gpu_engine.gpu.walks import Tile, write_inside, write_tile
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Map
-from gpu_engine.plan.axes import Axis, Shape, broadcast_strides, collapsed, contiguous_strides
+from gpu_engine.plan.axes import Shape, broadcast_strides, collapsed, contiguous_strides
 from gpu_engine.plan.lower import Lowering
-
-BLOCK = 1024
-"""Elements that a program of four warps computes: eight for each thread, two loads of 16 bytes of float32."""
-COLUMNS = 128
-"""Of these along the inner axis, where its extent is not known."""
-TURNED = 32
-"""The side of a square tile where an operand's neighbours are not the result's."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,15 @@ class Walked:
     buffer: int
     strides: tuple[Dim, ...]
     offset: Dim = 0
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Elements of `source` that go to `target`, one for every point of `extents`."""
+
+    source: Walked
+    target: Walked
+    extents: Shape
 
 
 def lower_map(lowering: Lowering, op: Map, node: Node, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> bool:
@@ -58,111 +61,102 @@ def emit_walk(
     out: Walked,
     extents: Shape,
     in_place: tuple[int, ...] = (),
-    *,
-    bits: bool = False,
 ) -> None:
     """Launch a kernel that computes the printable `root` for every point of `extents`.
 
     `in_place` are positions of operands that are read exactly where the result is written.
     """
-    used = sorted({node.value for node in expr.walk(root) if node.op == "arg"})
-    streams = [out, *(operands[i] for i in used)]
-    axes = collapsed(extents, [stream.strides for stream in streams]) or [(1, [1] * len(streams))]
-    text = KernelText(lowering, name, bits=bits)
-    indices, mask, programs = _tile(text, axes)
-    places = [
-        " + ".join([text.number(stream.offset)] * (stream.offset != 0) + steps) or "0"
-        for i, stream in enumerate(streams)
-        for steps in [[_times(text, index, strides[i]) for index, (_, strides) in zip(indices, axes, strict=True)
-                       if strides[i] != 0]]
-    ]  # fmt: skip
-    values = {
-        i: text.load(operands[i].buffer, place, mask if _varies(axes, k) else None)
-        for k, (i, place) in enumerate(zip(used, places[1:], strict=True), 1)
-    }
-    result = text.evaluate(root, values)
-    text.store(out.buffer, places[0], f"tl.broadcast_to({result}, {mask}.shape)", mask)
+    used = _used(root)
+    text = KernelText(lowering, name)
+    itemsize = min(lowering.buffers[stream.buffer].dtype.itemsize for stream in (out, *(operands[i] for i in used)))
+    programs = write_walk(text, "tl.program_id(0)", root, operands, out, extents, itemsize)
     read = tuple(operands[i].buffer for i in used)
     text.launch([programs], read, (out.buffer,), in_place=tuple(k for k, i in enumerate(used) if i in in_place))
 
 
+def emit_copies(lowering: Lowering, copies: Sequence[Copy]) -> None:
+    """Launch one kernel that does all copies: elements of one type that can be copied, into one buffer."""
+    (target,) = {copy.target.buffer for copy in copies}
+    itemsize = lowering.buffers[target].dtype.itemsize
+    root = expr.arg(0, BITS[itemsize])
+    text = KernelText(lowering, "copy", bits=True)
+    start: Dim = 0
+    for copy in copies:
+        walk = (root, [copy.source], copy.target, copy.extents, itemsize)
+        if len(copies) == 1:
+            start = write_walk(text, "tl.program_id(0)", *walk)
+            break
+        program = text.let("program", f"tl.program_id(0) - {text.number(start)}")
+        with text.block(f"if ({program} >= 0) & ({program} < {text.number(programs_of(copy, itemsize, lowering))}):"):
+            start = start + write_walk(text, program, *walk)
+    text.launch([start], tuple(dict.fromkeys(copy.source.buffer for copy in copies)), (target,))
+
+
+def programs_of(copy: Copy, itemsize: int, lowering: Lowering) -> Dim:
+    """How many programs a copy takes."""
+    trial = KernelText(lowering, "trial", bits=True)
+    return write_walk(trial, "0", expr.arg(0, BITS[itemsize]), [copy.source], copy.target, copy.extents, itemsize)
+
+
+def write_walk(
+    text: KernelText,
+    program: str,
+    root: Expr,
+    operands: Sequence[Walked],
+    out: Walked,
+    extents: Shape,
+    itemsize: int,
+) -> Dim:
+    """Lines that compute `root` for the points of program number `program`; the number of programs there are.
+
+    `itemsize` is that of the narrowest elements among the streams.
+    """
+    used = _used(root)
+    streams = [out, *(operands[i] for i in used)]
+    axes = collapsed(extents, [stream.strides for stream in streams]) or [(1, [1] * len(streams))]
+    lies = contiguous_strides(tuple(extent for extent, _ in axes))
+    flat = [all(steps[k] == step for (_, steps), step in zip(axes, lies, strict=True)) for k in range(len(streams))]
+    tile = write_tile(text, axes, itemsize, program, any(flat))
+    strides = [[steps[k] for _, steps in axes] for k in range(len(streams))]
+    places = [
+        _place(text, stream, own, lies_so, tile) for stream, own, lies_so in zip(streams, strides, flat, strict=True)
+    ]
+    moves = [any(step != 0 for step in own) for own in strides]
+
+    def body(mask: str | None) -> None:
+        values = {
+            i: text.load(operands[i].buffer, place, mask if moving else None)
+            for i, place, moving in zip(used, places[1:], moves[1:], strict=True)
+        }
+        shape = f"[{', '.join(map(str, tile.shape))}]"
+        text.store(out.buffer, places[0], f"tl.broadcast_to({text.evaluate(root, values)}, {shape})", mask)
+
+    write_inside(text, tile, body)
+    return tile.programs
+
+
+def _used(root: Expr) -> list[int]:
+    return sorted({node.value for node in expr.walk(root) if node.op == "arg"})
+
+
+def _place(text: KernelText, stream: Walked, strides: Sequence[Dim], flat: bool, tile: Tile) -> str:
+    """Where the points of a tile are, in elements."""
+    terms = [text.number(stream.offset)] * (stream.offset != 0)
+    if flat and tile.flat is not None:
+        return " + ".join([*terms, tile.flat])
+    pairs = zip(tile.indices, strides, strict=True)
+    terms += [_times(text, index, stride) for index, stride in pairs if stride != 0]
+    return " + ".join(terms) or "0"
+
+
 def _times(text: KernelText, index: str, stride: Dim) -> str:
-    return index if stride == 1 else f"{index} * {text.number(stride)}"
-
-
-def _varies(axes: Sequence[Axis], stream: int) -> bool:
-    """Whether a stream moves with the lanes of a program at all."""
-    return any(strides[stream] != 0 for _, strides in axes)
-
-
-def _tile(text: KernelText, axes: Sequence[Axis]) -> tuple[list[str], str, Dim]:
-    """(index along every axis, mask, number of programs) of one program's tile."""
-    turned = _turned_axis(axes)
-    if len(axes) == 1:
-        return _line(text, axes[0][0])
-    if turned is not None:
-        return _square(text, axes, turned)
-    return _rows(text, axes)
-
-
-def _line(text: KernelText, extent: Dim) -> tuple[list[str], str, Dim]:
-    block = min(BLOCK, power_of_two(extent)) if isinstance(extent, int) else BLOCK
-    text.line(f"i = tl.program_id(0) * {block} + tl.arange(0, {block})")
-    text.line(f"inside = i < {text.number(extent)}")
-    return ["i"], "inside", dims.ceil_div(extent, block)
-
-
-def _rows(text: KernelText, axes: Sequence[Axis]) -> tuple[list[str], str, Dim]:
-    """A tile of the inner axis and of all others as one."""
-    inner, rows = axes[-1][0], dims.product(extent for extent, _ in axes[:-1])
-    columns = min(BLOCK, power_of_two(inner)) if isinstance(inner, int) else COLUMNS
-    height = BLOCK // columns
-    if isinstance(rows, int):
-        height = min(height, power_of_two(rows))
-    across = dims.ceil_div(inner, columns)
-    text.line(f"r = tl.program_id(0) // {text.number(across)} * {height} + tl.arange(0, {height})[:, None]")
-    text.line(f"c = tl.program_id(0) % {text.number(across)} * {columns} + tl.arange(0, {columns})[None, :]")
-    text.line(f"inside = (r < {text.number(rows)}) & (c < {text.number(inner)})")
-    indices = [*_unravelled(text, "r", [extent for extent, _ in axes[:-1]]), "c"]
-    return indices, "inside", dims.ceil_div(rows, height) * across
-
-
-def _square(text: KernelText, axes: Sequence[Axis], turned: int) -> tuple[list[str], str, Dim]:
-    """A tile of the inner axis and of the one along which an operand's elements are neighbours."""
-    (inner, _), (other, _) = axes[-1], axes[turned]
-    rest = [extent for i, (extent, _) in enumerate(axes[:-1]) if i != turned]
-    across, down = dims.ceil_div(inner, TURNED), dims.ceil_div(other, TURNED)
-    text.line(f"c = tl.program_id(0) % {text.number(across)} * {TURNED} + tl.arange(0, {TURNED})[None, :]")
-    text.line(f"rest = tl.program_id(0) // {text.number(across)}")
-    text.line(f"r = rest % {text.number(down)} * {TURNED} + tl.arange(0, {TURNED})[:, None]")
-    text.line(f"rest = rest // {text.number(down)}")
-    text.line(f"inside = (r < {text.number(other)}) & (c < {text.number(inner)})")
-    indices = _unravelled(text, "rest", rest)
-    indices.insert(turned, "r")
-    return [*indices, "c"], "inside", dims.product([across, down, *rest])
-
-
-def _turned_axis(axes: Sequence[Axis]) -> int | None:
-    """The axis along which an operand that is not contiguous along the inner one is."""
-    _, inner = axes[-1]
-    for stream, step in enumerate(inner):
-        if step not in (0, 1):
-            for i, (extent, strides) in enumerate(axes[:-1]):
-                if strides[stream] == 1 and not (isinstance(extent, int) and extent < TURNED // 2):
-                    return i
-    return None
-
-
-def _unravelled(text: KernelText, index: str, extents: Sequence[Dim]) -> list[str]:
-    """Names of the indices along axes of which `index` counts the points."""
-    names: list[str] = []
-    for extent in reversed(extents[1:]):
-        names.insert(0, text.let("i", f"{index} % {text.number(extent)}"))
-        index = text.let("i", f"{index} // {text.number(extent)}")
-    return [index, *names] if extents else []
+    """Parameters are never negative: such a stride changes its sign in the text."""
+    highest = dims.bounds(stride)[1]
+    if isinstance(stride, int) or highest is None or highest > 0:
+        return index if stride == 1 else f"{index} * {text.number(stride)}"
+    return f"{index} * -{text.number(-stride)}"
 
 
 def emit_copy(lowering: Lowering, source: Walked, target: Walked, extents: Shape) -> None:
     """Copy `extents` elements of a type that can be copied between two walks."""
-    root = expr.arg(0, BITS[lowering.buffers[source.buffer].dtype.itemsize])
-    emit_walk(lowering, "copy", root, [source], target, extents, bits=True)
+    emit_copies(lowering, [Copy(source, target, extents)])

@@ -7,7 +7,7 @@ squared distances from it (Welford's), which are then joined (Chan et al., doi 1
 from __future__ import annotations
 
 from gpu_engine.gpu.folds import Block, FoldTile, folding, row_shape
-from gpu_engine.gpu.maps import BLOCK, Walked
+from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.printing import computing, is_printable_dtype, literal
 from gpu_engine.gpu.softmax import loop_shape
 from gpu_engine.gpu.text import KernelText
@@ -17,6 +17,8 @@ from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import LayerNorm, LocalResponseNorm
 from gpu_engine.plan.axes import broadcast_strides, contiguous_strides
 from gpu_engine.plan.lower import Lowering
+
+BLOCK = 1024
 
 
 def lower_layer_norm(

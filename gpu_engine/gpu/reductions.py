@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from gpu_engine.gpu.folds import ENOUGH_PROGRAMS, Folding, FoldTile, TileShape, folding, pass_shape, typical
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.printing import NAN, computing, is_printable, literal
@@ -116,13 +114,13 @@ def kept_strides(shape: Shape, axes: Sequence[int]) -> tuple[Dim, ...]:
 
 
 def _finish(op: Reduce, dtype: DType, count: Dim) -> Expr:
-    """From the total (arg 0, in the accumulator's type) and, for a mean, the number of elements (arg 1) to the result."""
+    """From the total (arg 0, in the accumulator's type) and a mean's number of elements (arg 1) to the result."""
     wide = compute_dtype(dtype)
     result = expr.arg(0, wide)
     if op.kind == "mean" and dtype != BOOL:
         number = expr.arg(1, wide)
         if isinstance(count, int):
-            number = expr.const(count if is_float(wide) else np.array(max(count, 1)).astype(wide)[()], wide)
+            number = expr.const(count if is_float(wide) else wide.type(max(count, 1)), wide)
         result = result / number
     result = expr.cast(result, dtype)
     return result if op.after is None else expr.substitute(op.after, {0: result})

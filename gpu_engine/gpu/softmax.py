@@ -69,7 +69,7 @@ def _totals(text: KernelText, tile: FoldTile, computed: str) -> tuple[str, str]:
     # a lane that saw nothing has the same peak as one that saw only -inf, which makes the row NaN
     scaled = f"tl.where(peaks == {LEAST}, 0.0, sums * tl.exp(peaks - {peak}))"
     total = text.let("total", f"tl.sum({scaled}, axis={tile.axis}, keep_dims=True)")
-    return peak, text.let("total", f"tl.where({peak} == {LEAST}, float(\"nan\"), {total})")
+    return peak, text.let("total", f'tl.where({peak} == {LEAST}, float("nan"), {total})')
 
 
 def _add(text: KernelText, block: Block) -> None:

@@ -10,6 +10,8 @@ DEVICES = {
     "cuda": "gpu_engine.gpu.cuda:CudaDevice",
     "interpret": "gpu_engine.gpu.interpret:InterpretDevice",
 }
+KERNEL_COMPILER = "gpu_engine.gpu.offline:compile_binary"
+"""Needs Triton, which a bundle does without."""
 NAMES = {
     "compile": "gpu_engine.compiler:compile",
     "Engine": "gpu_engine.runtime.engine:Engine",

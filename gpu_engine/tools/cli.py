@@ -1,7 +1,8 @@
-"""The command line: `gpu-engine demo`, `gpu-engine run`, `gpu-engine inspect`, `gpu-engine ops`."""
+"""The command line: `gpu-engine demo`, `run`, `build`, `inspect` and `ops`."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -15,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 import gpu_engine
-from gpu_engine.tools import operators
+from gpu_engine.gpu import bundle
+from gpu_engine.tools import bundles, operators
 from gpu_engine.tools.demo import Advance, Report, run_demo
 from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
 from gpu_engine.tools.inspection import describe
@@ -97,6 +99,29 @@ def inspect(
 ) -> None:
     """Show a model's inputs, outputs, batching and the steps of its plan."""
     print(describe(model, device, graph))
+
+
+@app.command()
+def build(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write: NAME.bundle.")],
+    arch: Annotated[list[str], typer.Option(help="A GPU architecture such as sm_90; may be repeated.")] = ["sm_90"],  # noqa: B006
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16.")] = "fp32",
+    processes: Annotated[int, typer.Option(min=1, help="Kernels compiled at the same time.")] = os.cpu_count() or 1,
+) -> None:
+    """Compile all GPU kernels of a model into one file, with or without a GPU here."""
+    console = Console()
+    if output.suffix != bundle.SUFFIX:
+        raise ValueError(f"{output}: a bundle's name ends in {bundle.SUFFIX}")
+    with _progress(console) as progress:
+        task = progress.add_task("kernels", total=None)
+
+        def tell(_: str, done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        made = bundles.build(model, output, [*map(bundles.parse_arch, arch)], precision, processes, tell)
+    console.print(bundles.table(made))
+    print(f"{output}: {len(made.entries)} kernels, {output.stat().st_size:,} bytes")
 
 
 @app.command()

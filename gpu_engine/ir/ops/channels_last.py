@@ -14,7 +14,9 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Op, TensorType
-from gpu_engine.ir.ops import Conv, ConvTranspose, Map, Pool
+from gpu_engine.ir.ops.linear import Conv, ConvTranspose
+from gpu_engine.ir.ops.pointwise import Map
+from gpu_engine.ir.ops.pooling import Pool
 
 Shape = tuple[Dim, ...]
 

@@ -1,0 +1,32 @@
+"""From a graph to the plan of a GPU: the same for every way to run or compile it."""
+
+from __future__ import annotations
+
+from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.layouts import assign_layouts
+from gpu_engine.gpu.lowering import lowering_for
+from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.program import Program, with_program
+from gpu_engine.gpu.turned_attention import turn_attention
+from gpu_engine.ir.graph import Graph
+from gpu_engine.plan.lower import lower_graph
+from gpu_engine.plan.plan import LARGEST, Batching, Plan
+
+GROWTH = 4
+"""At most so many times as large as they are do weights become: a copy, and one in the order that a kernel reads."""
+
+
+def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes: int = LARGEST) -> Plan:
+    """The plan, prepared for binding; OutOfMemory if constants that repeat their elements take more than
+    `room_nbytes`."""
+    return with_program(lower_graph(graph, batching, lowering_for(options), _arrange, room_nbytes=room_nbytes))
+
+
+def kernels_of(plan: Plan) -> tuple[TritonKernel, ...]:
+    """Every distinct kernel that the plan launches."""
+    program: Program = plan.program
+    return program.kernels
+
+
+def _arrange(graph: Graph) -> Graph:
+    return turn_attention(assign_layouts(graph))

@@ -1,0 +1,124 @@
+"""Compile every GPU kernel of the models at full size: `python -m tests.offline --arch sm_80 sm_90 sm_100`.
+
+Prints a row for each kernel and architecture: registers, spills, shared memory, matrix instructions, the width of its
+loads, and what is wrong. The exit code is 1 if anything is. No GPU is needed; what Triton compiled before it finds in
+its cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.models import MODELS
+from gpu_engine.gpu.binary import check_parameters, parameter_nbytes
+from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.launches import ArrayCall, Launch
+from gpu_engine.gpu.offline import Resources, compiled, problems, resources
+from gpu_engine.gpu.options import PRECISIONS, GpuOptions
+from gpu_engine.gpu.planning import gpu_plan, kernels_of
+from gpu_engine.passes.batchability import prove
+from gpu_engine.plan.plan import Plan
+from gpu_engine.tools.bundles import imported, parse_arch
+
+DEFAULT_MODELS = (
+    "resnet50", "mobilenetv2", "efficientnet_b0", "bert_base", "vit_tiny", "unet", "ppocrv4_det", "ppocrv4_rec",
+    "silero_vad", "smart_turn_v3_2_int8",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one kernel on one architecture; `error` if it did not compile."""
+
+    kernel: TritonKernel
+    arch: int
+    used: Resources | None
+    wrong: tuple[str, ...]
+
+
+def inspected(kernel: TritonKernel, arch: int) -> Verdict:
+    """Compile one kernel and read its machine code."""
+    try:
+        binary = compiled(kernel, arch)
+        check_parameters(kernel, parameter_nbytes(binary.asm["ptx"]))
+        used = resources(binary)
+    except Exception as error:
+        return Verdict(kernel, arch, None, (str(error).strip().splitlines()[-1][:200],))
+    return Verdict(kernel, arch, used, tuple(problems(kernel, binary, used, arch)))
+
+
+def plan_of(model: bytes, precision: str, arch: int) -> Plan:
+    graph = imported(model)
+    return gpu_plan(graph, prove(graph), GpuOptions(precision, arch))
+
+
+def counts(plan: Plan) -> str:
+    """How many launches and array steps an inference takes."""
+    launches = sum(isinstance(step.kernel, Launch) for step in plan.steps)
+    arrays = [step for step in plan.steps if isinstance(step.kernel, ArrayCall)]
+    names = sorted({type(step.kernel.op).__name__ for step in arrays})
+    return f"{launches} launches of {len(kernels_of(plan))} kernels, {len(arrays)} array steps {' '.join(names)}"
+
+
+def table(verdicts: Sequence[Verdict]) -> Table:
+    grid = Table(
+        "kernel", "arch", "registers", "spills", "shared", "matrix instructions", "load bits", "wrong", "digest"
+    )
+    for found in verdicts:
+        used = found.used
+        cells = ("-",) * 5
+        if used is not None:
+            matrix = " ".join(f"{name} {count}" for name, count in used.matrix_instructions.items())
+            cells = (
+                str(used.registers), str(used.spills), f"{used.shared_nbytes:,}", matrix or "-", str(used.load_bits)
+            )  # fmt: skip
+        grid.add_row(
+            found.kernel.name, f"sm_{found.arch}", *cells, "; ".join(found.wrong) or "-", found.kernel.digest[:8]
+        )
+    return grid
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.offline", description=__doc__)
+    parser.add_argument("--arch", nargs="+", default=["sm_90"], help="architectures such as sm_80 sm_90 sm_100")
+    parser.add_argument("--model", nargs="+", default=DEFAULT_MODELS, help="names of the catalogue or paths")
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=PRECISIONS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    console = Console(width=190)
+    wanted: dict[tuple[TritonKernel, int], None] = {}
+    for name in options.model:
+        data = Path(name if name.endswith(".onnx") else MODELS[name].path()).read_bytes()
+        for precision in options.precision:
+            for arch in map(parse_arch, options.arch):
+                plan = plan_of(data, precision, arch)
+                console.print(f"{name}, {precision}, sm_{arch}: {counts(plan)}")
+                wanted |= dict.fromkeys((kernel, arch) for kernel in kernels_of(plan))
+    verdicts = []
+    with (
+        ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool,
+        Progress(console=Console(file=sys.stderr), transient=True) as progress,
+    ):
+        task = progress.add_task("kernels", total=len(wanted))
+        for verdict in pool.map(inspected, *zip(*wanted, strict=True)) if wanted else ():
+            verdicts.append(verdict)
+            progress.advance(task)
+    console.print(table(sorted(verdicts, key=lambda found: (found.kernel.name, found.arch, found.kernel.digest))))
+    wrong = sum(bool(found.wrong) for found in verdicts)
+    console.print(f"{len(verdicts)} compiled kernels, {wrong} with something wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

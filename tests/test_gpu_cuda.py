@@ -1,0 +1,131 @@
+"""The CUDA device over a CuPy that needs no GPU: packing, memory, streams and refusals."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+pytest.importorskip("triton")
+
+import gpu_engine
+from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.runtime.late import KERNEL_COMPILER, load
+from tests import fake_cupy
+
+Log = list[tuple[Any, ...]]
+
+
+def replace_modules(monkeypatch: pytest.MonkeyPatch, log: Log, devices: int = 1) -> None:
+    for name, module in fake_cupy.fake_cupy(log, devices).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "gpu_engine.gpu.cuda", raising=False)
+
+    def loaded(place: str) -> Any:
+        return fake_cupy.binary_source if place == KERNEL_COMPILER else load(place)
+
+    monkeypatch.setattr("gpu_engine.compiler.load", loaded)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
+    """What was asked of the GPU, in order."""
+    found: Log = []
+    replace_modules(monkeypatch, found)
+    yield found
+    sys.modules.pop("gpu_engine.gpu.cuda", None)
+
+
+def network() -> onnx.ModelProto:
+    """[n, 6] -> tanh(x * 2 + b) -> float16 and a sum of rows."""
+    nodes = [
+        helper.make_node("Mul", ["x", "two"], ["d"]),
+        helper.make_node("Add", ["d", "b"], ["s"]),
+        helper.make_node("Tanh", ["s"], ["t"]),
+        helper.make_node("Cast", ["t"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("ReduceSum", ["t", "axis"], ["sum"], keepdims=0),
+    ]
+    constants = [
+        helper.make_tensor("two", TensorProto.FLOAT, [], [2.0]),
+        helper.make_tensor("b", TensorProto.FLOAT, [6], np.arange(6) / 10),
+        helper.make_tensor("axis", TensorProto.INT64, [1], [1]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "network",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])],
+        [
+            helper.make_tensor_value_info("half", TensorProto.FLOAT16, ["n", 6]),
+            helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["n"]),
+        ],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def test_results_are_those_of_the_cpu(log: Log) -> None:
+    rng = np.random.default_rng()
+    with gpu_engine.compile(network(), device="cuda") as ours, gpu_engine.compile(network(), device="cpu") as cpu:
+        for rows in (1, 7, 64, 7):
+            x = rng.standard_normal((rows, 6), np.float32)
+            for found, expected in zip(ours.run([x]), cpu.run([x]), strict=True):
+                np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert any(entry[0] == "launch" for entry in log)
+
+
+def test_requests_on_two_streams_share_one_copy_of_the_weights(log: Log) -> None:
+    rng = np.random.default_rng()
+    with gpu_engine.compile(network(), device="cuda", streams=2, requests=16) as engine:
+        weights = [entry for entry in log if entry == ("alloc", 24)]
+        rows = [rng.standard_normal((1, 6), np.float32) for _ in range(64)]
+        futures = [engine.submit([row]) for row in rows]
+        for row, future in zip(rows, futures, strict=True):
+            expected = np.tanh(row * 2 + np.arange(6, dtype=np.float32) / 10)
+            np.testing.assert_allclose(future.result()[1], expected.sum(axis=1), rtol=1e-4, atol=1e-5)
+    assert len(weights) <= 1
+    assert len({entry[3] for entry in log if entry[0] == "launch"}) == 2
+
+
+def test_a_known_shape_allocates_nothing(log: Log) -> None:
+    with gpu_engine.compile(network(), device="cuda") as engine:
+        x = np.zeros((5, 6), np.float32)
+        for _ in range(3):
+            engine.run([x])
+        before = [entry[0] for entry in log].count("alloc")
+        engine.run([x])
+        assert [entry[0] for entry in log].count("alloc") == before
+
+
+def test_no_driver_is_said_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_modules(monkeypatch, [], devices=0)
+    with pytest.raises(DeviceError, match="cudaErrorInsufficientDriver"):
+        gpu_engine.compile(network(), device="cuda")
+    with gpu_engine.compile(network()) as engine:
+        assert engine.device.startswith("cpu") and "cudaErrorInsufficientDriver" in engine.device
+    sys.modules.pop("gpu_engine.gpu.cuda", None)
+
+
+def test_a_gpu_that_is_not_there(log: Log) -> None:
+    with pytest.raises(DeviceError, match="cuda:3 does not exist"):
+        gpu_engine.compile(network(), device="cuda:3")
+
+
+def test_memory_that_is_not_there(log: Log) -> None:
+    with gpu_engine.compile(network(), device="cuda", auto_batching=False) as engine, pytest.raises(OutOfMemory):
+        engine.run([np.zeros((1 << 26, 6), np.float32)])
+
+
+def test_without_triton_the_reason_is_said(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(place: str) -> Any:
+        if place == KERNEL_COMPILER:
+            raise ImportError("No module named 'triton'")
+        return load(place)
+
+    monkeypatch.setattr("gpu_engine.compiler.load", loaded)
+    with pytest.raises(DeviceError, match="Triton is not installed"):
+        gpu_engine.compile(network(), device="cuda")

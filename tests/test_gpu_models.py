@@ -1,0 +1,87 @@
+"""Real models through the GPU's kernels, interpreted, beside the CPU device: convolutional ones on small images.
+
+`python -m pytest -m "models or not models" tests/test_gpu_models.py` runs them all, within half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+import pytest
+
+pytest.importorskip("triton")
+
+import gpu_engine
+from benchmarks.fetch import Unavailable
+from benchmarks.inputs import Feed
+from benchmarks.models import MODELS
+from gpu_engine.gpu.launches import ArrayCall, Launch
+from gpu_engine.plan.plan import Plan
+
+IMAGES = ("resnet18", "resnet50", "mobilenetv2", "mobilenetv3_large", "efficientnet_b0", "resnet18_qdq")
+SHAPES: dict[str, tuple[int, ...]] = {
+    "silero_vad": (2, 576, 16000),
+    "ppocr_cls_v2": (1, 48, 48),
+    "ppocrv4_det": (1, 64, 64),
+    "ppocrv4_rec": (1, 48, 64),
+    "unet": (1, 32, 32),
+    "bert_small_sdpa": (2, 9),
+    "bert_base": (1, 7),
+    "vit_tiny": (1,),
+    "smart_turn_v3_2_int8": (1,),
+}
+DEFAULT = ("silero_vad", "ppocr_cls_v2")
+LAUNCHES = {"resnet50": 60, "mobilenetv2": 60, "bert_base": 100}
+
+
+def smaller(name: str, side: int = 64) -> tuple[bytes, Feed]:
+    """A network for images of any size, and one small image."""
+    proto = onnx.load(MODELS[name].path())
+    (port,) = proto.graph.input
+    for axis, text in ((2, "height"), (3, "width")):
+        port.type.tensor_type.shape.dim[axis].dim_param = text
+    del proto.graph.value_info[:]
+    image = np.random.default_rng(0).standard_normal((2, 3, side, side), np.float32)
+    return proto.SerializeToString(), {port.name: image}
+
+
+def case(name: str) -> tuple[bytes, Feed]:
+    try:
+        if name in IMAGES:
+            return smaller(name)
+        model = MODELS[name]
+        return model.path().read_bytes(), model.feed(*SHAPES[name])
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.models]) for name in (*SHAPES, *IMAGES)]
+)
+def test_the_gpu_gives_what_the_cpu_gives(name: str) -> None:
+    model, feed = case(name)
+    tolerance = MODELS[name].tolerance
+    with (
+        gpu_engine.compile(model, device="interpret", auto_batching=False) as ours,
+        gpu_engine.compile(model, device="cpu", auto_batching=False) as cpu,
+    ):
+        found, expected = ours.run(feed), cpu.run(feed)
+    for port, array in expected.items():
+        np.testing.assert_allclose(found[port], array, tolerance.rtol, 2 * tolerance.atol, err_msg=port)
+        assert tolerance.mean == math.inf or np.abs(found[port] - array).mean() <= tolerance.mean
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_of_an_inference(name: str) -> None:
+    try:
+        path = MODELS[name].path()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    with gpu_engine.compile(path, device="interpret") as engine:
+        plan: Plan = engine.plan  # type: ignore[union-attr]
+    arrays = [step.source for step in plan.steps if isinstance(step.kernel, ArrayCall)]
+    assert not arrays
+    assert sum(isinstance(step.kernel, Launch) for step in plan.steps) <= LAUNCHES[name]
