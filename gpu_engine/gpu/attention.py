@@ -25,6 +25,8 @@ from gpu_engine.plan.lower import Lowering
 LOG2_E = math.log2(math.e)
 LEAST_FEATURES = 16
 MOST_FEATURES = 256
+LEAST_ROWS = 16
+MANY_QUERIES = 512
 PRECISIONS = {"fp32": "ieee", "tf32": "tf32"}
 FACTORS = {"fp16": FLOAT16, "bf16": BFLOAT16}
 LOWEST = 'float("-inf")'
@@ -90,7 +92,8 @@ def emit_attention(options: GpuOptions, lowering: Lowering, op: Attention, facto
     """Launch attention of any factors for whose types `has_kernel` holds; features must be neighbours in memory."""
     dtype = lowering.buffers[factors.walks[0].buffer].dtype
     multiplied = FACTORS.get(options.precision, dtype) if dtype == FLOAT32 else dtype
-    tile = choose(multiplied, options.precision, factors)
+    added = any(lowering.buffers[walk.buffer].dtype != BOOL for walk in factors.walks[4:])
+    tile = choose(multiplied, options.precision, factors, added=added)
     kernel = _Kernel(lowering, op, factors, tile, multiplied, PRECISIONS.get(options.precision, "ieee"))
     kernel.write()
     out = factors.walks[3].buffer
@@ -98,24 +101,30 @@ def emit_attention(options: GpuOptions, lowering: Lowering, op: Attention, facto
     kernel.text.launch(kernel.grid, reads, (out,), num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
-def choose(multiplied: DType, precision: str, factors: Factors) -> AttentionTile:
-    """The tile for a type and a head size; few rows in one where there are, or may be, few queries."""
+def choose(multiplied: DType, precision: str, factors: Factors, *, added: bool) -> AttentionTile:
+    """The tile for a type and a head size, few rows where there are, or may be, few queries; with a mask that is
+    `added`, one that leaves registers for it. Every entry was compiled for sm_90 without spills."""
     features = max(_padded(factors.depth), _padded(factors.width))
-    few = not isinstance(factors.queries, int) or factors.queries < 512
+    few = not isinstance(factors.queries, int) or factors.queries < MANY_QUERIES
     if multiplied.itemsize == 2:
-        if features <= 64:
-            tile = AttentionTile(64, 64, 4, 3) if few else AttentionTile(128, 128, 4, 3)
-        elif features <= 128:
-            tile = AttentionTile(64, 64, 4, 3) if few else AttentionTile(128, 64, 8, 3)
-        else:
-            tile = AttentionTile(64, 32, 4, 3)
+        tile = _narrow_tile(features, few, added)
     elif precision == "tf32":
-        tile = AttentionTile(64, 32, 4, 3) if features <= 128 else AttentionTile(64, 32, 8, 2)
+        tile = AttentionTile(64, 32, 4, 3) if features <= 64 else AttentionTile(64, 16 if features > 128 else 32, 8, 2)
     else:
-        tile = AttentionTile(32, 32, 4, 2) if features > 64 else AttentionTile(64, 32, 4, 3)
-    if isinstance(factors.queries, int) and factors.queries <= 16:
-        return AttentionTile(16, min(tile.keys, 64), 4, tile.num_stages)
+        tile = AttentionTile(64, 32, 8, 3) if features <= 64 else AttentionTile(32, 16, 8, 2)
+    if isinstance(factors.queries, int) and factors.queries <= LEAST_ROWS:
+        return AttentionTile(LEAST_ROWS, min(tile.keys, 64), 4, tile.num_stages)
     return tile
+
+
+def _narrow_tile(features: int, few: bool, added: bool) -> AttentionTile:
+    """For factors of two bytes."""
+    if features <= 64:
+        return AttentionTile(64, 64, 4, 3) if few or added else AttentionTile(128, 128, 8, 3)
+    if features <= 128:
+        return AttentionTile(64, 32, 4, 3) if added else AttentionTile(64, 64, 4, 3) if few else (
+            AttentionTile(128, 64, 8, 3))  # fmt: skip
+    return AttentionTile(64, 16, 4, 3) if added else AttentionTile(64, 32, 4, 3)
 
 
 def _padded(features: int) -> int:
