@@ -26,7 +26,7 @@ def attention(widths: tuple[int, int, int] = (32, 32, 32), key_source: str = "x"
         perm = [0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]
         nodes += [
             helper.make_node("MatMul", [source, name + "w"], [name + "0"], name=name),
-            helper.make_node("Add", [name + "0", name + "b"], [name + "1"]),
+            helper.make_node("Add", [name + "0", name + "b"], [name + "1"], name=name),
             helper.make_node("Reshape", [name + "1", name + "shape"], [name + "2"]),
             helper.make_node("Transpose", [name + "2"], [name], perm=perm),
         ]
