@@ -1,7 +1,7 @@
 """Attention: blocks of scores stay in registers, beside the running maximum and sum of every row.
 
-Follows FlashAttention-2 (https://arxiv.org/abs/2307.08691). A program computes `rows` queries of one head. Keys that all
-of them see come first, without masks; then those at the causal diagonal and at the end.
+Follows FlashAttention-2 (https://arxiv.org/abs/2307.08691). A program computes `rows` queries of one head. Keys that
+all of them see come first, without masks; then those at the causal diagonal and at the end.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ Perm = tuple[int, ...]
 
 @dataclass(frozen=True)
 class View:
-    """A tensor of `shape` inside another: its axis i is axis `axes[i]` of that, from element `starts[axes[i]]` on. Along
-    axes that are not named it has the element at the start only."""
+    """A tensor of `shape` inside another: its axis i is axis `axes[i]` of that, from element `starts[axes[i]]` on.
+    Along axes that are not named it has the element at the start only."""
 
     shape: Shape
     axes: Perm
