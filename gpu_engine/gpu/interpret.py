@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.gpu.device_arrays import DeviceArray, DeviceModule
 from gpu_engine.gpu.driver import HostArray, Piece, Pieces
 from gpu_engine.gpu.interpreter import interpret, interpreting, spans
 from gpu_engine.gpu.kernel import TritonKernel
@@ -23,6 +24,7 @@ from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
+from gpu_engine.gpu.text import BITS
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan
@@ -49,10 +51,9 @@ class HostMemory:
 class Interpreter:
     """See `driver.Driver`."""
 
-    xp = np
-
     def __init__(self, seed: int = 0) -> None:
         self._shuffle = random.Random(seed)
+        self.xp = DeviceModule()
 
     def allocate(self, nbytes: int) -> HostMemory:
         return HostMemory(nbytes)
@@ -61,13 +62,16 @@ class Interpreter:
         return interpreting()
 
     def array(self, memory: HostMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        return np.ndarray(shape, dtype, memory.bytes.data, offset)
+        known = BITS[dtype.itemsize] if dtype.kind == "V" else dtype
+        return self.xp.on_device(np.ndarray(shape, known, memory.bytes.data, offset))
 
-    def upload(self, target: Any, source: HostArray) -> None:
-        target[...] = source
+    def upload(self, target: DeviceArray, source: HostArray) -> None:
+        host = self.xp.on_host(target)
+        host[...] = source.view(host.dtype) if source.dtype.kind == "V" else source
 
-    def download(self, source: Any, dtype: DType) -> HostArray:
-        return np.array(source)
+    def download(self, source: DeviceArray, dtype: DType) -> HostArray:
+        found = np.array(self.xp.on_host(source))
+        return found.view(dtype) if found.dtype != dtype else found
 
     def load(self, kernel: TritonKernel) -> TritonKernel:
         return kernel

@@ -189,7 +189,7 @@ class _Builder(shipped.InterpreterBuilder):  # type: ignore[misc]
         if allowed is None:
             return
         nbytes = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
-        addresses = np.broadcast_to(pointers.data, mask.shape)[mask]
+        addresses = np.broadcast_to(pointers.data, mask.shape)[mask != 0]  # a scalar as a block is no array of bools
         if not addresses.size:
             return
         starts, ends = allowed

@@ -19,6 +19,7 @@ from gpu_engine.gpu.norms import lower_layer_norm, lower_local_response_norm
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.padding import lower_pad
 from gpu_engine.gpu.pooling import lower_last_pool, lower_pool
+from gpu_engine.gpu.recurrent import lower_recurrent
 from gpu_engine.gpu.reductions import lower_reduce
 from gpu_engine.gpu.resizing import lower_resize
 from gpu_engine.gpu.softmax import lower_softmax
@@ -41,6 +42,7 @@ from gpu_engine.ir.ops import (
     MatMul,
     Pad,
     Pool,
+    Recurrent,
     Reduce,
     Resize,
     Slice,
@@ -62,6 +64,7 @@ LOWERINGS: dict[type, LowerOp] = {
     Pool: lower_pool,
     LastPool: lower_last_pool,
     Resize: lower_resize,
+    Recurrent: lower_recurrent,
     Reduce: lower_reduce,
     Softmax: lower_softmax,
     Transpose: lower_transpose,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpu_engine.gpu.joined_products import join_projections
 from gpu_engine.gpu.kernel import TritonKernel
 from gpu_engine.gpu.layouts import assign_layouts
 from gpu_engine.gpu.lowering import lowering_for
@@ -19,14 +20,14 @@ GROWTH = 4
 def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes: int = LARGEST) -> Plan:
     """The plan, prepared for binding; OutOfMemory if constants that repeat their elements take more than
     `room_nbytes`."""
-    return with_program(lower_graph(graph, batching, lowering_for(options), _arrange, room_nbytes=room_nbytes))
+    return with_program(lower_graph(graph, batching, lowering_for(options), _arranged, room_nbytes=room_nbytes))
+
+
+def _arranged(graph: Graph) -> Graph:
+    return turn_attention(join_projections(assign_layouts(graph)))
 
 
 def kernels_of(plan: Plan) -> tuple[TritonKernel, ...]:
     """Every distinct kernel that the plan launches."""
     program: Program = plan.program
     return program.kernels
-
-
-def _arrange(graph: Graph) -> Graph:
-    return turn_attention(assign_layouts(graph))

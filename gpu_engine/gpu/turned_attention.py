@@ -131,6 +131,9 @@ def _source(value: Value, builder: Builder) -> tuple[Value, View]:
     best = value, View(shape, tuple(axes), tuple(starts))
     while (made := builder.producer(value)) is not None:
         source = made.inputs[0] if made.inputs else value
+        before = builder.producer(source)
+        if isinstance(made.op, Reshape) and before is not None and isinstance(before.op, Reshape):
+            source = before.inputs[0]
         match made.op:
             case Transpose(perm=perm):
                 moved = list(perm)
@@ -141,8 +144,8 @@ def _source(value: Value, builder: Builder) -> tuple[Value, View]:
                 moved = kept
             case _:
                 break
-        before, starts = starts, [0] * source.rank
-        for axis, start in zip(moved, before, strict=True):
+        moving, starts = starts, [0] * source.rank
+        for axis, start in zip(moved, moving, strict=True):
             starts[axis] = start
         axes, value = [moved[axis] for axis in axes], source
         if axes[-1] == source.rank - 1:

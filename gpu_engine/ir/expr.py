@@ -225,7 +225,7 @@ PREDICATES = frozenset({"lt", "le", "eq", "isnan"})
 
 
 def _truncated_div(a: Any, b: Any) -> Any:
-    if np.asarray(a).dtype.kind not in "iu":
+    if a.dtype.kind not in "iu":
         return np.divide(a, b)
     quotient = np.floor_divide(a, b)
     return quotient + ((np.remainder(a, b) != 0) & ((np.less(a, 0)) != np.less(b, 0))).astype(quotient.dtype)
@@ -233,7 +233,7 @@ def _truncated_div(a: Any, b: Any) -> Any:
 
 def _power(a: Any, b: Any) -> Any:
     """a ** b; an integer to a negative power is truncated: 0 but for 1 and -1."""
-    if np.asarray(b).dtype.kind != "i":
+    if b.dtype.kind != "i":
         return np.power(a, b)
     whole = np.power(a, np.maximum(b, 0))
     unit = np.where(np.equal(a, 1) | np.equal(np.bitwise_and(b, 1), 0), 1, -1)
@@ -241,13 +241,13 @@ def _power(a: Any, b: Any) -> Any:
 
 
 def _logical(bitwise: Callable[..., Any], logical: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *x: logical(*x) if np.asarray(x[0]).dtype == BOOL else bitwise(*x)
+    return lambda *x: logical(*x) if x[0].dtype == BOOL else bitwise(*x)
 
 
 def _shift(function: Callable[..., Any]) -> Callable[..., Any]:
     def shifted(a: Any, b: Any) -> Any:
-        bits = np.asarray(a).dtype.itemsize * 8
-        return np.where(np.asarray(b) >= bits, np.zeros_like(a), function(a, np.minimum(b, bits - 1)))
+        bits = a.dtype.itemsize * 8
+        return np.where(b >= bits, np.zeros_like(a), function(a, np.minimum(b, bits - 1)))
 
     return shifted
 
@@ -308,23 +308,24 @@ def replace(expr: Expr, replacements: Mapping[Expr, Expr]) -> Expr:
     return built[expr]
 
 
-def evaluate(expr: Expr, operands: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """The expression over broadcastable arrays; the result has the expression's dtype."""
+def evaluate(expr: Expr, operands: Sequence[NDArray[Any]], xp: Any = np) -> NDArray[Any]:
+    """The expression over broadcastable arrays of the module `xp`; the result has the expression's dtype."""
     values: dict[Expr, Any] = {}
     with np.errstate(all="ignore"):
         for node in walk(expr):
             wide = compute_dtype(node.dtype)
             match node.op:
                 case "arg":
-                    values[node] = np.asarray(operands[node.value]).astype(wide, copy=False)
+                    values[node] = xp.asarray(operands[node.value]).astype(wide, copy=False)
                 case "const":
-                    values[node] = np.asarray(node.value).astype(wide)
+                    values[node] = np.asarray(node.value).astype(wide)[()]
                 case "cast":
                     values[node] = convert(values[node.args[0]], node.dtype, node.value).astype(wide, copy=False)
                 case op:
                     result = NUMPY[op](*(values[child] for child in node.args))
-                    values[node] = np.asarray(result).astype(wide, copy=False)
-        return np.asarray(values[expr]).astype(expr.dtype, copy=False)
+                    values[node] = result.astype(wide, copy=False)
+        found: NDArray[Any] = xp.asarray(values[expr])
+        return found.astype(expr.dtype, copy=False)
 
 
 def convert(x: NDArray[Any], dtype: DType, saturate: bool = False) -> NDArray[Any]:
@@ -334,15 +335,14 @@ def convert(x: NDArray[Any], dtype: DType, saturate: bool = False) -> NDArray[An
     bits take the low bits, NaN and what no int64 holds give 0; 64-bit ones give -2**63 (its bits, where unsigned).
     Saturated, NaN gives 0.
     """
-    x = np.asarray(x)
     if saturate:
         return _saturated(x, dtype)
     if x.dtype.kind == "f" and dtype.kind in "iu":
         if dtype.itemsize == 8:
             return _wide_integers(x, dtype)
-        wide = np.nan_to_num(np.trunc(x), nan=0.0, posinf=2.0**63, neginf=-(2.0**63))
-        return np.asarray(np.clip(wide, -(2.0**62), 2.0**62).astype(np.int64).astype(dtype))
-    return np.asarray(x.astype(dtype))
+        x = np.nan_to_num(np.trunc(x), nan=0.0, posinf=2.0**63, neginf=-(2.0**63))
+        x = np.clip(x, -(2.0**62), 2.0**62).astype(np.int64)
+    return x.astype(dtype)
 
 
 def _wide_integers(x: NDArray[Any], dtype: DType) -> NDArray[Any]:
@@ -351,22 +351,22 @@ def _wide_integers(x: NDArray[Any], dtype: DType) -> NDArray[Any]:
     if dtype.kind == "u":
         above = (x >= 2.0**63) & (x < 2.0**64)
         result = np.where(above, (np.where(above, x, 2.0**63) - 2.0**63).astype(np.int64) ^ np.int64(-(2**63)), result)
-    return np.asarray(result.astype(dtype))
+    return result.astype(dtype)
 
 
 def _saturated(x: NDArray[Any], dtype: DType) -> NDArray[Any]:
     low, high = limits(dtype)
     if is_float(dtype):
-        return np.asarray(x.astype(dtype) if dtype.itemsize == 8 else np.clip(x, float(low), float(high)).astype(dtype))
+        return x.astype(dtype) if dtype.itemsize == 8 else np.clip(x, float(low), float(high)).astype(dtype)
     if x.dtype.kind in "iu" and dtype.kind in "iu":
         own = np.iinfo(x.dtype)
-        clipped = np.clip(x, x.dtype.type(max(low, own.min)), x.dtype.type(min(high, own.max)))
-        return np.asarray(clipped.astype(dtype))
-    whole = np.nan_to_num(np.trunc(np.asarray(x, np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
+        clipped: NDArray[Any] = np.clip(x, x.dtype.type(max(low, own.min)), x.dtype.type(min(high, own.max)))
+        return clipped.astype(dtype)
+    whole = np.nan_to_num(np.trunc(x.astype(np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
     inside = np.where((whole >= float(low)) & (whole < float(high)), whole, 0)
     result = _wide_integers(inside, dtype) if dtype.itemsize == 8 else inside.astype(np.int64).astype(dtype)
     result = np.where(whole >= float(high), dtype.type(high), np.where(whole < float(low), dtype.type(low), result))
-    return np.asarray(result.astype(dtype))
+    return result.astype(dtype)
 
 
 def _simplified(op: str, args: tuple[Expr, ...]) -> Expr | None:

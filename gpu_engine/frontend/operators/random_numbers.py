@@ -1,7 +1,7 @@
 """Random numbers, and Dropout.
 
 A node with a seed gives the same numbers on every run, one without gives others each time. The streams are those of
-numpy.random.RandomState; the specification leaves them open.
+numpy.random.RandomState, drawn on the host whatever the device; the specification leaves them open.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def dropout(
         return (x, _kept(b, x, BOOL))[:output_count]
     kinds = (x.type, TensorType(BOOL, x.shape))
     results = emit_array(
-        b, _drop, lambda *_, **__: kinds, (x, ratio, training_mode), {"seed": seed}, deterministic=False
+        b, _drop, lambda *_, **__: kinds, (x, ratio, training_mode), {"seed": seed}, deterministic=False, host=True
     )
     return results[:output_count]
 
@@ -54,7 +54,7 @@ def _drop(xp: Any, x: Any, ratio: Any, training_mode: Any, *, seed: int | None) 
     share = 0.5 if ratio is None else float(ratio)
     if not bool(training_mode) or share == 0:
         return x, xp.ones(x.shape, bool)
-    mask = _state(xp, seed).uniform(0, 1, x.shape) >= share
+    mask = _state(seed).uniform(0, 1, x.shape) >= share
     return mask * x * (1 / (1 - share)), mask
 
 
@@ -100,7 +100,7 @@ def random_uniform_like(
 def bernoulli(b: Builder, x: Value, *, dtype: int = 0, seed: float | None = None) -> Value:
     """https://onnx.ai/onnx/operators/onnx__Bernoulli.html"""
     kind = TensorType(from_onnx(dtype) if dtype else x.dtype, x.shape)
-    (result,) = emit_array(b, _bernoulli, lambda *_, **__: kind, (x,), {"seed": seed}, deterministic=False)
+    (result,) = emit_array(b, _bernoulli, lambda *_, **__: kind, (x,), {"seed": seed}, deterministic=False, host=True)
     return result
 
 
@@ -111,7 +111,7 @@ def multinomial(b: Builder, x: Value, *, dtype: int = 6, sample_size: int = 1, s
         raise InvalidModel(f"{x.type} has the axes batch and class")
     kind = TensorType(from_onnx(dtype), (x.shape[0], sample_size))
     attributes = {"samples": sample_size, "seed": seed}
-    (result,) = emit_array(b, _multinomial, lambda *_, **__: kind, (x,), attributes, deterministic=False)
+    (result,) = emit_array(b, _multinomial, lambda *_, **__: kind, (x,), attributes, deterministic=False, host=True)
     return result
 
 
@@ -125,24 +125,24 @@ def _random(
 ) -> Value:
     kind = TensorType(dtype, tuple(shape))
     attributes = {"shape": kind.shape, "distribution": distribution, "parameters": parameters, "seed": seed}
-    (result,) = emit_array(b, _sample, lambda *_, **__: kind, (), attributes, deterministic=False)
+    (result,) = emit_array(b, _sample, lambda *_, **__: kind, (), attributes, deterministic=False, host=True)
     return result
 
 
 def _sample(xp: Any, *, shape: Any, distribution: str, parameters: tuple[float, float], seed: float | None) -> Any:
-    return getattr(_state(xp, seed), distribution)(*parameters, shape)
+    return getattr(_state(seed), distribution)(*parameters, shape)
 
 
 def _bernoulli(xp: Any, x: Any, *, seed: float | None) -> Any:
-    return _state(xp, seed).uniform(0, 1, x.shape) < x
+    return _state(seed).uniform(0, 1, x.shape) < x
 
 
 def _multinomial(xp: Any, x: Any, *, samples: int, seed: float | None) -> Any:
     weights = xp.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
     bounds = xp.cumsum(weights, axis=1)
-    drawn = _state(xp, seed).uniform(0, 1, (x.shape[0], samples)) * bounds[:, -1:]
+    drawn = _state(seed).uniform(0, 1, (x.shape[0], samples)) * bounds[:, -1:]
     return xp.minimum((bounds[:, None, :] <= drawn[:, :, None]).sum(axis=2), x.shape[1] - 1)
 
 
-def _state(xp: Any, seed: float | None) -> Any:
-    return xp.random.RandomState(None if seed is None else int(seed) & 0xFFFFFFFF)
+def _state(seed: float | None) -> Any:
+    return np.random.RandomState(None if seed is None else int(seed) & 0xFFFFFFFF)

@@ -37,7 +37,7 @@ class If:
 
     def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
         condition, *captured = arrays
-        branch = self.then_branch if bool(np.asarray(condition).reshape(())) else self.else_branch
+        branch = self.then_branch if bool(condition.reshape(())) else self.else_branch
         return run_graph(xp, branch, captured, bound_symbols(self.names, self.symbols))
 
 
@@ -52,7 +52,7 @@ class Require:
 
     def evaluate(self, xp: Any, *arrays: Any) -> tuple[Any, ...]:
         x, condition = arrays
-        if bool(np.asarray(condition).reshape(())) != self.expected:
+        if bool(condition.reshape(())) != self.expected:
             raise ValueError(self.refusal())
         return (x,)
 
@@ -91,8 +91,8 @@ class Loop:
 def run_loop(op: Loop, xp: Any, arrays: Sequence[Any], run_body: Any) -> tuple[Any, ...]:
     """The iterations of `op`; `run_body(inputs)` gives the outputs of one."""
     operands = list(arrays)
-    trips = int(np.asarray(operands.pop(0)).reshape(())) if op.counted else None
-    going = bool(np.asarray(operands.pop(0)).reshape(())) if op.conditional else True
+    trips = int(operands.pop(0).reshape(())) if op.counted else None
+    going = bool(operands.pop(0).reshape(())) if op.conditional else True
     state, captured = operands[: op.carried], operands[op.carried :]
     slices: list[list[Any]] = [[] for _ in op.outputs[op.carried :]]
     iteration = 0
@@ -103,7 +103,7 @@ def run_loop(op: Loop, xp: Any, arrays: Sequence[Any], run_body: Any) -> tuple[A
         state = results[: op.carried]
         for stacked, result in zip(slices, results[op.carried :], strict=True):
             stacked.append(result)
-        going = bool(np.asarray(condition).reshape(()))
+        going = bool(condition.reshape(()))
         iteration += 1
     return (*state, *(_stacked(xp, found, kind) for found, kind in zip(slices, op.outputs[op.carried :], strict=True)))
 

@@ -33,8 +33,8 @@ class Map:
         shape = np.broadcast_shapes(*(array.shape for array in arrays))
         if any(array.dtype == object for array in arrays):
             return (np.broadcast_to(_evaluate_extents(self.expr, arrays), shape),)
-        result = expr.evaluate(self.expr, arrays)
-        return (result if result.shape == shape else np.broadcast_to(result, shape).copy(),)
+        result = expr.evaluate(self.expr, arrays, xp)
+        return (result if result.shape == shape else xp.broadcast_to(result, shape).copy(),)
 
 
 def broadcast_shapes(*shapes: tuple[Dim, ...]) -> tuple[Dim, ...]:

@@ -129,7 +129,7 @@ class Recurrent:
 
     def _apply(self, xp: Any, function: Expr, x: Any, *, clip: bool = True) -> Any:
         x = xp.clip(x, -self.clip, self.clip) if clip and self.clip is not None else x
-        return expr.evaluate(function, [x])
+        return expr.evaluate(function, [x], xp)
 
 
 def _product(xp: Any, weights: Any, dtype: Any) -> Callable[[Any, slice], Any]:

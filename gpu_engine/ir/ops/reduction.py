@@ -13,7 +13,6 @@ from gpu_engine.ir.expr import NUMPY, Expr
 from gpu_engine.ir.graph import TensorType
 from gpu_engine.ir.ops.pointwise import Map
 
-REDUCTIONS: dict[str, Any] = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
 EXTENT_REDUCTIONS: dict[str, Any] = {
     "sum": np.add,
     "prod": np.multiply,
@@ -60,7 +59,7 @@ class Reduce:
             shape = reduced_shape(x.shape, self.axes, self.keepdims)
             result = xp.full(shape, _identity(self.kind, wide), wide)
         else:
-            result = REDUCTIONS[self.kind].reduce(x, axis=self.axes, keepdims=self.keepdims)
+            result = getattr(x, self.kind)(axis=self.axes, keepdims=self.keepdims)
         result = xp.asarray(result, wide).astype(dtype, copy=False)
         return (result,) if self.after is None else Map(self.after).evaluate(xp, result)
 
