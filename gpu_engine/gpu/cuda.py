@@ -21,7 +21,7 @@ from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
-from gpu_engine.gpu.text import BITS
+from gpu_engine.gpu.text import array_dtype
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan
@@ -74,12 +74,11 @@ class CudaDriver:
         return CudaMemory(nbytes)
 
     def array(self, memory: CudaMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        known = BITS[dtype.itemsize] if dtype.kind == "V" else dtype
-        return cupy.ndarray(shape, known, memory.pointer + offset)
+        return cupy.ndarray(shape, array_dtype(dtype), memory.pointer + offset)
 
     def upload(self, target: Any, source: HostArray) -> None:
         whole = np.ascontiguousarray(source).reshape(source.shape)
-        target.set(whole.view(target.dtype) if whole.dtype.kind == "V" else whole, self._stream)
+        target.set(whole.view(array_dtype(whole.dtype)), self._stream)
 
     def download(self, source: Any, dtype: DType) -> HostArray:
         found: NDArray[Any] = cupy.asnumpy(source, stream=self._stream)

@@ -21,26 +21,24 @@ from numpy.typing import NDArray
 Host = NDArray[Any]
 Kind = Literal["waits", "library", "uploads"]
 
-MISSING = frozenset(
-    """
+_MISSING = """
     asmatrix block bmat busday_count busday_offset datetime_as_string datetime_data einsum_path errstate frompyfunc
     fromregex geomspace get_include getbufsize geterr geterrcall histogram_bin_edges info insert is_busday isnat matvec
     nanpercentile nanquantile ndenumerate nditer nested_iters polyder polydiv polyint setbufsize seterr seterrcall
     show_runtime spacing test unstack vecdot vecmat
     linalg.diagonal linalg.matrix_norm linalg.multi_dot linalg.outer linalg.svdvals linalg.tensordot linalg.trace
     linalg.vecdot linalg.vector_norm
-    """.split()
-)
+"""
+MISSING = frozenset(_MISSING.split())
 """What NumPy has and CuPy 14 has not."""
 NOT_VECTORIZED = frozenset({"vectorize", "apply_along_axis", "apply_over_axes", "piecewise", "fromfunction"})
 """What would run Python on the device's elements."""
-WAITING = frozenset(
-    """
+_WAITING = """
     allclose argwhere array_equal array_equiv array2string array_repr array_str asnumpy average bincount compress
     digitize extract flatnonzero histogram histogram2d histogramdd interp isin nonzero percentile quantile save savez
     unique unique_all unique_counts unique_inverse unique_values
-    """.split()
-)
+"""
+WAITING = frozenset(_WAITING.split())
 LIBRARY = frozenset({"matmul", "dot", "tensordot", "einsum", "inner", "outer", "vdot", "kron", "convolve", "correlate"})
 CREATING = frozenset({"array", "asarray", "ascontiguousarray", "asanyarray", "asfortranarray"})
 """The doors for arrays of the host."""
@@ -50,13 +48,12 @@ UFUNC_METHODS: dict[str, frozenset[str]] = {
     "reduceat": frozenset({"add"}),
     "at": frozenset({"add", "subtract", "maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"}),
 }
-METHODS = frozenset(
-    """
+_METHODS = """
     all any argmax argmin argpartition argsort astype choose clip compress copy cumprod cumsum diagonal dot fill
     flatten max mean min nonzero partition prod put ravel repeat reshape round searchsorted sort squeeze std sum
     swapaxes take trace transpose var view
-    """.split()
-)
+"""
+METHODS = frozenset(_METHODS.split())
 WAITING_METHODS = frozenset({"nonzero", "compress"})
 
 

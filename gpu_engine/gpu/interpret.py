@@ -24,7 +24,7 @@ from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
-from gpu_engine.gpu.text import BITS
+from gpu_engine.gpu.text import array_dtype
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan
@@ -62,12 +62,12 @@ class Interpreter:
         return interpreting()
 
     def array(self, memory: HostMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        known = BITS[dtype.itemsize] if dtype.kind == "V" else dtype
-        return self.xp.on_device(np.ndarray(shape, known, memory.bytes.data, offset))
+        return self.xp.on_device(np.ndarray(shape, array_dtype(dtype), memory.bytes.data, offset))
 
     def upload(self, target: DeviceArray, source: HostArray) -> None:
-        host = self.xp.on_host(target)
-        host[...] = source.view(host.dtype) if source.dtype.kind == "V" else source
+        self.xp.on_host(target)[...] = (
+            np.ascontiguousarray(source).view(array_dtype(source.dtype)).reshape(source.shape)
+        )
 
     def download(self, source: DeviceArray, dtype: DType) -> HostArray:
         found = np.array(self.xp.on_host(source))
@@ -116,6 +116,11 @@ class InterpretDevice:
     @property
     def reason(self) -> str:
         return "the GPU's kernels on the host, for tests"
+
+    @property
+    def arrays(self) -> DeviceModule:
+        """The module of the device's arrays, which notes what a GPU would wait for."""
+        return self._driver.xp
 
     def auto_streams(self) -> int:
         return 1

@@ -9,6 +9,8 @@ from typing import Any
 from gpu_engine.gpu.kernel import DIVISIBILITY, TritonKernel
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.ops.control import If, Loop
+from gpu_engine.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,14 @@ class ArrayCall:
     function: ArrayFunction
     op: Any
     host: bool = False
+
+
+@dataclass(frozen=True)
+class BodyCall:
+    """Control flow: `op`, whose extents binding resolves, over bodies that are plans of their own, prepared."""
+
+    op: If | Loop
+    bodies: tuple[Plan, ...]
 
 
 def is_multiple(dim: Dim, factor: int = DIVISIBILITY) -> bool:

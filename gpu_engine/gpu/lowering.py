@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from gpu_engine.gpu.arg_reductions import lower_arg_reduce
 from gpu_engine.gpu.attention import lower_attention
+from gpu_engine.gpu.control import lower_control
 from gpu_engine.gpu.conv import lower_last_conv
 from gpu_engine.gpu.counting import lower_iota, lower_shape_tensor
 from gpu_engine.gpu.gathers import lower_gather, lower_gather_elements, lower_gather_nd
@@ -26,6 +27,7 @@ from gpu_engine.gpu.softmax import lower_softmax
 from gpu_engine.gpu.transposed_conv import lower_last_conv_transpose
 from gpu_engine.gpu.turned_attention import TurnedAttention, lower_turned_attention
 from gpu_engine.ir.dtypes import STRING
+from gpu_engine.ir.expr import Expr, walk
 from gpu_engine.ir.graph import Node, ShapeTensor
 from gpu_engine.ir.ops import (
     ArgReduce,
@@ -50,6 +52,7 @@ from gpu_engine.ir.ops import (
     Transpose,
 )
 from gpu_engine.ir.ops.channels_last import LastConv, LastConvTranspose, LastPool
+from gpu_engine.ir.ops.control import If, Loop
 from gpu_engine.plan.lower import Lowering, LowerNode
 
 Buffers = tuple[int, ...]
@@ -97,16 +100,39 @@ def lowering_for(options: GpuOptions) -> LowerNode:
 def _lower_node(
     table: dict[type, LowerOp], lowering: Lowering, node: Node, inputs: Buffers, outputs: Buffers
 ) -> None:  # fmt: skip
+    if isinstance(node.op, If | Loop):
+        lower_control(lowering, node, inputs, outputs)
+        return
     binds = tuple(getattr(node.op, "binds", ()))
     lower = table.get(type(node.op))
     if binds or lower is None or not lower(lowering, node.op, node, inputs, outputs):
-        lowering.emit(ArrayCall(evaluate, node.op, host=runs_on_host(node)), inputs, outputs, binds=binds)
+        lowering.emit(ArrayCall(evaluate, node.op, host=bool(runs_on_host(node))), inputs, outputs, binds=binds)
 
 
-def runs_on_host(node: Node) -> bool:
-    """Whether an operation is only known to NumPy: it says so, or its elements are none of the array module's."""
+def runs_on_host(node: Node) -> str:
+    """Why only NumPy can run the reference of an operation; empty where the device's array module can as well."""
     dtypes = [value.dtype for value in (*node.inputs, *node.outputs)]
-    return getattr(node.op, "host", False) or any(dtype == STRING or dtype.kind == "V" for dtype in dtypes)
+    below = [part for root in _exprs(tuple(vars(node.op).values())) for part in walk(root)]
+    unknown = [str(dtype) for dtype in (*dtypes, *(part.dtype for part in below)) if dtype.isbuiltin != 1]
+    if STRING in dtypes:
+        return "strings"
+    if getattr(node.op, "host", False):
+        return "written for the host"
+    if unknown:
+        return f"CuPy has no {unknown[0]}"
+    if any(part.op == "erf" for part in below):
+        return "CuPy has no erf"
+    if ("reduction", "mul") in getattr(node.op, "attributes", ()):
+        return "CuPy has no multiply.at"
+    return ""
+
+
+def _exprs(field: Any) -> Iterator[Expr]:
+    if isinstance(field, Expr):
+        yield field
+    elif isinstance(field, tuple):
+        for item in field:
+            yield from _exprs(item)
 
 
 def evaluate(xp: Any, op: Any, inputs: Sequence[Any]) -> Sequence[Any]:

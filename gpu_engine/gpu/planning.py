@@ -28,6 +28,6 @@ def _arranged(graph: Graph) -> Graph:
 
 
 def kernels_of(plan: Plan) -> tuple[TritonKernel, ...]:
-    """Every distinct kernel that the plan launches."""
+    """Every distinct kernel that the plan launches, and that bodies inside it launch."""
     program: Program = plan.program
-    return program.kernels
+    return tuple(dict.fromkeys((*program.kernels, *program.inner)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_engine.errors import OutOfMemory
 from gpu_engine.gpu.kernel import TritonKernel
-from gpu_engine.gpu.launches import Address, ArrayCall, Launch
+from gpu_engine.gpu.launches import Address, ArrayCall, BodyCall, Launch
 from gpu_engine.ir.dims import product
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.plan.binding import Numbers, op_resolver
@@ -57,22 +57,29 @@ class Segment:
 
 @dataclass(frozen=True)
 class Program:
-    """All segments of a plan, its distinct kernels, and the buffers that hold constants."""
+    """All segments of a plan, its distinct kernels, and the buffers that hold constants.
+
+    `inner` are the kernels of the bodies that its steps run; `weights_nbytes` counts the bodies' constants too.
+    """
 
     segments: tuple[Segment, ...]
     kernels: tuple[TritonKernel, ...]
     constants: tuple[int, ...]
     weights_nbytes: int
+    inner: tuple[TritonKernel, ...] = ()
 
 
 def with_program(plan: Plan) -> Plan:
     """A plan whose steps are `Launch` and `ArrayCall`, prepared."""
     kernels = dict.fromkeys(step.kernel.kernel for step in plan.steps if isinstance(step.kernel, Launch))
+    bodies = [body.program for step in plan.steps if isinstance(step.kernel, BodyCall) for body in step.kernel.bodies]
+    inner = dict.fromkeys(kernel for program in bodies for kernel in (*program.kernels, *program.inner))
     constants = tuple(i for i, b in enumerate(plan.buffers) if b.constant is not None and b.dtype != STRING)
     nbytes = sum(plan.buffers[i].constant.nbytes for i in constants)
+    nbytes += sum(program.weights_nbytes for program in bodies)
     homes = segment_of_buffers(plan)
     parts = [_Builder(plan, constants, homes, index, *cut).segment() for index, cut in enumerate(segments(plan))]
-    return replace(plan, program=Program(tuple(parts), tuple(kernels), constants, nbytes))
+    return replace(plan, program=Program(tuple(parts), tuple(kernels), constants, nbytes, tuple(inner)))
 
 
 class _Builder:
@@ -104,7 +111,7 @@ class _Builder:
         grids = {i: tuple(map(self.numbers.place, launch.grid)) for i, launch in launches.items()}
         touched = {b for i in launches for b in _touched(self.plan.steps[i])}
         elements = [self.numbers.place(product(buffers[b].shape)) for b in sorted(touched)]
-        calls = [i for i in self.steps if isinstance(self.plan.steps[i].kernel, ArrayCall)]
+        calls = [i for i in self.steps if isinstance(self.plan.steps[i].kernel, ArrayCall | BodyCall)]
         resolvers = {i: op_resolver(self.plan.steps[i].kernel.op, self.numbers) for i in calls}
         shapes = self._shapes(calls)
         gather, literals, foreign, shifts = self._gather(arena.owned + ports.owned)

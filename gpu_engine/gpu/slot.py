@@ -11,19 +11,21 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
+from gpu_engine.gpu.control import Body, controls, run_bodies
 from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, Pieces, host_array
-from gpu_engine.gpu.launches import ArrayCall, Launch
+from gpu_engine.gpu.launches import ArrayCall, BodyCall, Launch
 from gpu_engine.gpu.program import Bound, Program, Segment, bind, located
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.plan.binding import solve_binds
-from gpu_engine.plan.plan import Plan, Step, root
+from gpu_engine.plan.plan import Plan, Step, constant_of, root
 from gpu_engine.plan.zones import Ints
 
 CACHED_BINDINGS = 32
 
 
 class Weights:
-    """A plan's constants on the device, once for all streams, and its kernels ready to launch."""
+    """A plan's constants on the device, once for all streams, its kernels ready to launch, and the bodies that its
+    steps run, by step."""
 
     def __init__(self, plan: Plan, driver: Driver) -> None:
         program: Program = plan.program
@@ -37,7 +39,17 @@ class Weights:
                 shared[key] = driver.allocate(array.nbytes)
                 driver.upload(driver.array(shared[key], 0, array.shape, array.dtype), array)
             self.memories[index] = shared[key]
+        self.bodies = {
+            i: [_body(body, driver) for body in step.kernel.bodies]
+            for i, step in enumerate(plan.steps)
+            if isinstance(step.kernel, BodyCall)
+        }
         self.addresses: Ints = np.array([self.memories[index].address for index in program.constants], np.int64)
+
+
+def _body(plan: Plan, driver: Driver) -> Body:
+    weights = Weights(plan, driver)
+    return Body(plan, lambda: GpuSlot(plan, driver, weights))
 
 
 class Area:
@@ -69,6 +81,11 @@ class GpuSlot:
         self._chain: list[Bound] = []
         self._error: BaseException | None = None
 
+    def run(self, extents: tuple[int, ...], inputs: Sequence[Any]) -> list[Any]:
+        """See `control.BodySlot`."""
+        self._start(self._bind(0, extents, []), inputs)
+        return [self._array(buffer, self._chain) for buffer in self._plan.outputs]
+
     def stage(self, extents: tuple[int, ...]) -> Sequence[HostArray]:
         """See `runtime.device.Slot`. InputError if the extents contradict each other inside the model."""
         bound = self._bound
@@ -90,7 +107,7 @@ class GpuSlot:
         self._error, self._chain = None, []
         try:
             with self._driver.active():
-                self._start(self._bound)
+                self._start(self._bound, self._inputs)
         except BaseException as error:
             self._error = error
             if not isinstance(error, Exception):
@@ -110,9 +127,9 @@ class GpuSlot:
         """An output of the last launch, in the host's memory."""
         return self._on_host(self._plan.outputs[position], self._chain)
 
-    def _start(self, bound: Bound) -> None:
+    def _start(self, bound: Bound, inputs: Sequence[Any]) -> None:
         chain = [bound]
-        for buffer, source in zip(self._plan.inputs, self._inputs, strict=True):
+        for buffer, source in zip(self._plan.inputs, inputs, strict=True):
             self._write(buffer, source, chain)
         for index, segment in enumerate(self._program.segments):
             results = self._run(segment, chain)
@@ -134,9 +151,6 @@ class GpuSlot:
                 self._launch(segment, i, step, step.kernel, chain)
             else:
                 results = self._call(segment, i, step, step.kernel, chain)
-                if not step.binds:
-                    for buffer, result in zip(step.outputs, results, strict=True):
-                        self._write_checked(step, buffer, result, chain)
             for buffer in segment.dying[i]:
                 memory, offset, nbytes = bound.located[buffer]
                 self._driver.discard((memory.address + offset, nbytes))
@@ -162,21 +176,42 @@ class GpuSlot:
         except GpuEngineError as error:
             raise type(error)(f"{step.source}: {error}") from error
 
-    def _call(self, segment: Segment, i: int, step: Step, call: ArrayCall, chain: list[Bound]) -> Sequence[Any]:
+    def _call(
+        self, segment: Segment, i: int, step: Step, call: ArrayCall | BodyCall, chain: list[Bound]
+    ) -> Sequence[Any]:
+        """Run a step over arrays; its results if extents depend on them, else nothing: they are written."""
         resolve = segment.resolvers[i]
-        op = call.op if resolve is None else resolve(chain[-1].values)
-        fetch = self._on_host if call.host else self._array
-        inputs, xp = [fetch(buffer, chain) for buffer in step.inputs], np if call.host else self._driver.xp
+        op: Any = call.op if resolve is None else resolve(chain[-1].values)
+        bodies = isinstance(call, BodyCall)
+        hosted = controls(op) if isinstance(call, BodyCall) else len(step.inputs) if call.host else 0
+        inputs = [self._on_host(buffer, chain) for buffer in step.inputs[:hosted]]
+        inputs += [self._array(buffer, chain) for buffer in step.inputs[hosted:]]
+        kept: list[Any] = []
+
+        def keep(results: Sequence[Any]) -> None:
+            if step.binds:
+                kept.extend(result.copy() if bodies else result for result in results)
+                return
+            for buffer, result in zip(step.outputs, results, strict=True):
+                self._write_checked(step, buffer, result, chain)
+
         try:
             with np.errstate(all="ignore"):
-                return call.function(xp, op, inputs)
+                if isinstance(call, BodyCall):
+                    run_bodies(self._driver.xp, op, self._weights.bodies[i], inputs, keep)
+                else:
+                    keep(call.function(np if call.host else self._driver.xp, op, inputs))
+                return kept
         except GpuEngineError:
             raise
         except Exception as error:
             raise _failure(step, op, inputs, error) from error
 
     def _on_host(self, buffer: int, chain: list[Bound]) -> HostArray:
-        array, dtype = self._array(buffer, chain), self._plan.buffers[buffer].dtype
+        dtype, constant = self._plan.buffers[buffer].dtype, constant_of(self._plan, buffer)
+        if constant is not None:
+            return constant.reshape(self._shape(buffer, chain))  # type: ignore[no-any-return]
+        array = self._array(buffer, chain)
         return array if dtype == STRING else self._driver.download(array, dtype)
 
     def _write_checked(self, step: Step, buffer: int, result: Any, chain: list[Bound]) -> None:
@@ -198,9 +233,8 @@ class GpuSlot:
             target[...] = source
 
     def _array(self, buffer: int, chain: list[Bound]) -> Any:
-        owner = root(self._plan.buffers, buffer)
-        dtype, constant = self._plan.buffers[buffer].dtype, self._plan.buffers[owner].constant
-        shape = self._shape(buffer, chain)
+        owner, constant = root(self._plan.buffers, buffer), constant_of(self._plan, buffer)
+        dtype, shape = self._plan.buffers[buffer].dtype, self._shape(buffer, chain)
         if dtype == STRING:
             if constant is not None:
                 return constant.reshape(shape)

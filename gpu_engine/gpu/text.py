@@ -18,6 +18,11 @@ BITS: dict[int, DType] = {1: UINT8, 2: UINT16, 4: UINT32, 8: UINT64}
 """The unsigned integers of every width."""
 
 
+def array_dtype(dtype: DType) -> DType:
+    """What the device's array module calls elements of `dtype`: unsigned integers where it does not know them."""
+    return dtype if dtype.isbuiltin == 1 else BITS[dtype.itemsize]
+
+
 class KernelText:
     """Lines of one kernel. Addresses and extents that are not known yet become parameters; known extents literals."""
 

@@ -107,3 +107,8 @@ def root(buffers: tuple[Buffer, ...], index: int) -> int:
     while alias is not None:
         index, alias = alias, buffers[alias].alias
     return index
+
+
+def constant_of(plan: Plan, index: int) -> Any:
+    """The contents of a buffer, in the shape of the one that owns its memory, where compiling knew them; else None."""
+    return plan.buffers[root(plan.buffers, index)].constant

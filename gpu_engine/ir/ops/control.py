@@ -6,7 +6,7 @@ operands in the same order. `symbols` are the outer extents that the bodies need
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +88,17 @@ class Loop:
         return run_loop(self, xp, arrays, lambda inputs: run_graph(xp, self.body, inputs, known))
 
 
-def run_loop(op: Loop, xp: Any, arrays: Sequence[Any], run_body: Any) -> tuple[Any, ...]:
-    """The iterations of `op`; `run_body(inputs)` gives the outputs of one."""
+def stacked(xp: Any, found: list[Any], kind: TensorType) -> Any:
+    """The slices that a loop's iterations gave, along a new first axis."""
+    if found:
+        return xp.stack(found)
+    return xp.empty((0, *(extent if isinstance(extent, int) else 0 for extent in kind.shape[1:])), kind.dtype)
+
+
+def run_loop(
+    op: Loop, xp: Any, arrays: Sequence[Any], run_body: Any, stack: Callable[..., Any] = stacked
+) -> tuple[Any, ...]:
+    """The iterations of `op`; `run_body(inputs)` gives the outputs of one, `stack` what their slices make."""
     operands = list(arrays)
     trips = int(operands.pop(0).reshape(())) if op.counted else None
     going = bool(operands.pop(0).reshape(())) if op.conditional else True
@@ -101,17 +110,11 @@ def run_loop(op: Loop, xp: Any, arrays: Sequence[Any], run_body: Any) -> tuple[A
             [np.int64(iteration).reshape(()), np.bool_(going).reshape(()), *state, *captured]
         )
         state = results[: op.carried]
-        for stacked, result in zip(slices, results[op.carried :], strict=True):
-            stacked.append(result)
+        for parts, result in zip(slices, results[op.carried :], strict=True):
+            parts.append(result)
         going = bool(condition.reshape(()))
         iteration += 1
-    return (*state, *(_stacked(xp, found, kind) for found, kind in zip(slices, op.outputs[op.carried :], strict=True)))
-
-
-def _stacked(xp: Any, found: list[Any], kind: TensorType) -> Any:
-    if found:
-        return xp.stack(found)
-    return xp.empty((0, *(extent if isinstance(extent, int) else 0 for extent in kind.shape[1:])), kind.dtype)
+    return (*state, *(stack(xp, found, kind) for found, kind in zip(slices, op.outputs[op.carried :], strict=True)))
 
 
 def bound_symbols(names: Sequence[str], symbols: Sequence[Dim]) -> dict[str, int]:
