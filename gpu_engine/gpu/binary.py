@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpu_engine.errors import DeviceError
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import Kernel
 
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _ENTRY = re.compile(r"\.entry\s+\w+\s*\((.*?)\)\s*\n", re.DOTALL)
@@ -35,7 +35,7 @@ class Binary:
     parameters: tuple[int, ...]
 
 
-BinarySource = Callable[[TritonKernel, int], Binary]
+BinarySource = Callable[[Kernel, int], Binary]
 """source(kernel, arch) gives a kernel's binary, compiled now or ahead of time; DeviceError where it has none."""
 
 
@@ -50,7 +50,7 @@ def parameter_nbytes(ptx: str) -> tuple[int, ...]:
     return tuple(_SIZES[bits] * int(count or 1) for bits, count in found)
 
 
-def check_parameters(kernel: TritonKernel, parameters: tuple[int, ...]) -> None:
+def check_parameters(kernel: Kernel, parameters: tuple[int, ...]) -> None:
     """DeviceError unless the compiled kernel takes what is passed: its own arguments, then addresses only."""
     own = tuple(8 if argument.is_pointer or argument.type.endswith("64") else 4 for argument in kernel.arguments)
     extra = parameters[len(own) :]

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeGuard
 
 from gpu_engine.errors import DeviceError, InvalidModel
 from gpu_engine.gpu.binary import Binary
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import Kernel
 
 FORMAT = 1
 MANIFEST, MODEL = "manifest.json", "model.onnx"
@@ -58,7 +58,7 @@ class Bundle:
         with zipfile.ZipFile(self.path) as archive:
             return archive.read(MODEL)
 
-    def binary(self, kernel: TritonKernel, arch: int) -> Binary:
+    def binary(self, kernel: Kernel, arch: int) -> Binary:
         """The kernel's machine code; DeviceError where the bundle lacks the architecture or the kernel."""
         if arch not in self.architectures:
             built = ", ".join(f"sm_{known}" for known in self.architectures)
@@ -81,7 +81,7 @@ def is_bundle(source: object) -> TypeGuard[str | Path]:
 def write_bundle(
     path: Path,
     model: bytes,
-    binaries: Mapping[tuple[TritonKernel, int], Binary],
+    binaries: Mapping[tuple[Kernel, int], Binary],
     architectures: Sequence[int],
     precision: str,
 ) -> Bundle:

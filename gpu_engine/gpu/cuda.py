@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.driver import HostArray, Piece, Pieces
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
@@ -84,7 +84,7 @@ class CudaDriver:
         found: NDArray[Any] = cupy.asnumpy(source, stream=self._stream)
         return found.view(dtype) if found.dtype != dtype else found
 
-    def load(self, kernel: TritonKernel) -> Loaded:
+    def load(self, kernel: Kernel) -> Loaded:
         binary = self._source(kernel, self._arch)
         module = Module()
         module.load(binary.cubin)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.plan.zones import Ints
 
@@ -58,7 +58,7 @@ class Driver(Protocol):
         """A copy in the host's memory as `dtype`, complete on return."""
         ...
 
-    def load(self, kernel: TritonKernel) -> Any:
+    def load(self, kernel: Kernel) -> Any:
         """The kernel ready to launch on this device."""
         ...
 

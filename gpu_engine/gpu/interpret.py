@@ -1,7 +1,7 @@
 """device="interpret": the GPU's plan and kernels on the host, checked at every access. For tests and for CI.
 
 Memory starts, and ends its use, as NaN; every lane of every load and store must lie in what its step declares; the
-programs of a launch run in an order that a seed chooses.
+programs of a launch run in an order that a seed chooses. Of CUDA C kernels none of this but the memory is checked.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.device_arrays import DeviceArray, DeviceModule
 from gpu_engine.gpu.driver import HostArray, Piece, Pieces
 from gpu_engine.gpu.interpreter import interpret, interpreting, spans
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import CudaKernel, Kernel
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
+from gpu_engine.gpu.shim_runner import run
 from gpu_engine.gpu.slot import GpuStream, Weights
 from gpu_engine.gpu.text import array_dtype
 from gpu_engine.ir.dtypes import DType
@@ -73,19 +74,22 @@ class Interpreter:
         found = np.array(self.xp.on_host(source))
         return found.view(dtype) if found.dtype != dtype else found
 
-    def load(self, kernel: TritonKernel) -> TritonKernel:
+    def load(self, kernel: Kernel) -> Kernel:
         return kernel
 
-    def pack(self, loaded: TritonKernel, words: Ints) -> list[int]:
+    def pack(self, loaded: Kernel, words: Ints) -> list[int]:
         return [int(word) for word in words]
 
     def launch(
         self,
-        loaded: TritonKernel,
+        loaded: Kernel,
         grid: tuple[int, int, int],
         packed: list[int],
         pieces: Callable[[], tuple[Pieces, Pieces]],
     ) -> None:
+        if isinstance(loaded, CudaKernel):
+            run(loaded, grid, packed)
+            return
         reads, writes = pieces()
         interpret(loaded, grid, packed, spans([*reads, *writes]), spans(writes), self._shuffle)
 

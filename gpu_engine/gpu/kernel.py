@@ -1,4 +1,4 @@
-"""A kernel for the GPU as a value: the text of a Triton function, and the types of its arguments."""
+"""A kernel for the GPU as a value: the text of a function in Triton or CUDA C, and the types of its arguments."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ LANGUAGE_NAMES = {
     "fp8e4nv": "float8e4nv", "fp8e5": "float8e5",
 }  # fmt: skip
 
+C_TYPES = {
+    "fp32": "float", "fp64": "double", "i8": "signed char", "u8": "unsigned char", "i16": "short",
+    "u16": "unsigned short", "i32": "int", "u32": "unsigned int", "i64": "long long", "u64": "unsigned long long",
+    "fp16": "unsigned short", "bf16": "unsigned short", "fp8e4nv": "unsigned char", "fp8e5": "unsigned char",
+}  # fmt: skip
+"""By the types of arguments. Floats that C does not have are their bits."""
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -73,6 +80,33 @@ class TritonKernel:
         return hashlib.sha256(repr(fields).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class CudaKernel:
+    """`text` defines the `extern "C" __global__` function `name` over `arguments`, in order, for blocks of `threads`.
+
+    Kernels with equal fields are the same kernel, compiled once.
+    """
+
+    name: str
+    text: str
+    arguments: tuple[Argument, ...]
+    threads: int
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells kernels of one name apart."""
+        return hashlib.sha256(repr((self.text, self.arguments, self.threads)).encode()).hexdigest()[:16]
+
+
+Kernel = TritonKernel | CudaKernel
+"""What launches launch."""
+
+
 def language_dtype(dtype: DType) -> str:
     """The element type's name inside a kernel: "tl.float32"."""
     return f"tl.{LANGUAGE_NAMES[TRITON_TYPES[dtype]]}"
+
+
+def c_type(kind: str) -> str:
+    """The C type of an argument: "*fp32" is "float*"."""
+    return f"{C_TYPES[kind[1:]]}*" if kind.startswith("*") else C_TYPES[kind]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_engine.gpu.kernel import DIVISIBILITY, TritonKernel
+from gpu_engine.gpu.kernel import DIVISIBILITY, Kernel
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.ops.control import If, Loop
@@ -29,7 +29,7 @@ Grid = tuple[Dim, Dim, Dim]
 class Launch:
     """A kernel over a grid of programs; `words` are its arguments."""
 
-    kernel: TritonKernel
+    kernel: Kernel
     grid: Grid
     words: tuple[Word, ...]
 

@@ -11,6 +11,7 @@ from gpu_engine.gpu.attention import lower_attention
 from gpu_engine.gpu.control import lower_control
 from gpu_engine.gpu.conv import lower_last_conv
 from gpu_engine.gpu.counting import lower_iota, lower_shape_tensor
+from gpu_engine.gpu.functions import lower_array
 from gpu_engine.gpu.gathers import lower_gather, lower_gather_elements, lower_gather_nd
 from gpu_engine.gpu.gemm import lower_matmul
 from gpu_engine.gpu.launches import ArrayCall
@@ -51,6 +52,7 @@ from gpu_engine.ir.ops import (
     Softmax,
     Transpose,
 )
+from gpu_engine.ir.ops.array import Array
 from gpu_engine.ir.ops.channels_last import LastConv, LastConvTranspose, LastPool
 from gpu_engine.ir.ops.control import If, Loop
 from gpu_engine.plan.lower import Lowering, LowerNode
@@ -60,6 +62,7 @@ LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]
 """lower(lowering, op, node, input buffers, output buffers) appends steps; False declines, and the reference runs."""
 
 LOWERINGS: dict[type, LowerOp] = {
+    Array: lower_array,
     ArgReduce: lower_arg_reduce,
     LayerNorm: lower_layer_norm,
     LocalResponseNorm: lower_local_response_norm,
@@ -105,7 +108,7 @@ def _lower_node(
         return
     binds = tuple(getattr(node.op, "binds", ()))
     lower = table.get(type(node.op))
-    if binds or lower is None or not lower(lowering, node.op, node, inputs, outputs):
+    if lower is None or (binds and lower is not lower_array) or not lower(lowering, node.op, node, inputs, outputs):
         lowering.emit(ArrayCall(evaluate, node.op, host=bool(runs_on_host(node))), inputs, outputs, binds=binds)
 
 

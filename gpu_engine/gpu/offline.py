@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 
 from gpu_engine.errors import DeviceError
 from gpu_engine.gpu.binary import Binary, check_parameters, parameter_nbytes
-from gpu_engine.gpu.kernel import DIVISIBILITY, TritonKernel
+from gpu_engine.gpu.kernel import DIVISIBILITY, CudaKernel, Kernel, TritonKernel
+from gpu_engine.gpu.nvrtc import compile_cuda
 from gpu_engine.gpu.triton_source import jit_function
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -74,9 +75,11 @@ def compiled(kernel: TritonKernel, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def compile_binary(kernel: TritonKernel, arch: int) -> Binary:
+def compile_binary(kernel: Kernel, arch: int) -> Binary:
     """The kernel's machine code as data. DeviceError where Triton cannot compile it, or packs parameters in a way that
     launches do not know."""
+    if isinstance(kernel, CudaKernel):
+        return compile_cuda(kernel, arch)
     try:
         made = compiled(kernel, arch)
     except Exception as error:
@@ -92,15 +95,20 @@ def compile_binary(kernel: TritonKernel, arch: int) -> Binary:
 
 def resources(binary: Any) -> Resources:
     """What `compiled` made, read from its machine code."""
+    return cubin_resources(binary.asm["cubin"], int(binary.metadata.shared))
+
+
+def cubin_resources(cubin: bytes, shared_nbytes: int = 0) -> Resources:
+    """What machine code takes that asks for so much dynamic shared memory, besides its own."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         listing = _tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     counts = Counter(_INSTRUCTION.findall(listing))
-    return Resources(int(found[1]), int(found[2]), int(binary.metadata.shared), counts)
+    return Resources(int(found[1]), int(found[2]), shared_nbytes, counts)
 
 
 def problems(kernel: TritonKernel, binary: Any, used: Resources, arch: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpu_engine.gpu.joined_products import join_projections
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.layouts import assign_layouts
 from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.options import GpuOptions
@@ -27,7 +27,7 @@ def _arranged(graph: Graph) -> Graph:
     return turn_attention(join_projections(assign_layouts(graph)))
 
 
-def kernels_of(plan: Plan) -> tuple[TritonKernel, ...]:
+def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
     """Every distinct kernel that the plan launches, and that bodies inside it launch."""
     program: Program = plan.program
     return tuple(dict.fromkeys((*program.kernels, *program.inner)))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import OutOfMemory
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.launches import Address, ArrayCall, BodyCall, Launch
 from gpu_engine.ir.dims import product
 from gpu_engine.ir.dtypes import STRING
@@ -63,10 +63,10 @@ class Program:
     """
 
     segments: tuple[Segment, ...]
-    kernels: tuple[TritonKernel, ...]
+    kernels: tuple[Kernel, ...]
     constants: tuple[int, ...]
     weights_nbytes: int
-    inner: tuple[TritonKernel, ...] = ()
+    inner: tuple[Kernel, ...] = ()
 
 
 def with_program(plan: Plan) -> Plan:

@@ -46,7 +46,7 @@ def gemm_kernel(family: str, tile: GemmTile) -> TritonKernel:
     )  # fmt: skip
     emit_product(lowering, product, step, Choice(1, None, tile, 1))
     (launch,) = (step.kernel for step in lowering.steps)
-    assert isinstance(launch, Launch)
+    assert isinstance(launch, Launch) and isinstance(launch.kernel, TritonKernel)
     return launch.kernel
 
 

@@ -15,7 +15,7 @@ from gpu_engine.frontend.importer import import_model
 from gpu_engine.frontend.reader import SpecificationFunctions, read
 from gpu_engine.gpu.binary import Binary
 from gpu_engine.gpu.bundle import Bundle, write_bundle
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import gpu_plan, kernels_of
 from gpu_engine.ir.graph import Graph
@@ -57,9 +57,7 @@ def imported(model: bytes) -> Graph:
     return optimize(import_model(read(model), SpecificationFunctions()))
 
 
-def _compiled(
-    wanted: Sequence[tuple[TritonKernel, int]], processes: int, tell: Tell
-) -> dict[tuple[TritonKernel, int], Binary]:
+def _compiled(wanted: Sequence[tuple[Kernel, int]], processes: int, tell: Tell) -> dict[tuple[Kernel, int], Binary]:
     try:
         compile_binary = load(KERNEL_COMPILER)
     except ImportError as error:

@@ -11,60 +11,14 @@ from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.registry import array_operator, emit_array, operator
 from gpu_engine.ir.dtypes import INT64, compute_dtype
 from gpu_engine.ir.graph import Builder, TensorType, Value
+from gpu_engine.ir.ops.selection import non_max_suppression
 
 
 def _selected_type(b: Builder, *_: Value | None, **__: Any) -> TensorType:
     return TensorType(INT64, (b.fresh_dim(), 3))
 
 
-@array_operator("NonMaxSuppression", since=10, infer=_selected_type, host=True)
-def non_max_suppression(
-    xp: Any,
-    boxes: Any,
-    scores: Any,
-    max_output_boxes_per_class: Any = None,
-    iou_threshold: Any = None,
-    score_threshold: Any = None,
-    *,
-    center_point_box: int = 0,
-) -> Any:
-    """https://onnx.ai/onnx/operators/onnx__NonMaxSuppression.html"""
-    limit = 0 if max_output_boxes_per_class is None else int(max_output_boxes_per_class.ravel()[0])
-    overlap = boxes.dtype.type(0 if iou_threshold is None else iou_threshold.ravel()[0])
-    found = []
-    for row, class_index in np.ndindex(*scores.shape[:2]) if limit > 0 else ():
-        corners = _corners(boxes[row], bool(center_point_box))
-        held = scores[row, class_index]
-        order = np.argsort(-held, kind="stable")
-        if score_threshold is not None:
-            order = order[held[order] > score_threshold.ravel()[0]]
-        chosen = _select(corners, order, limit, overlap)
-        found.append(np.stack([np.full_like(chosen, row), np.full_like(chosen, class_index), chosen], axis=1))
-    return np.concatenate(found) if found else np.zeros((0, 3), np.int64)
-
-
-def _corners(boxes: Any, centred: bool) -> Any:
-    """(low, high) corners, each [boxes, 2]."""
-    if centred:
-        return boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
-    return np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])
-
-
-def _select(corners: Any, order: Any, limit: int, overlap: Any) -> Any:
-    """At most `limit` boxes in `order`, none of which overlaps one before it by more than `overlap`."""
-    low, high = corners
-    areas = np.prod(high - low, axis=1)
-    chosen: list[int] = []
-    while len(order) and len(chosen) < limit:
-        best, order = order[0], order[1:]
-        chosen.append(int(best))
-        sides = np.maximum(np.minimum(high[best], high[order]) - np.maximum(low[best], low[order]), 0)
-        shared = sides[:, 0] * sides[:, 1]
-        union = areas[best] + areas[order] - shared
-        real = (shared > 0) & (areas[best] > 0) & (areas[order] > 0) & (union > 0)
-        ratio = np.divide(shared, union, out=np.zeros_like(shared), where=real)
-        order = order[~(real & (ratio > overlap))]
-    return np.array(chosen, np.int64)
+array_operator("NonMaxSuppression", since=10, infer=_selected_type, host=True)(non_max_suppression)
 
 
 @operator("RoiAlign", since=10)

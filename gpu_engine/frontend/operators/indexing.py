@@ -8,11 +8,9 @@ import numpy as np
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.registry import array_operator, emit_array, normal_axis, operator
-from gpu_engine.ir.dtypes import compute_dtype
 from gpu_engine.ir.graph import Builder, TensorType, Value
 from gpu_engine.ir.ops import Gather, GatherElements, GatherND
-
-REDUCTIONS = ("none", "add", "mul", "max", "min")
+from gpu_engine.ir.ops.scatter import scatter_along, scatter_nd
 
 
 @operator("Gather", since=1)
@@ -56,35 +54,7 @@ def _like_data(b: Builder, data: Value, indices: Value, updates: Value, **_: Any
     return data.type
 
 
-def scatter_along(xp: Any, data: Any, indices: Any, updates: Any, *, axis: int, reduction: str) -> Any:
-    grids = [
-        xp.arange(extent).reshape((1,) * i + (extent,) + (1,) * (indices.ndim - 1 - i))
-        for i, extent in enumerate(indices.shape)
-    ]
-    grids[axis] = indices
-    return _scattered(xp, data, tuple(grids), updates, reduction)
-
-
-@array_operator("ScatterND", since=11, infer=_like_data)
-def scatter_nd(xp: Any, data: Any, indices: Any, updates: Any, *, reduction: str = "none") -> Any:
-    """https://onnx.ai/onnx/operators/onnx__ScatterND.html"""
-    places = tuple(indices[..., i] for i in range(indices.shape[-1]))
-    return _scattered(xp, data, places, updates, reduction)
-
-
-def _scattered(xp: Any, data: Any, places: tuple[Any, ...], updates: Any, reduction: str) -> Any:
-    if reduction not in REDUCTIONS:
-        raise InvalidModel(f"the reduction {reduction} is not one of {', '.join(REDUCTIONS)}")
-    if reduction == "none":
-        result = data.copy()
-        result[places] = updates
-        return result
-    wide = compute_dtype(data.dtype)
-    result = data.astype(wide)
-    combine = {"add": xp.add, "mul": xp.multiply, "max": xp.maximum, "min": xp.minimum}[reduction]
-    with np.errstate(all="ignore"):
-        combine.at(result, places, updates.astype(wide, copy=False))
-        return result.astype(data.dtype, copy=False)
+array_operator("ScatterND", since=11, infer=_like_data)(scatter_nd)
 
 
 @operator("TensorScatter", since=24)

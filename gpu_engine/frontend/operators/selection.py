@@ -13,6 +13,7 @@ from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import INT64, STRING, compute_dtype
 from gpu_engine.ir.graph import Builder, TensorType, Value
+from gpu_engine.ir.ops.selection import top_of
 
 
 @operator("TopK", since=1)
@@ -41,19 +42,6 @@ def top_k(b: Builder, x: Value, k: Value, *, axis: int = -1, largest: int = 1, s
 
 def _with_extent(kind: TensorType, axis: int, extent: Dim) -> TensorType:
     return TensorType(kind.dtype, (*kind.shape[:axis], extent, *kind.shape[axis + 1 :]))
-
-
-def top_of(xp: Any, x: Any, k: Any = None, *, axis: int, largest: bool, count: int | None) -> Any:
-    found = int(k.ravel()[0]) if count is None else count
-    if found > x.shape[axis]:
-        raise ValueError(f"the top {found} of {x.shape[axis]} elements")
-    keys = x.astype(compute_dtype(x.dtype), copy=False)
-    if largest:
-        order = x.shape[axis] - 1 - xp.flip(xp.argsort(xp.flip(keys, axis), axis=axis, kind="stable"), axis)
-    else:
-        order = xp.argsort(keys, axis=axis, kind="stable")
-    chosen = order[(slice(None),) * axis + (slice(0, found),)]
-    return xp.take_along_axis(x, chosen, axis=axis), chosen
 
 
 def _non_zero_type(b: Builder, x: Value) -> TensorType:
