@@ -90,11 +90,11 @@ def _emit_tiles(layer: Layer, source: str, group: int, weights: Floats, geometry
     elements = geometry.channels * COPIES if in_place else prod(weights.shape[1:])
     nbytes = layer.shape.rows * elements * 4 + SLACK
     nbytes = nbytes if in_place else max(nbytes, caches().l2)
-    kernel = ConvKernel(source, run, _panel_vectors(geometry.group_outputs, layer.shape), layer.finish.epilogue)
+    kernel = ConvKernel(source, run, panel_vectors(geometry.group_outputs, layer.shape), layer.finish.epilogue)
     _emit(layer, kernel, packed, offset, (_lines(nbytes),), geometry)
 
 
-def _panel_vectors(outputs: int, shape: TileShape) -> tuple[int, ...]:
+def panel_vectors(outputs: int, shape: TileShape) -> tuple[int, ...]:
     """How many vectors the panels of so many results have."""
     return tuple(
         sorted({-(-min(shape.width, outputs - start) // shape.lanes) for start in range(0, outputs, shape.width)})

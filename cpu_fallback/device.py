@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
+from cpu_fallback.expanded_depthwise import join_expansions
 from cpu_fallback.layouts import assign_layouts
 from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import host
@@ -86,4 +87,5 @@ class CpuDevice:
 
 
 def _arrange(graph: Graph) -> Graph:
-    return turn_attention(assign_layouts(widen_floats(graph), host()), host())
+    target = host()
+    return turn_attention(join_expansions(assign_layouts(widen_floats(graph), target), target), target)

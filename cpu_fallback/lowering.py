@@ -12,6 +12,7 @@ from cpu_fallback.calls import Array, ArrayCall, evaluate_into
 from cpu_fallback.channels_last import LastConv, LastConvTranspose, LastPool
 from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
+from cpu_fallback.expanded_depthwise import ExpandedDepthwise, lower_expanded_depthwise
 from cpu_fallback.fused_attention import lower_fused_attention, lower_turned_attention
 from cpu_fallback.image_lowering import lower_last_conv_transpose, lower_last_pool
 from cpu_fallback.integer_conv import lower_image_conv
@@ -83,6 +84,7 @@ LOWERINGS: dict[type, LowerOp] = {
     Conv: lower_conv,
     ConvTranspose: lower_conv_transpose,
     Expand: lower_expand,
+    ExpandedDepthwise: lower_expanded_depthwise,
     Gather: lower_gather,
     LastConv: lower_image_conv,
     LastConvTranspose: lower_last_conv_transpose,
