@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, rewrite
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
+WEIGHTS = 8
+"""Of the second cache the weights take a part of so much at most: every few rows read all of them again."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,11 @@ def _is_pair(made: Node, node: Node, target: Target) -> bool:
     """Whether a node is depthwise, and the one that makes its image a 1x1 convolution worth joining with it."""
     if not (_is_pointwise(made) and _is_depthwise(node)):
         return False
-    shape, caching = made.outputs[0].shape, caches().l2 // 2
-    sizes = [4 * dims.product(extents) for extents in (shape[1:], made.inputs[1].shape)]
-    large, small = (isinstance(size, int) and size <= caching for size in sizes)
-    ring = 4 * dims.product(shape[2:]) * _reach(node)
-    if large or not small or (isinstance(ring, int) and ring > 2 * caching):
+    shape, weights = made.outputs[0].shape, made.inputs[1].shape
+    image, ring = (4 * dims.product(extents) for extents in (shape[1:], (*shape[2:], _reach(node))))
+    near = isinstance(image, int) and image <= caches().l2
+    wide = isinstance(ring, int) and ring > caches().l2
+    if near or wide or 4 * prod(map(dims.number, weights)) > caches().l2 // WEIGHTS:
         return False
     return _finish(made, target) is not None and _finish(node, target) is not None
 
@@ -99,25 +102,28 @@ def _reach(node: Node) -> int:
 
 
 def _finish(node: Node, target: Target, buffers: Buffers = ()) -> Finish | None:
-    """A node's epilogue with its operands; None where it has none for tiles, or one of them is a tensor in the ring."""
+    """A node's epilogue with its operands; None where it has none for tiles, or a 1x1 convolution reads a tensor."""
     extras = node.inputs[2:]
     given = [(buffer, v.shape) for buffer, v in zip(buffers or range(len(extras)), extras, strict=True)]
     found = finish_of(node.op.epilogue, given, node.outputs[0].shape, target)  # type: ignore[union-attr]
-    pointwise = found is not None and node.inputs[1].shape[1] != 1
-    return None if found is None or (pointwise and FULL in found.epilogue.kinds) else found
+    if found is not None and FULL in found.epilogue.kinds and node.op.group == 1:  # type: ignore[union-attr]
+        return None
+    return found
 
 
 def lower_expanded_depthwise(
-    lowering: Lowering, op: ExpandedDepthwise, node: Node, inputs: Buffers, outputs: Buffers
-) -> bool:
+    lowering: Lowering, op: ExpandedDepthwise, node: Node, inputs: Buffers, outputs: Buffers,
+    target: Target | None = None,
+) -> bool:  # fmt: skip
     x, w, taps, *extras = node.inputs
+    target = target or host()
     (made,) = op.first.infer(x.type, w.type, *(value.type for value in extras[: op.operands]))
     pair = _split(op, node, made)
     split = 3 + op.operands
-    finishes = _finish(pair[0], host(), inputs[3:split]), _finish(pair[1], host(), inputs[split:])
+    finishes = _finish(pair[0], target, inputs[3:split]), _finish(pair[1], target, inputs[split:])
     if w.constant is None or taps.constant is None or finishes[0] is None or finishes[1] is None:
         return False
-    _emit(lowering, host(), pair, (w.constant, taps.constant), (finishes[0], finishes[1]), inputs[0], outputs[0])
+    _emit(lowering, target, pair, (w.constant, taps.constant), (finishes[0], finishes[1]), inputs[0], outputs[0])
     return True
 
 
@@ -138,8 +144,7 @@ def _emit(
     assert isinstance(second, LastConv)
     channels, depth = weights[0].shape[:2]
     geometry = geometry_of(second.form, weights[1].shape, made, result)
-    finite = all(bool(np.isfinite(array).all()) for array in weights[1:])
-    window = window_of(geometry, channels, shape.lanes, finite=finite)
+    window = window_of(geometry, channels, shape.lanes, finite=bool(np.isfinite(weights[1]).all()))
     ring = reach_of(weights[1].shape[2], geometry.stride_h, geometry.dilation_h)
     panels = panel_vectors(channels, shape)
     kernel = ExpandedDepthwiseKernel(panels, finishes[0].epilogue, window, finishes[1].epilogue, ring)
