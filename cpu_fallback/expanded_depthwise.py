@@ -103,10 +103,11 @@ def _reach(node: Node) -> int:
 
 def _finish(node: Node, target: Target, buffers: Buffers = ()) -> Finish | None:
     """A node's epilogue with its operands; None where it has none for tiles, or a 1x1 convolution reads a tensor."""
-    extras = node.inputs[2:]
+    op, extras = node.op, node.inputs[2:]
+    assert isinstance(op, LastConv)
     given = [(buffer, v.shape) for buffer, v in zip(buffers or range(len(extras)), extras, strict=True)]
-    found = finish_of(node.op.epilogue, given, node.outputs[0].shape, target)  # type: ignore[union-attr]
-    if found is not None and FULL in found.epilogue.kinds and node.op.group == 1:  # type: ignore[union-attr]
+    found = finish_of(op.epilogue, given, node.outputs[0].shape, target)
+    if found is not None and FULL in found.epilogue.kinds and op.group == 1:
         return None
     return found
 
