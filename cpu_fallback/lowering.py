@@ -14,6 +14,7 @@ from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
 from cpu_fallback.expanded_depthwise import ExpandedDepthwise, lower_expanded_depthwise
 from cpu_fallback.fused_attention import lower_fused_attention, lower_turned_attention
+from cpu_fallback.gated_conv import GatedConv, lower_gated_conv
 from cpu_fallback.image_lowering import lower_last_conv_transpose, lower_last_pool
 from cpu_fallback.integer_conv import lower_image_conv
 from cpu_fallback.integer_planes import PairedPlanes, lower_paired_planes
@@ -85,6 +86,7 @@ LOWERINGS: dict[type, LowerOp] = {
     ConvTranspose: lower_conv_transpose,
     Expand: lower_expand,
     ExpandedDepthwise: lower_expanded_depthwise,
+    GatedConv: lower_gated_conv,
     Gather: lower_gather,
     LastConv: lower_image_conv,
     LastConvTranspose: lower_last_conv_transpose,
