@@ -27,7 +27,7 @@ from cpu_fallback.integers import ceil_div, clamp, in_equal_parts, least, plus, 
 from cpu_fallback.loops import BLOCK, THREAD, THREADS, Words
 from cpu_fallback.native import SIGNATURE, Target, attributes
 
-FLAT, IN_PLACE, WINDOWS, PLANAR = "flat", "in place", "windows", "planar windows"
+FLAT, GATED, IN_PLACE, WINDOWS, PLANAR = "flat", "gated", "in place", "windows", "planar windows"
 
 
 PARAMETERS = f"{SIGNATURE}, ptr %tiles"
@@ -39,8 +39,9 @@ class ConvKernel:
     of weights have, what happens to sums.
 
     Words: addresses of x, of packed weights (`conv_weights.tile_weights`), of the result and of scratch; bytes of
-    scratch for a thread, threads that it has room for; the Geometry; the operands of the epilogue. All but the tiles
-    is a function that kernels share.
+    scratch for a thread, threads that it has room for; the Geometry; if gated, the address of what every channel of
+    every image is multiplied with first; the operands of the epilogue. All but the tiles is a function that kernels
+    share.
     """
 
     source: str
@@ -61,9 +62,10 @@ def write_driver(code: Code, target: Target, source: str) -> None:
     x, w, out, scratch = words.pointers(4)
     room, slots = words.numbers(2)
     geometry = Geometry(*words.numbers(len(Geometry._fields)))
+    gate = words.take("ptr") if source == GATED else None
     scratch = code.at(scratch, times(code, THREAD, room))
     team = least(code, THREADS, slots)
-    _Driver(code, target, source, x, w, out, words.address(), scratch, room, team, geometry).write()
+    _Driver(code, target, source, x, w, out, words.address(), scratch, room, team, geometry, gate).write()
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class _Driver:
     room: Reg
     team: Reg
     geometry: Geometry
+    gate: Reg | None
 
     @property
     def _shape(self) -> TileShape:
@@ -97,8 +100,9 @@ class _Driver:
 
     def write(self) -> None:
         code, g = self.code, self.geometry
-        if self.source in (FLAT, IN_PLACE):
-            tiling = tiles_in_place(code, self.target, self._shape, g, flat=self.source == FLAT)
+        if self.source in (FLAT, GATED, IN_PLACE):
+            flat = self.source != IN_PLACE
+            tiling = tiles_in_place(code, self.target, self._shape, g, flat=flat, gate=self.gate)
         else:
             tiling = tiles_of_windows(code, self.target, self._shape, g, planar=self.source == PLANAR)
         panels = self._panels(tiling)
@@ -157,7 +161,10 @@ class _Driver:
             def tile(i: Reg, carried: list[Reg]) -> list[Reg]:
                 many, some, used = carried
                 pixel, rows, result = tiling.pixels(plus(code, initial, i))
-                if tiling.windows is None:
+                if tiling.gate is not None:
+                    place = used
+                    used = tiling.scaled(self.x, self.scratch, pixel, rows, used)
+                elif tiling.windows is None:
                     place, used = tiling.in_place(self.x, self.scratch, group, pixel, rows, used)
                 else:
                     place = tiling.place(start, i)
@@ -186,7 +193,7 @@ class _Driver:
         channel = times(code, plus(code, times(code, group, g.group_outputs), first), i64(4))
         vectors = ceil_div(code, columns, i64(self._shape.lanes))
         ahead = self._ahead(tiling, panel, weights, vectors, tiles)
-        source = self.x if tiling.windows is None else self.scratch
+        source = self.x if tiling.in_image else self.scratch
         reading = (source, tiling.a_row, tiling.a_jump, tiling.segments, tiling.segment_nbytes, tiling.run)
         writing = (code.at(self.out, channel), times(code, g.step_w, g.outputs, i64(4)))
         for (records, length), rows in zip(tiles, (self._shape.rows, self._shape.few), strict=True):
@@ -201,7 +208,7 @@ class _Driver:
         code = self.code
         (records, _), _ = tiles
         own = weights_ahead(code, weights, vectors, self._shape, i64(AHEAD))
-        if tiling.windows is not None:
+        if not tiling.in_image:
             return own
         step = i64(4 * self._shape.rows * UNROLL)
         first = code.at(self.x, plus(code, code.load("i64", records, 8), tiling.chunk_nbytes))

@@ -15,8 +15,9 @@ from cpu_fallback.caches import caches
 from cpu_fallback.calls import Address, Native, Word
 from cpu_fallback.conv_choice import best_winograd
 from cpu_fallback.conv_depthwise import DepthwiseKernel
-from cpu_fallback.conv_direct import FLAT, IN_PLACE, PLANAR, WINDOWS, ConvKernel
+from cpu_fallback.conv_direct import FLAT, GATED, IN_PLACE, PLANAR, WINDOWS, ConvKernel
 from cpu_fallback.conv_tiles import TileShape, tile_shape
+from cpu_fallback.conv_tiling import FIRST_NBYTES, LEAST
 from cpu_fallback.conv_weights import Floats, aligned, depthwise_weights, is_balanced, tile_weights, winograd_weights
 from cpu_fallback.conv_windows import SLACK, Geometry
 from cpu_fallback.conv_winograd import WinogradKernel
@@ -90,11 +91,23 @@ def _emit_tiles(layer: Layer, source: str, group: int, weights: Floats, geometry
     elements = geometry.channels * COPIES if in_place else prod(weights.shape[1:])
     nbytes = layer.shape.rows * elements * 4 + SLACK
     nbytes = nbytes if in_place else max(nbytes, caches().l2)
-    kernel = ConvKernel(source, run, _panel_vectors(geometry.group_outputs, layer.shape), layer.finish.epilogue)
+    kernel = ConvKernel(source, run, panel_vectors(geometry.group_outputs, layer.shape), layer.finish.epilogue)
     _emit(layer, kernel, packed, offset, (_lines(nbytes),), geometry)
 
 
-def _panel_vectors(outputs: int, shape: TileShape) -> tuple[int, ...]:
+def emit_gated(layer: Layer, op: Conv, weights: Floats, gate: int) -> None:
+    """A 1x1 convolution without strides and pads, over two axes, of the image times `gate`, [N, 1, 1, C]."""
+    packed = layer.lowering.constant(tile_weights(weights, 1, layer.shape))
+    geometry = geometry_of(op, weights.shape, layer.x.shape, layer.out.shape)
+    vectors, finish = panel_vectors(weights.shape[0], layer.shape), layer.finish
+    kernel = ConvKernel(GATED, 0, vectors, finish.epilogue)
+    nbytes = max(FIRST_NBYTES, LEAST * 4 * layer.shape.rows * weights.shape[1])
+    operands, buffers = (Address(gate), *finish.words), (gate, *finish.buffers)
+    inputs, out = (layer.x.buffer, packed), Address(layer.out.buffer)
+    emit_kernel(layer.lowering, kernel, inputs, out, (_lines(nbytes),), geometry, operands, buffers)
+
+
+def panel_vectors(outputs: int, shape: TileShape) -> tuple[int, ...]:
     """How many vectors the panels of so many results have."""
     return tuple(
         sorted({-(-min(shape.width, outputs - start) // shape.lanes) for start in range(0, outputs, shape.width)})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.conv_tiles import TileShape
-from cpu_fallback.conv_windows import Geometry, Windows, define_copy
+from cpu_fallback.conv_windows import Geometry, Windows, define_copy, define_scaling
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
 from cpu_fallback.native import Target
 
@@ -44,6 +44,12 @@ class Tiling:
     segment_nbytes: Reg
     run: Reg
     windows: Windows | None
+    gate: Reg | None = None
+
+    @property
+    def in_image(self) -> bool:
+        """Whether tiles read the image itself."""
+        return self.windows is None and self.gate is None
 
     @property
     def _flat(self) -> bool:
@@ -128,6 +134,17 @@ class Tiling:
         found, used = code.either(inside, lambda: [offset, used], copied)
         return found, used
 
+    def scaled(self, x: Reg, scratch: Reg, pixel: Reg, rows: Reg, offset: Reg) -> Reg:
+        """Copy the pixels of a tile times their gates to `offset` bytes into scratch; where the next tile goes."""
+        code, g = self.code, self.geometry
+        assert self.gate is not None
+        name = define_scaling(code, self.target)
+        image = most(code, times(code, g.out_d, g.out_h, g.out_w), i64(1))
+        source = code.at(x, times(code, pixel, self.a_row))
+        arguments = [code.at(scratch, offset), source, self.gate, pixel, rows, g.channels, image]
+        code.do(f"call void @{name}({', '.join(map(str, arguments))})")
+        return plus(code, offset, self.chunk_nbytes)
+
     def _source(self, pixel: Reg) -> Reg:
         """The pixel of the image that a pixel of the result is at."""
         code, g = self.code, self.geometry
@@ -157,7 +174,7 @@ class Tiling:
             code, near, code.binary("udiv", i64(LEAST), self.chunk), code.binary("udiv", i64(MOST), self.chunk)
         )
         limit = most(code, limit, i64(1))
-        if self.windows is None:
+        if self.in_image:
             lines = ceil_div(code, i64(self.shape.rows), most(code, self.geometry.out_w, i64(1)))
             copied = code.select(code.compare("icmp sgt", self.in_row, i64(0)), plus(code, lines, i64(1)), i64(1))
             fitting = code.select(code.compare("icmp sge", fitting, copied), limit, fitting)
@@ -180,7 +197,9 @@ def _spread(code: Code, g: Geometry) -> Reg:
     return code.compare("icmp ne", steps, i64(1))
 
 
-def tiles_in_place(code: Code, target: Target, shape: TileShape, g: Geometry, *, flat: bool) -> Tiling:
+def tiles_in_place(
+    code: Code, target: Target, shape: TileShape, g: Geometry, *, flat: bool, gate: Reg | None = None
+) -> Tiling:  # fmt: skip
     """Tiles of a 1x1 convolution without strides and padding: pixels as they come, or, if not `flat`, rows of them
     whose results may lie apart."""
     in_row = i64(0) if flat else ceil_div(code, g.out_w, i64(shape.rows))
@@ -189,7 +208,7 @@ def tiles_in_place(code: Code, target: Target, shape: TileShape, g: Geometry, *,
     a_row = times(code, g.channels, i64(4))
     return Tiling(
         code, target, shape, g, count, i64(1), times(code, a_row, i64(shape.rows)), in_row,
-        i64(1), i64(0), a_row, i64(0), i64(1), i64(0), g.group_channels, None,
+        i64(1), i64(0), a_row, i64(0), i64(1), i64(0), g.group_channels, None, gate,
     )  # fmt: skip
 
 

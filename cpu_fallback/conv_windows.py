@@ -6,6 +6,7 @@ anywhere, one window for each. Kernels then walk it without ever testing for an 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from cpu_fallback.native import Target, attributes
 
 SLACK = 64
 """Bytes behind windows that copies of whole vectors may overwrite."""
+SCALING = "ptr %to, ptr %from, ptr %gate, i64 %pixel, i64 %rows, i64 %channels, i64 %image"
 COPY = "ptr %to, ptr %from, i64 %left, i64 %pieces, i64 %count, i64 %step, i64 %right"
 
 
@@ -166,6 +168,41 @@ class Windows:
             times(code, self.column_step, pixel_nbytes),
             right,
         ]
+
+
+def define_scaling(code: Code, target: Target) -> str:
+    """The name of a function that copies `rows` pixels of `channels` elements, from number `pixel` on, times the gates
+    of their images, which have `image` pixels each."""
+    name = f"scale_pixels{target.vector_nbytes}"
+    code.define(name, SCALING, attributes(target), lambda inner: _write_scaling(inner, target))
+    return name
+
+
+def _write_scaling(code: Code, target: Target) -> None:
+    to, source, gate, pixel, rows, channels, image = (
+        Reg(text.split()[1], text.split()[0]) for text in SCALING.split(", ")
+    )
+    line, lanes = times(code, channels, i64(4)), target.vector_nbytes // 4
+    whole = code.binary("and", channels, i64(-lanes))
+
+    def row(index: Reg, _: list[Reg]) -> list[Reg]:
+        here, there = (code.at(base, times(code, index, line)) for base in (to, source))
+        own = code.at(gate, times(code, code.binary("udiv", plus(code, pixel, index), image), line))
+
+        def scaled(width: int) -> Callable[[Reg, list[Reg]], list[Reg]]:
+            def body(channel: Reg, _: list[Reg]) -> list[Reg]:
+                offset, kind = times(code, channel, i64(4)), vector(width, "float")
+                value, factor = (code.load(kind, code.at(base, offset), 4) for base in (there, own))
+                code.store(code.binary("fmul", value, factor), code.at(here, offset), 4)
+                return []
+
+            return body
+
+        code.loop(i64(0), whole, i64(lanes), scaled(lanes))
+        code.loop(whole, channels, i64(1), scaled(1))
+        return []
+
+    code.loop(i64(0), rows, i64(1), row)
 
 
 def define_copy(code: Code, target: Target) -> str:

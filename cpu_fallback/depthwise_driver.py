@@ -17,7 +17,7 @@ from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.conv_tiles import LINE, fma
 from cpu_fallback.conv_windows import Geometry
 from cpu_fallback.epilogues import stack
-from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
+from cpu_fallback.integers import ceil_div, clamp, least, most, plus, share, times
 from cpu_fallback.loops import Words, splat, thread_share
 from cpu_fallback.native import Target
 
@@ -53,6 +53,11 @@ class Window:
     def blank_elements(self, channels: int) -> int:
         """Zeros that stand for a row outside the image."""
         return (self.columns[-1] + 1) * channels
+
+
+def reach_of(kernel: int, stride: int, dilation: int) -> int:
+    """Rows of the image that a row of tiles reads, which is two rows high."""
+    return stride + (kernel - 1) * dilation + 1
 
 
 def window_of(geometry: Any, channels: int, lanes: int, *, finite: bool) -> Window:
@@ -95,7 +100,23 @@ def write_depthwise(
     def finish(results: Results) -> None:
         store(out, operands, results)
 
-    _Driver(code, target, window, halves, x, w, blank, finish, geometry, lists).write(near, far)
+    def image(index: Reg, _: Reg) -> Reg:
+        return code.at(x, times(code, index, geometry.in_h, geometry.in_w, driver.pixel))
+
+    driver = _Driver(code, target, window, halves, 0, image, w, blank, finish, geometry, lists)
+    driver.write(near, far)
+
+
+def write_from_ring(
+    code: Code, target: Target, window: Window, ring: int, team: Reg, rows: Callable[[Reg, Reg], Reg], w: Reg,
+    blank: Reg, finish: Callable[[Results], None], geometry: Geometry,
+) -> None:  # fmt: skip
+    """The same over float32 images of which a thread has only the last rows: row y is number y modulo `ring`, where
+    rows(image, first row that is read from now on) says that they begin."""
+    count = len(window.columns)
+    lists = _Lists(stack(code, 8 * ROWS), stack(code, 8 * count), stack(code, 4 * window.lanes * count))
+    driver = _Driver(code, target, window, False, ring, rows, w, blank, finish, geometry, lists)
+    driver.write_rows(team)
 
 
 def pinned(code: Code, values: list[Reg], target: Target) -> list[Reg]:
@@ -136,7 +157,8 @@ class _Driver:
     target: Target
     window: Window
     halves: bool
-    x: Reg
+    ring: int
+    rows: Callable[[Reg, Reg], Reg]
     w: Reg
     blank: Reg
     finish: Callable[[Results], None]
@@ -153,7 +175,7 @@ class _Driver:
         return 2 if self.halves else 4
 
     @property
-    def _pixel(self) -> Reg:
+    def pixel(self) -> Reg:
         """Bytes of the image from pixel to pixel."""
         return times(self.code, self.geometry.channels, i64(self._nbytes))
 
@@ -166,12 +188,11 @@ class _Driver:
         """Threads share the rows of tiles, or the channels if there are more of them than pixels, as the convolution
         before does. Small images go by as many channels as the first cache holds rows of."""
         code, g, lanes = self.code, self.geometry, i64(self.window.lanes)
-        bands = ceil_div(code, g.out_h, i64(self.window.rows))
-        images = code.binary("udiv", g.pixels, most(code, times(code, g.out_w, g.out_h), i64(1)))
+        bands, images = self._counts()
         rows, span = self._shares(times(code, images, bands), times(code, images, g.in_h, g.in_w))
         line = most(code, times(code, self._reach(), g.in_w, i64(self._nbytes)), i64(1))
         some = times(code, most(code, code.binary("udiv", code.binary("udiv", near, line), lanes), i64(1)), lanes)
-        small = code.compare("icmp sle", times(code, g.in_h, g.in_w, self._pixel), far)
+        small = code.compare("icmp sle", times(code, g.in_h, g.in_w, self.pixel), far)
         step = code.select(small, some, g.channels)
 
         def channels(first: Reg, _: list[Reg]) -> list[Reg]:
@@ -180,6 +201,19 @@ class _Driver:
             return []
 
         code.loop(*span, most(code, step, i64(1)), channels)
+
+    def write_rows(self, team: Reg) -> None:
+        """The first `team` threads share the rows of tiles."""
+        code = self.code
+        bands, images = self._counts()
+        some = share(code, times(code, images, bands), team)
+        code.loop(*some, i64(1), lambda index, _: self._band(index, bands, (i64(0), self.geometry.channels)))
+
+    def _counts(self) -> tuple[Reg, Reg]:
+        """Rows of tiles in an image, and images."""
+        code, g = self.code, self.geometry
+        each = most(code, times(code, g.out_w, g.out_h), i64(1))
+        return ceil_div(code, g.out_h, i64(self.window.rows)), code.binary("udiv", g.pixels, each)
 
     def _shares(self, bands: Reg, pixels: Reg) -> tuple[tuple[Reg, Reg], tuple[Reg, Reg]]:
         """[start, stop) of rows of tiles and of channels."""
@@ -203,7 +237,7 @@ class _Driver:
         y = times(code, band, i64(window.rows))
         first_row = plus(code, times(code, y, i64(window.steps[0])), code.binary("sub", g.crop_h, g.pad_h))
         line = plus(code, times(code, image, g.out_h), y)
-        start = code.at(self.x, times(code, image, g.in_h, g.in_w, self._pixel))
+        start = self.rows(image, first_row)
         final = most(code, code.binary("sub", g.out_w, i64(PIXELS)), i64(0))
 
         def tile(x: Reg, _: list[Reg]) -> list[Reg]:
@@ -246,12 +280,13 @@ class _Driver:
         code, g = self.code, self.geometry
         away = code.binary("or", code.compare("icmp sge", column, g.in_w), code.compare(
             "icmp slt", plus(code, column, i64(self.window.columns[-1])), i64(0)))  # fmt: skip
-        offset = times(code, column, self._pixel)
+        offset = times(code, column, self.pixel)
 
         def row(index: Reg, _: list[Reg]) -> list[Reg]:
             y = plus(code, first_row, index)
             outside = code.binary("or", code.compare("icmp uge", y, g.in_h), away)
-            place = code.at(image, plus(code, times(code, y, g.in_w, self._pixel), offset))
+            line = code.binary("urem", y, i64(self.ring)) if self.ring else y
+            place = code.at(image, plus(code, times(code, line, g.in_w, self.pixel), offset))
             code.store(code.select(outside, self.blank, place), code.at(self.lists.rows, times(code, index, i64(8))), 8)
             return []
 
@@ -264,7 +299,7 @@ class _Driver:
         anchor = clamp(code, code.binary("sub", nearest, first), i64(0), i64(window.columns[-1]))
         for i, number in enumerate(window.columns):
             inside = code.compare("icmp ult", plus(code, first, i64(number)), g.in_w)
-            offset = times(code, code.select(inside, i64(number), anchor), self._pixel)
+            offset = times(code, code.select(inside, i64(number), anchor), self.pixel)
             code.store(offset, code.at(self.lists.offsets, i64(8 * i)), 8)
             mask = splat(code, code.convert("sext", inside, "i32"), window.lanes)
             code.store(mask, code.at(self.lists.masks, i64(4 * window.lanes * i)), 4)
@@ -328,7 +363,7 @@ class _Driver:
         """What the tile reads at one of its columns, as float32."""
         code, lanes = self.code, self.window.lanes
         if tile.inside is not None:
-            place = code.at(start, times(code, self._pixel, i64(column)))
+            place = code.at(start, times(code, self.pixel, i64(column)))
             value = code.load(vector(lanes, "i16" if self.halves else "float"), place, self._nbytes)
             return code.convert("sitofp", value, self._kind) if self.halves else value
         offset, bits = code.load("i64", code.at(self.lists.offsets, i64(8 * number)), 8), vector(lanes, "i32")

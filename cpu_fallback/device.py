@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
+from cpu_fallback.expanded_depthwise import join_expansions
+from cpu_fallback.gated_conv import join_gates
 from cpu_fallback.layouts import assign_layouts
 from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import host
@@ -86,4 +88,6 @@ class CpuDevice:
 
 
 def _arrange(graph: Graph) -> Graph:
-    return turn_attention(assign_layouts(widen_floats(graph), host()), host())
+    target = host()
+    images = join_gates(assign_layouts(widen_floats(graph), target), target)
+    return turn_attention(join_expansions(images, target), target)

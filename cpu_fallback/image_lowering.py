@@ -23,7 +23,7 @@ FEW_PIXELS, SOME_PIXELS, MANY_CHANNELS = 64, 256, 1024
 
 
 def lower_last_conv(lowering: Lowering, op: LastConv, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
-    if _is_product(op, node) and _emit_rows(lowering, op, node, inputs, outputs):
+    if is_product(op, node) and _emit_rows(lowering, op, node, inputs, outputs):
         return True
     finish = _finish(op, node, inputs)
     weights = node.inputs[1].constant
@@ -53,7 +53,7 @@ def lower_last_pool(lowering: Lowering, op: LastPool, node: Node, inputs: Buffer
     return True
 
 
-def _is_product(op: LastConv, node: Node) -> bool:
+def is_product(op: LastConv, node: Node) -> bool:
     """Whether this is a product of float32 matrices that a row for every pixel makes, and faster as such: parts of its
     depth stay in the first cache."""
     x, w = node.inputs[:2]
@@ -71,7 +71,7 @@ def _is_product(op: LastConv, node: Node) -> bool:
 
 
 def _emit_rows(lowering: Lowering, op: LastConv, node: Node, inputs: Buffers, outputs: Buffers) -> bool:
-    """A convolution that `_is_product`, as one."""
+    """A convolution that `is_product`, as one."""
     weights, rank = node.inputs[1].constant, node.outputs[0].rank
     if weights is None:
         return False

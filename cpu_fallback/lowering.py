@@ -11,7 +11,9 @@ from cpu_fallback.arg_reductions import lower_arg_reduce
 from cpu_fallback.calls import Array, ArrayCall, evaluate_into
 from cpu_fallback.control import lower_control
 from cpu_fallback.convolution import lower_conv, lower_conv_transpose
+from cpu_fallback.expanded_depthwise import ExpandedDepthwise, lower_expanded_depthwise
 from cpu_fallback.fused_attention import lower_fused_attention, lower_turned_attention
+from cpu_fallback.gated_conv import GatedConv, lower_gated_conv
 from cpu_fallback.image_lowering import lower_last_conv_transpose, lower_last_pool
 from cpu_fallback.integer_conv import lower_image_conv
 from cpu_fallback.integer_planes import PairedPlanes, lower_paired_planes
@@ -83,6 +85,8 @@ LOWERINGS: dict[type, LowerOp] = {
     Conv: lower_conv,
     ConvTranspose: lower_conv_transpose,
     Expand: lower_expand,
+    ExpandedDepthwise: lower_expanded_depthwise,
+    GatedConv: lower_gated_conv,
     Gather: lower_gather,
     LastConv: lower_image_conv,
     LastConvTranspose: lower_last_conv_transpose,

@@ -8,6 +8,9 @@ network takes, the first time that a machine loads it. `object_cache` saves all 
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ import llvmlite.binding as llvm
 
 from cpu_fallback.code import Code
 from cpu_fallback.object_cache import digest, object_cache
+from cpu_fallback.walk_code import walk_module
 
 VERSIONS = ("1", llvmlite.__version__, ".".join(map(str, llvm.llvm_version_info)))
 """What machine code depends on besides its text: the passes of `_object`, counted, and the compiler."""
@@ -75,7 +79,7 @@ class Library:
         self._lock = threading.Lock()
         self._addresses: dict[tuple[Target, Any], int] = {}
         self._engines: list[Any] = []
-        self._walk: Walk | None = None
+        self._walk: tuple[Walk, Walk] | None = None
 
     def addresses(self, kernels: Iterable[Kernel], target: Target) -> dict[Any, int]:
         """The address of every kernel, compiling those that are new, together in one module."""
@@ -90,15 +94,26 @@ class Library:
             return {kernel: self._addresses[target, kernel] for kernel in wanted}
 
     def walker(self) -> Walk:
-        """walk(address of {table, steps}): one call for many steps, without the GIL.
+        """walk(address of {table, steps}): one call for many steps, without the GIL, which `walk_code` takes in turn.
 
         The table holds {function pointer, argument block pointer} for each step; null for `jumps.Jump`. One argument:
         converting each costs as much as a small step.
         """
+        return self._walks()[0]
+
+    def holding_walker(self) -> Walk:
+        """The same with the GIL held, for what takes less time than to give it away and take it back."""
+        return self._walks()[1]
+
+    def _walks(self) -> tuple[Walk, Walk]:
         with self._lock:
             if self._walk is None:
-                engine = self._compile(WALK, host())
-                self._walk = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("walk"))
+                turns = takes_turns()
+                engine = self._compile(walk_module(host().x86, turns), host())
+                plain = engine.get_function_address("walk")
+                free = engine.get_function_address("walk_in_turn") if turns else plain
+                word = ctypes.c_void_p
+                self._walk = ctypes.CFUNCTYPE(None, word)(free), ctypes.PYFUNCTYPE(None, word)(plain)
             return self._walk
 
     def _compile(self, text: str, target: Target) -> Any:
@@ -108,6 +123,13 @@ class Library:
 
 
 LIBRARY = Library()
+
+
+def takes_turns() -> bool:
+    """Whether threads that come back to Python may find its lock taken by one that runs meanwhile."""
+    locked = bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+    known = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    return locked and known and (os.cpu_count() or 1) > 1
 
 
 def compile_module(text: str, target: Target) -> Any:
@@ -158,48 +180,3 @@ def attributes(target: Target) -> str:
     """What every function says about itself."""
     bits = target.vector_nbytes * 8
     return f'nounwind "prefer-vector-width"="{bits}" "min-legal-vector-width"="{bits}"'
-
-
-JUMP = """
-  %byte = load ptr, ptr %block
-  %seen = load i8, ptr %byte
-  %set = icmp ne i8 %seen, 0
-  %wanted = getelementptr i8, ptr %block, i64 8
-  %when = load i64, ptr %wanted
-  %should = icmp ne i64 %when, 0
-  %taken = icmp eq i1 %set, %should
-  %distance = getelementptr i8, ptr %block, i64 16
-  %nbytes = load i64, ptr %distance
-"""
-"""Of the words of a `jumps.Jump` at %block: whether it is %taken, and how many bytes far."""
-WALK = f"""
-define void @walk(ptr %job) nounwind {{
-entry:
-  %table = load ptr, ptr %job
-  %count = getelementptr i8, ptr %job, i64 8
-  %steps = load i64, ptr %count
-  %end = getelementptr {{ ptr, ptr }}, ptr %table, i64 %steps
-  br label %head
-head:
-  %row = phi ptr [ %table, %entry ], [ %next, %step ], [ %target, %jump ]
-  %more = icmp ult ptr %row, %end
-  br i1 %more, label %body, label %done
-body:
-  %function = load ptr, ptr %row
-  %place = getelementptr i8, ptr %row, i64 8
-  %block = load ptr, ptr %place
-  %next = getelementptr {{ ptr, ptr }}, ptr %row, i64 1
-  %plain = icmp ne ptr %function, null
-  br i1 %plain, label %step, label %jump
-step:
-  call void %function(ptr %block, i64 0, i64 1)
-  br label %head
-jump:
-{JUMP}
-  %away = getelementptr i8, ptr %row, i64 %nbytes
-  %target = select i1 %taken, ptr %away, ptr %next
-  br label %head
-done:
-  ret void
-}}
-"""

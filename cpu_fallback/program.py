@@ -37,6 +37,8 @@ from gpu_engine.plan.memory import (
 from gpu_engine.plan.plan import Plan, Requirement, root
 
 Ints = NDArray[np.int64]
+TRIALS = 6
+"""Runs that are timed after binding; the first of them finds nothing in the caches."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Segment:
     make: Maker
     array_steps: tuple[int | None, ...]
     only_native: bool
+    straight: bool
     binds: int | None
 
 
@@ -156,8 +159,13 @@ class _Builder:
         binds = self.steps[-1] if last is not None and last.binds else None
         return Segment(
             self.names, self.numbers, arena, ports, table, traffic, binder.compile(), tuple(array_steps),
-            all(step is None for step in array_steps), binds,
+            all(step is None for step in array_steps), self._is_straight(), binds,
         )  # fmt: skip
+
+    def _is_straight(self) -> bool:
+        """Whether one native run does the same steps every time."""
+        kernels = [self.plan.steps[i].kernel for i in self.steps]
+        return all(isinstance(each, Native) and not isinstance(each.kernel, Jump) for each in kernels)
 
     def _exposed(self) -> list[int]:
         """Buffers whose arrays the slot asks for: inputs, outputs, what the step before this segment gave."""
@@ -250,7 +258,10 @@ def zone_sizes(segment: Segment, values: Sequence[int]) -> tuple[int, int]:
 
 @dataclass(eq=False)
 class Bound:
-    """A segment with numbers: the calls to make, the arrays that the slot needs, and where its buffers lie."""
+    """A segment with numbers: the calls to make, the arrays that the slot needs, and where its buffers lie.
+
+    `trials` are runs yet to be timed, before it is known whether they take long enough to give the GIL away.
+    """
 
     extents: tuple[int, ...]
     calls: list[Call]
@@ -259,6 +270,8 @@ class Bound:
     memory: tuple[Array, Array]
     table: Ints
     shares: list[Array]
+    trials: int = 0
+    least_s: float = float("inf")
 
 
 Allocate = Callable[[int, int], tuple[Array, Array]]
@@ -291,7 +304,8 @@ def bind(
         for zone, piece, offsets in ((segment.arena, memory[0], arena), (segment.ports, memory[1], ports)):
             located |= {buffer: (piece, start) for buffer, start in zip(zone.owned, offsets.tolist(), strict=True)}
     shares = [] if team is None else _led(segment, numbers, calls, jobs.reshape(-1, 4), team)
-    return Bound(extents, calls, arrays, located, memory, table, shares)
+    trials = TRIALS if segment.straight and calls and not shares else 0
+    return Bound(extents, calls, arrays, located, memory, table, shares, trials)
 
 
 def _led(segment: Segment, numbers: Ints, calls: list[Call], jobs: Ints, team: Team) -> list[Array]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from time import perf_counter
 
 import numpy as np
 
 from cpu_fallback.calls import Array
 from cpu_fallback.cores import free_memory
 from cpu_fallback.interruption import raise_pending
+from cpu_fallback.native import LIBRARY
 from cpu_fallback.program import Bound, Program, Segment, bind
 from cpu_fallback.team import Team, can_have_teams
 from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
@@ -24,6 +26,9 @@ from gpu_engine.plan.plan import Plan, Step
 
 CACHED_BINDINGS = 32
 CHECKED_NBYTES = 1 << 20
+TRIED_S, HELD_S = 200e-6, 5e-6
+"""What a run may take for the next one to be tried with the GIL held, and what for the GIL to stay held: less than two
+threads need to hand it over (`benchmarks.peers --only throughput --model sklearn_forest`)."""
 
 
 class Area:
@@ -124,8 +129,11 @@ class CpuSlot:
     def _call(self, segment: Segment, bound: Bound) -> object:
         """Make the calls of one segment; what the last one gives."""
         if segment.only_native:
-            for function, arguments in bound.calls:
-                function(*arguments)
+            if bound.trials:
+                _time(bound)
+            else:
+                for function, arguments in bound.calls:
+                    function(*arguments)
             raise_pending()
             return None
         done, result = 0, None
@@ -183,6 +191,21 @@ class CpuSlot:
 
     def _results(self, chain: list[Bound]) -> list[Array]:
         return [next(bound.arrays[i] for bound in reversed(chain) if i in bound.arrays) for i in self._plan.outputs]
+
+
+def _time(bound: Bound) -> None:
+    """Run once. After the last trial the GIL is held from then on if all else would take longer.
+
+    Only a run that holds it tells how long it takes itself; so that none holds it for long, the first does not.
+    """
+    walk = LIBRARY.holding_walker() if bound.least_s < TRIED_S else LIBRARY.walker()
+    ((_, arguments),) = bound.calls
+    started = perf_counter()
+    walk(*arguments)
+    bound.least_s = min(bound.least_s, perf_counter() - started)
+    bound.trials = bound.trials - 1 if bound.least_s < TRIED_S else 0
+    if not bound.trials and bound.least_s < HELD_S:
+        bound.calls = [(walk, arguments)]
 
 
 def _failure(step: Step, inputs: Sequence[Array], error: Exception) -> GpuEngineError:

@@ -16,7 +16,8 @@ https://man7.org/linux/man-pages/man2/futex.2.html
 
 from __future__ import annotations
 
-from cpu_fallback.native import JUMP, Target
+from cpu_fallback.native import Target
+from cpu_fallback.walk_code import JUMP, PAUSE
 
 LINE = 128
 """Bytes between words that different threads write: processors fetch cache lines in pairs."""
@@ -32,11 +33,6 @@ STEALING = 24
 """Looks before a thread does another one's part; none if it did so last time."""
 PATIENCE = PAUSES + 300
 """Looks before a thread sleeps."""
-PAUSE = {
-    True: ("@llvm.x86.sse2.pause()", "@llvm.x86.sse2.pause()"),
-    False: ("@llvm.aarch64.hint(i32)", "@llvm.aarch64.hint(i32 1)"),
-}
-"""How to tell an x86 or ARM processor that a thread only waits: as declared, as called."""
 FUTEX = {"x86_64": 202, "aarch64": 98}
 """The number of the system call."""
 

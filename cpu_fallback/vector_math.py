@@ -175,6 +175,8 @@ def _cosine_rest(s: float) -> float:
 
 
 EXPM1 = fitted(_expm1_rest, -LN2 / 2, LN2 / 2, 5)
+SHORT_EXPM1 = fitted(_expm1_rest, -LN2 / 2, LN2 / 2, 4)
+"""For a sum with 1 whose reciprocal is rounded too."""
 LOG1P = fitted(_log1p_rest, -1 / 3, 1 / 3, 8)
 EXP2M1 = fitted(_exp2m1, -0.5, 0.5, 5)
 ERF_END = 3.92
@@ -255,8 +257,7 @@ def logistic_of_negated(x: Num) -> Num:
     shifted = x.fma(1 / LN2, EXPONENT_ROUNDER)
     n = shifted - EXPONENT_ROUNDER
     r = n.fma(-LN2_LOW, n.fma(-LN2_HIGH, x))
-    power = _shifted_power(shifted)
-    grown = (r * r).fma(r.horner(EXPM1), r).fma(power, power) + 1.0
+    grown = r.horner((1.0, 1.0, *SHORT_EXPM1)).fma(_shifted_power(shifted), 1.0)
     return Num(x.code, literal(x.kind, 1.0)) / grown
 
 

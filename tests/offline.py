@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.models import MODELS
 from gpu_engine.gpu.binary import check_parameters, parameter_nbytes
 from gpu_engine.gpu.kernel import TritonKernel
-from gpu_engine.gpu.launches import ArrayCall, Launch
+from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.offline import Resources, compiled, problems, resources
 from gpu_engine.gpu.options import PRECISIONS, GpuOptions
 from gpu_engine.gpu.planning import gpu_plan, kernels_of
@@ -63,12 +63,23 @@ def plan_of(model: bytes, precision: str, arch: int) -> Plan:
     return gpu_plan(graph, prove(graph), GpuOptions(precision, arch))
 
 
+def launched(plan: Plan, batch: int = 1, extent: int = 128) -> int:
+    """How many launches one inference takes: of the kernels for different extents of a product, one is chosen.
+
+    Segments whose extents only running tells are left out.
+    """
+    segment = plan.program.segments[0]
+    given = [batch if name == plan.batching.symbol else extent for name in segment.names]
+    values = segment.numbers.evaluate(given)
+    return sum(all(values[place] for place in places) for places in segment.grids.values())
+
+
 def counts(plan: Plan) -> str:
-    """How many launches and array steps an inference takes."""
-    launches = sum(isinstance(step.kernel, Launch) for step in plan.steps)
+    """What an inference takes."""
     arrays = [step for step in plan.steps if isinstance(step.kernel, ArrayCall)]
     names = sorted({type(step.kernel.op).__name__ for step in arrays})
-    return f"{launches} launches of {len(kernels_of(plan))} kernels, {len(arrays)} array steps {' '.join(names)}"
+    numbers = f"{launched(plan)} launches of {len(kernels_of(plan))} kernels"
+    return f"{numbers}, {len(arrays)} array steps {' '.join(names)}".rstrip()
 
 
 def table(verdicts: Sequence[Verdict]) -> Table:

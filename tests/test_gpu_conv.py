@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from gpu_engine.gpu.interpret import InterpretDevice
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.ir.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType, is_float
+from gpu_engine.ir import dims, expr
+from gpu_engine.ir.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, UINT8, DType, is_float
 from gpu_engine.ir.graph import Op, TensorType
 from gpu_engine.ir.ops.channels_last import LastConv
 from gpu_engine.plan.lower import NOT_BATCHED
@@ -54,11 +56,18 @@ def plan_of(op: Op, types: list[TensorType], constants: dict[int, Array], precis
     return plan
 
 
-def check(op: Op, *arrays: Array, known: tuple[int, ...] = (1,), precision: str = "fp32", tolerance: float = 0) -> None:
-    """The plan's result is the reference's, computed with wide floats."""
+def check(
+    op: Op,
+    *arrays: Array,
+    known: tuple[int, ...] = (1,),
+    precision: str = "fp32",
+    tolerance: float = 0,
+    seeds: tuple[int, ...] = (0,),
+) -> None:
+    """The plan's result is the reference's, whatever the order of programs."""
     constants = {i: arrays[i] for i in known}
     plan = plan_of(op, [TensorType(array.dtype, array.shape) for array in arrays], constants, precision)
-    for seed in (0, 1):
+    for seed in seeds:
         (found,) = execute(plan, [array for i, array in enumerate(arrays) if i not in known], seed)
         assert_near(found, reference(op, arrays), tolerance)
 
@@ -97,6 +106,9 @@ CASES = {
     "multiplier": (conv((3, 3), 1, (1, 1), group=6), (1, 5, 6, 6), (18, 1, 3, 3)),
     "small groups": (conv((3, 3), 1, (1, 0), group=5), (1, 5, 6, 20), (30, 4, 3, 3)),
     "one result": (conv((2, 2)), (2, 3, 4, 70), (1, 70, 2, 2)),
+    "one window": (conv((3, 2), 1, (0, 0)), (1, 3, 2, 18), (5, 18, 3, 2)),
+    "one window, planar": (conv((3, 2), 1, (1, 0), planar=True), (1, 3, 2, 2), (5, 3, 3, 2)),
+    "one depthwise window": (conv((3, 3), 3, (1, 0), group=4), (1, 3, 3, 4), (4, 1, 3, 3)),
     "no image": (conv((3, 3), 1, (1, 1)), (0, 3, 4, 5), (6, 5, 3, 3)),
 }  # fmt: skip
 
@@ -104,7 +116,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_forms(case: str) -> None:
     op, image, weights = CASES[case]
-    check(op, data(1, FLOAT32, *image), data(2, FLOAT32, *weights))
+    check(op, data(1, FLOAT32, *image), data(2, FLOAT32, *weights), seeds=(0, 1))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT64], ids=str)
@@ -118,3 +130,60 @@ def test_dtypes(case: str, dtype: DType) -> None:
 def test_weights_that_are_inputs(case: str) -> None:
     op, image, weights = CASES[case]
     check(op, data(1, FLOAT32, *image), data(2, FLOAT32, *weights), known=())
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("case", ["3x3", "first layer", "dense"])
+def test_precisions(case: str, precision: str) -> None:
+    op, image, weights = CASES[case]
+    tolerance = 2e-2 if precision == "bf16" else 3e-3
+    check(op, data(1, FLOAT32, *image), data(2, FLOAT32, *weights), precision=precision, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("pair", [(UINT8, INT8), (INT8, INT8), (INT16, INT16), (UINT8, INT16)], ids=str)
+@pytest.mark.parametrize("case", ["3x3", "stride", "groups", "depthwise", "first layer"])
+def test_integers(case: str, pair: tuple[DType, DType]) -> None:
+    op, image, weights = CASES[case]
+    exact = dataclasses.replace(op, accumulate=INT32)
+    check(exact, data(1, pair[0], *image), data(2, pair[1], *weights))
+
+
+def test_integers_with_an_epilogue() -> None:
+    root = expr.cast(expr.cast(expr.arg(0, INT32), FLOAT32) * expr.arg(1, FLOAT32), INT8, saturate=True)
+    op = dataclasses.replace(CASES["3x3"][0], accumulate=INT32, epilogue=root)
+    check(op, data(1, UINT8, 1, 5, 4, 20), data(2, INT8, 9, 20, 3, 3), np.abs(data(3, FLOAT32, 9)) / np.float32(500))
+
+
+@pytest.mark.parametrize("case", ["3x3", "dense", "groups", "depthwise", "many channels"])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
+def test_epilogues(case: str, dtype: DType) -> None:
+    """A bias, a gate of every image, a residual and an activation."""
+    op, image, weights = CASES[case]
+    root = expr.arg(0, dtype) + expr.arg(1, dtype) + expr.arg(2, dtype)
+    root = expr.maximum(root * expr.arg(3, dtype), expr.const(0, dtype))
+    x, w = data(1, dtype, *image), data(2, dtype, *weights)
+    shape = reference(op, (x, w)).shape
+    gate = data(5, dtype, shape[0], 1, 1, shape[-1])
+    check(dataclasses.replace(op, epilogue=root), x, w, data(3, dtype, shape[-1]), data(4, dtype, *shape), gate)
+
+
+@pytest.mark.parametrize("case", ["3x3", "stride", "first layer", "groups", "depthwise", "dense"])
+def test_any_extents(case: str) -> None:
+    op, image, weights = CASES[case]
+    w = data(2, FLOAT32, *weights)
+    n, h, wide = (dims.symbol(name) for name in "NHW")
+    channels = image[1] if op.planar else image[-1]
+    shape = (n, channels, h, wide) if op.planar else (n, h, wide, channels)
+    plan = plan_of(op, [TensorType(FLOAT32, shape), TensorType(FLOAT32, w.shape)], {1: w})
+    for sizes in ((1, 7, 7), (2, 8, 9)):
+        x = data(3, FLOAT32, sizes[0], channels, *sizes[1:])
+        x = x if op.planar else np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+        assert_near(execute(plan, [x])[0], reference(op, (x, w)))
+
+
+@pytest.mark.parametrize("case", ["3x3", "depthwise", "dense", "first layer"])
+def test_what_is_no_number_stays_in_its_windows(case: str) -> None:
+    op, image, weights = CASES[case]
+    x = data(1, FLOAT32, *image)
+    x[0, 1, 1, 1], x[-1, 2, 3, 2], x[0, 2, 2, 0] = np.nan, np.inf, -np.inf
+    check(op, x, data(2, FLOAT32, *weights))

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from gpu_engine.gpu import gemm
 from gpu_engine.gpu.interpret import InterpretDevice
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.gpu.tile_filter import examined, gemm_kernel
-from gpu_engine.gpu.tiles import GEMM_TILES, Choice, GemmTile, choose
+from gpu_engine.gpu.tile_filter import FAMILIES, examined, gemm_kernel
+from gpu_engine.gpu.tiles import GEMM_TILES, Choice, Extents, GemmTile, choose
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import (
     BFLOAT16,
@@ -162,22 +162,25 @@ def test_symbolic_extents_bound_to_many_values() -> None:
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
-def test_a_symbolic_number_of_rows_takes_a_tile_for_each_range(dtype: DType) -> None:
-    """[batch, 3, 512] times [512, 96]: one plan, as many rows as there are, each range with its own kernel."""
-    batch, weights, bias = dims.symbol("batch"), random(dtype, 512, 96), random(dtype, 96)
+def test_a_symbolic_number_of_rows_takes_a_tile_for_each_range(dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[batch, 3, 96] times [96, 40]: one plan, as many rows as there are, each range with its own kernels."""
+    tiles = GemmTile(16, 32, 32, 4, 2), GemmTile(32, 32, 32, 4, 2), GemmTile(64, 64, 32, 4, 2)
+    choices = Choice(1, 17, tiles[0], 1), Choice(17, 40, tiles[1], 2), Choice(40, None, tiles[2], 1)
+    monkeypatch.setattr(gemm, "choose", lambda *args, **options: choices)
+    batch, weights, bias = dims.symbol("batch"), random(dtype, 96, 40), random(dtype, 40)
     op = MatMul(epilogue=_epilogue(dtype, dtype))
-    types = [TensorType(dtype, (batch, 3, 512)), TensorType(dtype, (512, 96)), TensorType(dtype, (96,))]
+    types = [TensorType(dtype, (batch, 3, 96)), TensorType(dtype, (96, 40)), TensorType(dtype, (40,))]
     plan = _bound(op, types, {1: weights, 2: bias})
-    assert len(kernels(plan)) > 2
-    for rows in (1, 42, 43):
-        a = random(dtype, rows, 3, 512)
+    assert len(kernels(plan)) == 4
+    for rows in (0, 1, 5, 6, 13, 14, 30):
+        a = random(dtype, rows, 3, 96)
         assert_product(op, execute(plan, [a])[0], [a, weights, bias])
 
 
 @pytest.mark.parametrize("splits", [2, 5])
 def test_parts_are_added_in_order(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(1, None, GemmTile(16, 16, 32, 4, 2), splits)
-    monkeypatch.setattr(gemm, "choose", lambda *args: (choice,))
+    monkeypatch.setattr(gemm, "choose", lambda *args, **options: (choice,))
     for a, b, dtype, accumulate in (
         ((2, 19, 70), (2, 70, 5), FLOAT32, None), ((40, 70), (70, 16), FLOAT16, None),
         ((7, 33), (33, 1), UINT8, INT32), ((5, 10), (10, 3), INT64, None),
@@ -229,8 +232,8 @@ def test_layers_share_kernels() -> None:
 
 
 def test_a_choice_covers_every_number_of_rows() -> None:
-    for family in GEMM_TILES:
-        for arch in (80, 90, 100, 120):
-            found = choose(family, 1, dims.symbol("m"), 768, 3072, 2, arch)
-            assert found[0].least == 1 and found[-1].end is None
+    for family, (factor, *_) in FAMILIES.items():
+        for arch in (80, 86, 89, 90, 100, 120):
+            found = choose(family, Extents(1, dims.symbol("m"), 768, 3072, factor.itemsize), arch, heavy=True)
+            assert len(found) > 1 and found[0].least == 1 and found[-1].end is None
             assert all(a.end == b.least for a, b in itertools.pairwise(found))

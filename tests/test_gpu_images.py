@@ -90,6 +90,7 @@ POOLS = {
     "average inside": pool("average", (2, 2), 2, (0, 0)),
     "crop": pool("average", (2, 2), 1, (-1, -2)),
     "dilated average": pool("average", (2, 2), 1, (1, 1), dilation=2),
+    "one window": pool("average", (9, 9), 4, (0, 2), ceil_mode=True),
     "many taps": pool("max", (6, 7), 3, (2, 2)),
 }
 
@@ -115,6 +116,13 @@ def test_pools_of_other_types(dtype: DType) -> None:
         check(last(POOLS[kind]), data(1, dtype, 2, 7, 6, 19), known=())
     check(pool("max", (3,), 2, (1, 1)), data(2, dtype, 2, 5, 9), known=())
     check(pool("max", (2, 2, 2), 2, (0, 0)), data(2, dtype, 1, 2, 4, 5, 4), known=())
+
+
+def test_pools_of_one_window() -> None:
+    for kind in ("max", "average"):
+        op = pool(kind, (2, 2), 2, (1, 1), ceil_mode=True)
+        check(op, data(1, FLOAT32, 1, 1, 1, 1), known=())
+        check(last(op), data(1, FLOAT32, 1, 1, 1, 6), known=())
 
 
 def test_pools_of_any_extents() -> None:
@@ -169,9 +177,13 @@ def test_resizes_of_other_types(dtype: DType) -> None:
         check(resize(mode, (None,) * 3, (2, 9, 4)), data(1, dtype, 2, 5, 4), known=())
 
 
-def test_resizes_of_any_extents() -> None:
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_resizes_of_any_extents(mode: str) -> None:
     n, h, w = (dims.symbol(name) for name in "NHW")
-    for mode in ("nearest", "linear", "cubic"):
-        shape = (n + 1, h + 1, w + 1, 3)
-        op = resize(mode, (None, 2.0, None, None), (n + 1, 2 * h + 2, 5, 3))
-        assert not isinstance(op.infer(TensorType(FLOAT32, shape))[0].shape[0], int)
+    for scales, coordinates in (((None, 2.0, None, None), "half_pixel"), ((None,) * 4, "align_corners")):
+        op = resize(mode, scales, (n, 2 * h, 5, 3), coordinates)
+        plan = plan_of(op, [TensorType(FLOAT32, (n, h, w, 3))], {})
+        for sizes in ((1, 1, 5), (2, 3, 7)):
+            x = data(4, FLOAT32, *sizes, 3)
+            known = resize(mode, scales, (sizes[0], 2 * sizes[1], 5, 3), coordinates)
+            assert_near(execute(plan, [x])[0], np.asarray(known.evaluate(np, x)[0]))

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from cpu_fallback import native, object_cache
-from cpu_fallback.native import WALK, compile_module, host
+from cpu_fallback.native import compile_module, host
 from cpu_fallback.object_cache import MAGIC, VARIABLE, ObjectCache, digest
+from cpu_fallback.walk_code import walk_module
 
 KEY = digest("a kernel")
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes are those of POSIX")
@@ -174,17 +175,18 @@ def test_nothing_is_compiled_twice(
 ) -> None:
     caplog.set_level(logging.WARNING)
     target = host()
-    assert compile_module(WALK, target).get_function_address("walk")
+    walk = walk_module(target.x86, turns=False)
+    assert compile_module(walk, target).get_function_address("walk")
     compiled: list[str] = []
     original = native._object
     monkeypatch.setattr(native, "_object", lambda text, machine: compiled.append(text) or original(text, machine))
-    assert compile_module(WALK, target).get_function_address("walk") and not compiled
-    changed = WALK.replace("@walk", "@stroll")
+    assert compile_module(walk, target).get_function_address("walk") and not compiled
+    changed = walk.replace("@walk", "@stroll")
     assert compile_module(changed, target).get_function_address("stroll") and compiled == [changed]
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[:-100])
-    assert compile_module(WALK, target).get_function_address("walk") and compiled == [changed, WALK]
-    assert compile_module(WALK, target).get_function_address("walk") and len(compiled) == 2
+    assert compile_module(walk, target).get_function_address("walk") and compiled == [changed, walk]
+    assert compile_module(walk, target).get_function_address("walk") and len(compiled) == 2
 
 
 def test_threads_and_processes_share_it(folder: Path) -> None:

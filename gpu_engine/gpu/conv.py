@@ -10,13 +10,14 @@ import numpy as np
 
 from gpu_engine.gpu.conv_kernels import Windows
 from gpu_engine.gpu.direct_conv import Layer, emit_direct
-from gpu_engine.gpu.gemm import FEW, converted, step_of
+from gpu_engine.gpu.epilogues import is_heavy
+from gpu_engine.gpu.gemm import FEW, K_FIRST, converted, step_of
 from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
 from gpu_engine.gpu.gemm_steps import Step
 from gpu_engine.gpu.maps import Walked, emit_copy
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.printing import is_printable, is_printable_dtype
-from gpu_engine.gpu.tiles import choose
+from gpu_engine.gpu.tiles import Extents, choose
 from gpu_engine.gpu.windows import Axis, Image, never_outside, pitches, valid
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
@@ -99,7 +100,7 @@ def step_for(
 
 def wants_depth_innermost(step: Chosen) -> bool:
     """Whether matrix instructions want what is summed over innermost in both factors, as all but those for 16 bits."""
-    return step[0] in ("tf32", "bytes", "planes")
+    return step[0] in K_FIRST
 
 
 def is_dense(op: LastConv, node: Node) -> bool:
@@ -119,7 +120,8 @@ def _emit_dense(
         layer.root, layer.operands, layer.out, layer.dtype,
     )  # fmt: skip
     nbytes = lowering.buffers[factors[0]].dtype.itemsize
-    for choice in choose(step[0], 1, rows, columns, depth, nbytes, options.arch):
+    extents = Extents(1, rows, columns, depth, nbytes)
+    for choice in choose(step[0], extents, options.arch, heavy=is_heavy(layer.root)):
         emit_product(lowering, product, step[1], choice)
     return True
 
@@ -132,7 +134,8 @@ def emit_windows(
     unused = Factor(windows.weights, (), 1, 1)
     depth = windows.taps * windows.depth
     nbytes = lowering.buffers[windows.image.buffer].dtype.itemsize
-    for choice in choose(step[0], batch, rows, columns, depth, nbytes, options.arch):
+    extents = Extents(batch, rows, columns, depth, nbytes)
+    for choice in choose(step[0], extents, options.arch, heavy=is_heavy(layer.root)):
         product = Product(
             replace(unused, buffer=windows.image.buffer), unused, rows, columns, windows.steps(choice.tile.block_k),
             layer.shape, 0, layer.root, layer.operands, layer.out, layer.dtype, walked, windows.write_loop, "conv",

@@ -55,6 +55,18 @@ def place(text: KernelText, walked: Walked, walks: Sequence[Walk], shape: Shape)
     return " + ".join(terms) or "0", inside(moving)
 
 
+HEAVY = frozenset({
+    "div", "mod", "fmod", "pow", "exp", "erf", "log", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh",
+    "tanh", "asinh", "acosh", "atanh",
+})  # fmt: skip
+"""Functions that take many registers beside their result."""
+
+
+def is_heavy(root: Expr) -> bool:
+    """Whether a tile of an expression needs many registers beside its result."""
+    return any(node.op in HEAVY for node in expr.walk(root))
+
+
 def inside(walks: Iterable[Walk]) -> str | None:
     """The mask of the lanes that are points of all walks."""
     masks = [walk.mask for walk in walks if walk.mask is not None]

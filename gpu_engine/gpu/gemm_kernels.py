@@ -79,10 +79,12 @@ Loop = Callable[[KernelText, Product, Step, GemmTile, int], None]
 
 def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choice) -> None:
     """Launch the kernels that compute a product while m is in the choice's range."""
+    share = _selected(product.m, choice)
+    if share == 0:
+        return
     used = {node.value for node in expr.walk(product.root) if node.op == "arg"}
     operands = tuple(product.operands[i - 1].buffer for i in sorted(used - {0}))
     factors = (product.a.buffer, product.b.buffer)
-    share = _selected(product.m, choice)
     text = KernelText(lowering, f"{product.name}_{step.name}")
     walks = _write_sums(text, product, step, choice)
     if choice.splits == 1:

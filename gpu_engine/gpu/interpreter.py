@@ -115,6 +115,7 @@ def _patched_language() -> Any:
     # NumPy 2.4 takes no int() of an array of shape (1,), which triton before 3.9 asks for in `range(0, tl.cdiv(k, 16))`
     scope.set_attr(tl.tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
     scope.set_attr(shipped.ReduceOps, "sum", _sum)
+    scope.set_attr(shipped.ReduceOps, "min_max", _min_max)
     for name, function in LIBDEVICE.items():
         scope.set_attr(libdevice, name, _library_function(name, function))
     return scope
@@ -188,7 +189,7 @@ class _Builder(shipped.InterpreterBuilder):  # type: ignore[misc]
         if allowed is None:
             return
         nbytes = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
-        addresses = np.broadcast_to(pointers.data, mask.shape)[mask.astype(bool)]
+        addresses = np.broadcast_to(pointers.data, mask.shape)[mask != 0]  # a scalar as a block is no array of bools
         if not addresses.size:
             return
         starts, ends = allowed
@@ -299,6 +300,13 @@ def _as_tf32(handle: Any) -> Any:
 
 
 _SHIPPED_SUM = shipped.ReduceOps.sum
+_SHIPPED_MIN_MAX = shipped.ReduceOps.min_max
+_QUIET = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
+"""NumPy's functions that warn of nothing but NaN, by those that do not."""
+
+
+def _min_max(self: Any, tensor: Any, val_reduce_op: Any, idx_reduce_op: Any = None) -> Any:
+    return _SHIPPED_MIN_MAX(self, tensor, _QUIET.get(val_reduce_op, val_reduce_op), idx_reduce_op)
 
 
 def _sum(self: Any, tensor: Any) -> Any:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from gpu_engine.gpu.arg_reductions import lower_arg_reduce
+from gpu_engine.gpu.attention import lower_attention
 from gpu_engine.gpu.control import lower_control
 from gpu_engine.gpu.conv import lower_last_conv
 from gpu_engine.gpu.counting import lower_iota, lower_shape_tensor
@@ -20,15 +21,18 @@ from gpu_engine.gpu.norms import lower_layer_norm, lower_local_response_norm
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.padding import lower_pad
 from gpu_engine.gpu.pooling import lower_last_pool, lower_pool
+from gpu_engine.gpu.recurrent import lower_recurrent
 from gpu_engine.gpu.reductions import lower_reduce
 from gpu_engine.gpu.resizing import lower_resize
 from gpu_engine.gpu.softmax import lower_softmax
 from gpu_engine.gpu.transposed_conv import lower_last_conv_transpose
+from gpu_engine.gpu.turned_attention import TurnedAttention, lower_turned_attention
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.ir.expr import Expr, walk
 from gpu_engine.ir.graph import Node, ShapeTensor
 from gpu_engine.ir.ops import (
     ArgReduce,
+    Attention,
     Concat,
     Expand,
     Gather,
@@ -41,6 +45,7 @@ from gpu_engine.ir.ops import (
     MatMul,
     Pad,
     Pool,
+    Recurrent,
     Reduce,
     Resize,
     Slice,
@@ -65,6 +70,7 @@ LOWERINGS: dict[type, LowerOp] = {
     Pool: lower_pool,
     LastPool: lower_last_pool,
     Resize: lower_resize,
+    Recurrent: lower_recurrent,
     Reduce: lower_reduce,
     Softmax: lower_softmax,
     Transpose: lower_transpose,
@@ -79,6 +85,8 @@ LOWERINGS: dict[type, LowerOp] = {
     ShapeTensor: lower_shape_tensor,
 }
 CHOOSING: dict[type, Callable[[GpuOptions, Lowering, Any, Node, Buffers, Buffers], bool]] = {
+    Attention: lower_attention,
+    TurnedAttention: lower_turned_attention,
     MatMul: lower_matmul,
     LastConv: lower_last_conv,
     LastConvTranspose: lower_last_conv_transpose,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from gpu_engine.gpu.joined_products import join_projections
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.layouts import assign_layouts
 from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.program import Program, with_program
+from gpu_engine.gpu.turned_attention import turn_attention
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.lower import lower_graph
 from gpu_engine.plan.plan import LARGEST, Batching, Plan
@@ -18,7 +20,11 @@ GROWTH = 4
 def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes: int = LARGEST) -> Plan:
     """The plan, prepared for binding; OutOfMemory if constants that repeat their elements take more than
     `room_nbytes`."""
-    return with_program(lower_graph(graph, batching, lowering_for(options), assign_layouts, room_nbytes=room_nbytes))
+    return with_program(lower_graph(graph, batching, lowering_for(options), _arranged, room_nbytes=room_nbytes))
+
+
+def _arranged(graph: Graph) -> Graph:
+    return turn_attention(join_projections(assign_layouts(graph)))
 
 
 def kernels_of(plan: Plan) -> tuple[Kernel, ...]:

@@ -13,7 +13,7 @@ from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.offline import Resources, compiled, problems, resources
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.gpu.tiles import GEMM_TILES, Choice, GemmTile
+from gpu_engine.gpu.tiles import Choice, GemmTile, candidates
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, UINT8, DType
 from gpu_engine.plan.lower import Lowering
@@ -61,7 +61,7 @@ def examined(family: str, tile: GemmTile, arch: int) -> tuple[Resources, list[st
 def rejected(architectures: Iterable[int]) -> Iterator[str]:
     """A line for every tile that a table holds and a GPU cannot run well."""
     for arch in architectures:
-        for family, tiles in GEMM_TILES.items():
-            for tile in tiles:
+        for family, (factor, *_) in FAMILIES.items():
+            for tile in candidates(family, factor.itemsize, arch):
                 used, found = examined(family, tile, arch)
                 yield from (f"sm_{arch} {family} {tile} {used}: {reason}" for reason in found)

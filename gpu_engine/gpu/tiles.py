@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dims import Dim, number
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,31 @@ class Gpu:
 
 GPUS = {
     80: Gpu(108, 1.4e12, 0.9e11, 163 << 10, 40e9, 1.5e12),
+    86: Gpu(84, 0.9e12, 2.3e11, 99 << 10, 30e9, 0.9e12),
     90: Gpu(132, 3.7e12, 2.5e11, 227 << 10, 45e9, 4.3e12),
     100: Gpu(148, 7.5e12, 2.5e11, 227 << 10, 50e9, 7e12),
+    120: Gpu(170, 1.2e12, 3e11, 99 << 10, 40e9, 1.7e12),
 }
 RATES = {"half": 1.0, "converted": 0.7, "tf32": 0.5, "bytes": 2.0, "planes": 0.6, "double": 0.03}
 """Multiplications relative to `half_rate`; what is not here has no matrix instructions."""
 STEP_S, LAUNCH_S = 0.6e-6, 3e-6
 """Seconds from asking for a step's factors to having them; for one more launch."""
+LIGHT_SUMS = 64
+"""Sums of a thread that registers hold beside an expression that needs many of its own."""
 
 
-class Shape(NamedTuple):
-    """Extents of a batched product, and the bytes of an element of its factors."""
+class Extents(NamedTuple):
+    """Of a batched product, and the bytes of an element of its factors."""
+
+    batch: Dim
+    m: Dim
+    n: Dim
+    k: Dim
+    nbytes: int
+
+
+class Sizes(NamedTuple):
+    """Extents that are known, or guessed."""
 
     batch: int
     m: int
@@ -107,32 +121,50 @@ class Choice(NamedTuple):
 
 RANGES = ((1, 17, 8), (17, 129, 96), (129, 1025, 512), (1025, 4097, 2048), (4097, None, 8192))
 """(least, end, one between) of a symbolic M that may get different tiles."""
-TYPICAL = {"batch": 16, "n": 128, "k": 128}
+TYPICAL = Extents(16, 128, 128, 128, 0)
 """What a symbolic extent is taken to be."""
 
 
-def choose(
-    family: str, batch: Dim, m: Dim, n: Dim, k: Dim, nbytes: int, arch: int, *, can_split: bool = True
-) -> tuple[Choice, ...]:  # fmt: skip
-    """The tiles for a product of GEMM_TILES' `family`: one, or one for each range of a symbolic M."""
-    known = [extent if isinstance(extent, int) else None for extent in (batch, n, k)]
-    b, columns, depth = (
-        TYPICAL[name] if extent is None else max(extent, 1) for name, extent in zip(TYPICAL, known, strict=True)
-    )
+def choose(family: str, extents: Extents, arch: int, *, heavy: bool = False) -> tuple[Choice, ...]:
+    """The tiles for a product of GEMM_TILES' `family`: one, or one for each range of a symbolic M.
+
+    `heavy`: the epilogue needs many registers.
+    """
     gpu = GPUS[max(found for found in GPUS if found <= arch)]
-    splits = SPLITS if can_split and isinstance(k, int) else (1,)
+    tiles = candidates(family, extents.nbytes, arch, heavy=heavy)
+    others = (extents.batch, extents.n, extents.k)
+    if isinstance(extents.m, int) or not all(isinstance(extent, int) for extent in others):
+        return (Choice(1, None, *_best(family, tiles, extents, gpu)),)
+    return _merged([
+        Choice(least, end, *_best(family, tiles, extents._replace(m=typical), gpu)) for least, end, typical in RANGES
+    ])  # fmt: skip
 
-    def best(rows: int) -> tuple[GemmTile, int]:
-        shape = Shape(b, max(rows, 1), columns, depth, nbytes)
-        pairs = [(tile, parts) for tile in GEMM_TILES[family] for parts in splits]
-        whole = [(tile, parts) for tile, parts in pairs if parts == 1 or 2 * parts * tile.block_k <= depth]
-        return min(whole, key=lambda pair: _cost_s(family, pair[0], pair[1], shape, gpu))
 
-    if isinstance(m, int):
-        return (Choice(1, None, *best(m)),)
-    if None in known:
-        return (Choice(1, None, *best(128)),)
-    return _merged([Choice(least, end, *best(typical)) for least, end, typical in RANGES])
+def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> list[GemmTile]:
+    """The tiles of a family that a GPU has the shared memory for; if `heavy`, with registers left for an epilogue."""
+    limit = GPUS[max(found for found in GPUS if found <= arch)].shared_nbytes
+    return [
+        tile
+        for tile in GEMM_TILES[family]
+        if _staged_nbytes(tile, nbytes) <= limit
+        and not (heavy and tile.block_m * tile.block_n > LIGHT_SUMS * tile.num_warps * 32)
+    ]
+
+
+def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) -> tuple[GemmTile, int]:
+    """The tile, and the parts of k, that cost least."""
+    values = [
+        max(extent, 1) if isinstance(extent, int) else typical
+        for extent, typical in zip(extents, TYPICAL, strict=True)
+    ]  # fmt: skip
+    sizes = Sizes(*map(number, values))
+    pairs = [
+        (tile, parts)
+        for tile in tiles
+        for parts in (SPLITS if isinstance(extents.k, int) else (1,))
+        if parts == 1 or (2 * parts * tile.block_k <= sizes.k and _programs(tile, sizes) < gpu.processors)
+    ]
+    return min(pairs, key=lambda pair: _cost_s(family, pair[0], pair[1], sizes, gpu))
 
 
 def _merged(choices: Sequence[Choice]) -> tuple[Choice, ...]:
@@ -145,20 +177,27 @@ def _merged(choices: Sequence[Choice]) -> tuple[Choice, ...]:
     return tuple(found)
 
 
-def _cost_s(family: str, tile: GemmTile, splits: int, shape: Shape, gpu: Gpu) -> float:
+def _programs(tile: GemmTile, sizes: Sizes) -> int:
+    return sizes.batch * -(-sizes.m // tile.block_m) * -(-sizes.n // tile.block_n)
+
+
+def _staged_nbytes(tile: GemmTile, nbytes: int) -> int:
+    """Bytes of shared memory that the factors of all stages take."""
+    return tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * nbytes
+
+
+def _cost_s(family: str, tile: GemmTile, splits: int, sizes: Sizes, gpu: Gpu) -> float:
     """Seconds that a product takes, roughly."""
     m, n, threads = tile.block_m, tile.block_n, tile.num_warps * 32
-    depth = -(-shape.k // (splits * tile.block_k)) * tile.block_k
-    programs = shape.batch * -(-shape.m // m) * -(-shape.n // n) * splits
-    turns = -(-programs // gpu.processors)
-    staged = tile.num_stages * (m + n) * tile.block_k * shape.nbytes
+    depth = -(-sizes.k // (splits * tile.block_k)) * tile.block_k
+    turns = -(-_programs(tile, sizes) * splits // gpu.processors)
     registers = threads * (m * n // threads + 64)
-    resident = max(1, min(gpu.shared_nbytes // staged, 65536 // registers, 16))
+    resident = max(1, min(gpu.shared_nbytes // _staged_nbytes(tile, sizes.nbytes), 65536 // registers, 16))
     rate = gpu.half_rate * RATES[family] if family in RATES else gpu.plain_rate
     efficiency = m * n / (m * n + 32 * (m + n))
     multiply_s = turns * m * n * depth / (rate * efficiency)
-    load_s = turns * (m + n) * depth * shape.nbytes / gpu.l2_rate
+    load_s = turns * (m + n) * depth * sizes.nbytes / gpu.l2_rate
     wait_s = -(-turns // resident) * (depth / tile.block_k * STEP_S / max(1, tile.num_stages - 1) + 2 * STEP_S)
-    once = shape.batch * (shape.m + shape.n) * shape.k * shape.nbytes
-    partial = 8 * splits * shape.batch * shape.m * shape.n if splits > 1 else 0
+    once = sizes.batch * (sizes.m + sizes.n) * sizes.k * sizes.nbytes
+    partial = 8 * splits * sizes.batch * sizes.m * sizes.n if splits > 1 else 0
     return max(multiply_s, load_s, wait_s, once / gpu.memory_rate) + partial / gpu.memory_rate + LAUNCH_S * (splits > 1)

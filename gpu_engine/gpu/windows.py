@@ -124,6 +124,8 @@ def walk(text: KernelText, image: Image, rows: str, phase: str = "0", first: str
             shift, kind = f" + {begun} // {axis.phases}", text.let("q", f"{begun} % {axis.phases}")
         elif axis.step < 0:
             shift = f" + {text.number(axis.before)}"
+        if point == "0":
+            point = f"({rows} * 0)"
         start = point if axis.stride == 1 else f"{point} * {axis.stride}"
         origins.append(text.let("origin", f"{start}{shift}"))
         kinds.append(kind)
