@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cpu_fallback.channels_last import LastConv
 from cpu_fallback.conv_lowering import Layer, Operand, emit_gated
 from cpu_fallback.epilogues import finish_of
 from cpu_fallback.image_lowering import is_product
@@ -14,6 +13,7 @@ from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, rewrite, use_counts
 from gpu_engine.ir.ops import Map
+from gpu_engine.ir.ops.channels_last import LastConv
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]

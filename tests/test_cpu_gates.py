@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, composite
 from numpy.typing import NDArray
 
-from cpu_fallback.channels_last import LastConv
 from cpu_fallback.gated_conv import GatedConv, join_gates, lower_gated_conv
 from cpu_fallback.native import Target, host
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, verify
 from gpu_engine.ir.ops import Map
+from gpu_engine.ir.ops.channels_last import LastConv
 from gpu_engine.plan.lower import Lowering
 from tests.kernel_runner import guarded, guards_hold, run_native, targets
 from tests.layer_runner import error, normal
