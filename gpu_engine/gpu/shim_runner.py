@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gpu_engine.errors import DeviceError, ExecutionError
+from gpu_engine.errors import DeviceError, ExecutionError, GpuEngineError
 from gpu_engine.gpu.kernel import CudaKernel, c_type
 
 HEADERS = Path(__file__).parent / "shim"
