@@ -15,11 +15,12 @@ import numpy as np
 
 from gpu_engine.gpu.binary import Binary
 from gpu_engine.gpu.interpreter import interpret
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import CudaKernel, Kernel
+from gpu_engine.gpu.shim_runner import run
 
 DEVICE_NBYTES = 1 << 30
-KERNELS: dict[bytes, TritonKernel] = {}
-FUNCTIONS: dict[int, TritonKernel] = {}
+KERNELS: dict[bytes, Kernel] = {}
+FUNCTIONS: dict[int, Kernel] = {}
 _NUMBERS = itertools.count(1)
 
 
@@ -84,12 +85,17 @@ class Module:
         return function
 
 
-def binary_source(kernel: TritonKernel, arch: int) -> Binary:
+def threads_of(kernel: Kernel) -> int:
+    return kernel.threads if isinstance(kernel, CudaKernel) else 32 * kernel.num_warps
+
+
+def binary_source(kernel: Kernel, arch: int) -> Binary:
     """A binary for this fake alone, with two parameters of Triton's own."""
     cubin = kernel.digest.encode()
     KERNELS[cubin] = kernel
     own = tuple(8 if argument.is_pointer else 4 for argument in kernel.arguments)
-    return Binary(kernel.name, arch, cubin, 32 * kernel.num_warps, 0, 0, (*own, 8, 8))
+    extra = () if isinstance(kernel, CudaKernel) else (8, 8)
+    return Binary(kernel.name, arch, cubin, threads_of(kernel), 0, 0, (*own, *extra))
 
 
 def fake_cupy(log: list[tuple[Any, ...]], devices: int = 1) -> dict[str, ModuleType]:
@@ -104,7 +110,7 @@ def fake_cupy(log: list[tuple[Any, ...]], devices: int = 1) -> dict[str, ModuleT
 
     def launch(function: int, gx: int, gy: int, gz: int, bx: int, *rest: int) -> None:
         kernel, parameters = FUNCTIONS[function], rest[4]
-        assert bx == 32 * kernel.num_warps
+        assert bx == threads_of(kernel)
         values = [
             (ctypes.c_uint64 if argument.is_pointer else ctypes.c_int32).from_address(place).value
             for argument, place in zip(
@@ -112,7 +118,10 @@ def fake_cupy(log: list[tuple[Any, ...]], devices: int = 1) -> dict[str, ModuleT
             )
         ]
         log.append(("launch", kernel.name, (gx, gy, gz), rest[3]))
-        interpret(kernel, (gx, gy, gz), values)
+        if isinstance(kernel, CudaKernel):
+            run(kernel, (gx, gy, gz), values)
+        else:
+            interpret(kernel, (gx, gy, gz), values)
 
     def count() -> int:
         if not devices:

@@ -22,9 +22,10 @@ from rich.table import Table
 
 from benchmarks.models import MODELS
 from gpu_engine.gpu.binary import check_parameters, parameter_nbytes
-from gpu_engine.gpu.kernel import TritonKernel
+from gpu_engine.gpu.kernel import CudaKernel, Kernel
 from gpu_engine.gpu.launches import ArrayCall
-from gpu_engine.gpu.offline import Resources, compiled, problems, resources
+from gpu_engine.gpu.nvrtc import compile_cuda
+from gpu_engine.gpu.offline import Resources, compiled, cubin_resources, problems, resources
 from gpu_engine.gpu.options import PRECISIONS, GpuOptions
 from gpu_engine.gpu.planning import gpu_plan, kernels_of
 from gpu_engine.passes.batchability import prove
@@ -41,15 +42,18 @@ DEFAULT_MODELS = (
 class Verdict:
     """What became of one kernel on one architecture; `error` if it did not compile."""
 
-    kernel: TritonKernel
+    kernel: Kernel
     arch: int
     used: Resources | None
     wrong: tuple[str, ...]
 
 
-def inspected(kernel: TritonKernel, arch: int) -> Verdict:
+def inspected(kernel: Kernel, arch: int) -> Verdict:
     """Compile one kernel and read its machine code."""
     try:
+        if isinstance(kernel, CudaKernel):
+            used = cubin_resources(compile_cuda(kernel, arch).cubin)
+            return Verdict(kernel, arch, used, ("spills",) if used.spills or used.stack_nbytes else ())
         binary = compiled(kernel, arch)
         check_parameters(kernel, parameter_nbytes(binary.asm["ptx"]))
         used = resources(binary)
@@ -108,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     console = Console(width=190)
-    wanted: dict[tuple[TritonKernel, int], None] = {}
+    wanted: dict[tuple[Kernel, int], None] = {}
     for name in options.model:
         data = Path(name if name.endswith(".onnx") else MODELS[name].path()).read_bytes()
         for precision in options.precision:

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 import gpu_engine
 from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.gpu.shim_runner import has_compiler
 from gpu_engine.runtime.late import KERNEL_COMPILER, load
 from tests import fake_cupy
 
@@ -76,6 +77,22 @@ def test_results_are_those_of_the_cpu(log: Log) -> None:
             for found, expected in zip(ours.run([x]), cpu.run([x]), strict=True):
                 np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     assert any(entry[0] == "launch" for entry in log)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="g++ compiles CUDA C for the host")
+def test_kernels_in_cuda_c_are_launched_alike(log: Log) -> None:
+    top = helper.make_node("TopK", ["x", "k"], ["values", "places"], axis=0)
+    kinds = [helper.make_tensor_value_info(name, kind, None) for name, kind in (("values", 1), ("places", 7))]
+    graph = helper.make_graph(
+        [top], "top", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "m"])], kinds,
+        [helper.make_tensor("k", TensorProto.INT64, [1], [2])],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    x = np.random.default_rng().standard_normal((5, 3), np.float32)
+    with gpu_engine.compile(model, device="cuda") as ours, gpu_engine.compile(model, device="cpu") as cpu:
+        for found, expected in zip(ours.run([x]), cpu.run([x]), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert [entry[:3] for entry in log if entry[0] == "launch"] == [("launch", "top_k", (3, 1, 1))]
 
 
 def test_requests_on_two_streams_share_one_copy_of_the_weights(log: Log) -> None:

@@ -40,12 +40,12 @@ ArrayFunction = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class ArrayCall:
-    """A function over arrays; `op` is a dataclass, whose extents binding resolves. With `host` it runs on NumPy arrays
-    in the host's memory whatever the device, else on the device's own array module."""
+    """A function over arrays; `op` is a dataclass, whose extents binding resolves. With `host`, the reason, it runs
+    on NumPy arrays in the host's memory whatever the device, else on the device's own array module."""
 
     function: ArrayFunction
     op: Any
-    host: bool = False
+    host: str = ""
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _lower_node(
     binds = tuple(getattr(node.op, "binds", ()))
     lower = table.get(type(node.op))
     if lower is None or (binds and lower is not lower_array) or not lower(lowering, node.op, node, inputs, outputs):
-        lowering.emit(ArrayCall(evaluate, node.op, host=bool(runs_on_host(node))), inputs, outputs, binds=binds)
+        lowering.emit(ArrayCall(evaluate, node.op, host=runs_on_host(node)), inputs, outputs, binds=binds)
 
 
 def runs_on_host(node: Node) -> str:
