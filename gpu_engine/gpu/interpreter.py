@@ -34,7 +34,7 @@ from triton.runtime import interpreter as shipped
 from triton.runtime.interpreter import TensorHandle
 from triton.runtime.jit import JITFunction
 
-from gpu_engine.errors import GpuEngineError
+from gpu_engine.errors import ExecutionError
 from gpu_engine.gpu.kernel import TritonKernel
 from gpu_engine.gpu.triton_source import jit_function
 
@@ -43,7 +43,7 @@ Spans = tuple[NDArray[np.uint64], NDArray[np.uint64]]
 PRECISIONS = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
 
 
-class AccessError(GpuEngineError):
+class AccessError(ExecutionError):
     """A kernel touched memory that its step does not declare: a bug of ours."""
 
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gpu_engine.errors import DeviceError, GpuEngineError
+from gpu_engine.errors import DeviceError, ExecutionError, GpuEngineError
 from gpu_engine.gpu.kernel import CudaKernel, c_type
 
 HEADERS = Path(__file__).parent / "shim"
@@ -24,7 +24,7 @@ FLAGS = ("-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-ffp-contract=off",
 _EXCHANGES = re.compile(r"__sync|_sync\(")
 
 
-class BarrierError(GpuEngineError):
+class BarrierError(ExecutionError):
     """Threads wait at a barrier that others never reach: a bug of ours."""
 
 
