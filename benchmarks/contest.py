@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import LIBRARY, Target, attributes, compile_module
@@ -22,6 +22,7 @@ from cpu_fallback.vector_math import mangled
 from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.ir.graph import Node, Op, TensorType, Value
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 Array = NDArray[Any]
 SAMPLE_S = 300e-6

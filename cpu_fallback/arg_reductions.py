@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.lanes import COMPUTED, STORED, widened
 from cpu_fallback.loops import Words, thread_share
@@ -14,6 +14,7 @@ from gpu_engine.ir.dtypes import BOOL, FLOAT16, DType
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import ArgReduce
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 Buffers = tuple[int, ...]
 LONGEST = 256

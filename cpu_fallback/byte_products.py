@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cpu_fallback import packing
 from cpu_fallback.byte_pairs import QUAD, split_all
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.gemm_driver import PACKED
 from cpu_fallback.integers import times
@@ -27,6 +27,7 @@ from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import MatMul
 from gpu_engine.plan.axes import broadcast_strides, contiguous_strides
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 Buffers = tuple[int, ...]
 MOST_EXTRA = 6

@@ -10,21 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_fallback.native import Kernel
-from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Op
+from gpu_engine.plan.words import Word
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Address:
-    """The memory of a buffer, from `offset` bytes on."""
-
-    buffer: int
-    offset: Dim = 0
-
-
-Word = Address | Dim
 
 
 @dataclass(frozen=True)

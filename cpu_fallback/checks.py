@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cpu_fallback.calls import Address, Array, ArrayCall, Native, Word
+from cpu_fallback.calls import Array, ArrayCall, Native
 from cpu_fallback.code import Code, Reg, i64, literal
 from cpu_fallback.jumps import Jump
 from cpu_fallback.loops import Words
@@ -15,6 +15,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import BOOL, INT64
 from gpu_engine.plan.lower import Lowering
 from gpu_engine.plan.plan import Plan, Requirement, Step
+from gpu_engine.plan.words import Address, Word
 
 BEHIND_ALL = 1 << 40
 EQUAL, ONE_OR_EQUAL, GREATER = "equal", "one or equal", "greater"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpu_fallback.caches import caches
-from cpu_fallback.calls import Address, Native, Word
+from cpu_fallback.calls import Native
 from cpu_fallback.conv_choice import best_winograd
 from cpu_fallback.conv_depthwise import DepthwiseKernel
 from cpu_fallback.conv_direct import FLAT, GATED, IN_PLACE, PLANAR, WINDOWS, ConvKernel
@@ -32,6 +32,7 @@ from gpu_engine.ir.dtypes import UINT8
 from gpu_engine.ir.ops import Conv, ConvTranspose
 from gpu_engine.plan.axes import Shape
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address, Word
 
 AXES, LONGEST_AXIS = 3, 1 << 31
 COPIES = 3

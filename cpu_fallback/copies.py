@@ -10,16 +10,9 @@ from cpu_fallback.calls import Array, ArrayCall
 from cpu_fallback.maps import Walked, walk_call
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import UINT8, UINT16, UINT32, UINT64, DType
+from gpu_engine.ir.dtypes import BITS, can_copy
 from gpu_engine.plan.axes import Shape, contiguous_strides
 from gpu_engine.plan.lower import Lowering
-
-BITS: dict[int, DType] = {1: UINT8, 2: UINT16, 4: UINT32, 8: UINT64}
-
-
-def can_copy(dtype: DType) -> bool:
-    """Whether elements of this type can be copied natively."""
-    return not dtype.hasobject and dtype.itemsize in BITS
 
 
 def emit_copy(

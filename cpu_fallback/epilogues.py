@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cpu_fallback.calls import Address, Word
 from cpu_fallback.code import Code, Reg, i64, vector
 from cpu_fallback.lanes import is_supported, write_expr
 from cpu_fallback.loops import least, literal_zero, splat
@@ -24,6 +23,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.expr import Expr
 from gpu_engine.plan.axes import Shape
+from gpu_engine.plan.words import Address, Word
 
 SCALAR, CHANNEL, FULL, LITERAL = "scalar", "channel", "full", "literal"
 COSTS = {"div": 4, "sqrt": 4, "exp": 20, "log": 25, "tanh": 25, "erf": 40, "sin": 40, "cos": 40, "pow": 60}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpu_fallback.caches import caches
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.conv_lowering import geometry_of, panel_vectors, thread_limit
 from cpu_fallback.conv_tiles import tile_shape
 from cpu_fallback.conv_weights import Floats, aligned, depthwise_weights, tile_weights
@@ -22,6 +22,7 @@ from gpu_engine.ir.dtypes import FLOAT32, UINT8
 from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, rewrite, use_counts
 from gpu_engine.ir.ops.channels_last import LastConv
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 Buffers = tuple[int, ...]
 WEIGHTS = 8

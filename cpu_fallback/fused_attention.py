@@ -7,7 +7,7 @@ from cpu_fallback.attention import lower_attention
 from cpu_fallback.attention_kernels import MOST_TILES, AttentionKernel
 from cpu_fallback.attention_weights import Rule
 from cpu_fallback.caches import caches
-from cpu_fallback.calls import Address, Native, Word
+from cpu_fallback.calls import Native
 from cpu_fallback.gemm import converted
 from cpu_fallback.loops import STRIDED
 from cpu_fallback.maps import inner_access
@@ -22,6 +22,7 @@ from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Attention
 from gpu_engine.plan.axes import Shape, broadcast_strides, collapsed, contiguous_strides
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address, Word
 
 Buffers = tuple[int, ...]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.checks import emit_found
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.jumps import emit_move
@@ -18,6 +18,7 @@ from gpu_engine.ir.dtypes import INT32, INT64, DType
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Gather
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 Buffers = tuple[int, ...]
 ONE_MOVE = (1, 2, 4, 8)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cpu_fallback.calls import Address, Native, Word
+from cpu_fallback.calls import Native
 from cpu_fallback.checks import BEHIND_ALL, as_relation, emit_relations, is_verdict
 from cpu_fallback.interruption import STATE
 from cpu_fallback.jumps import Jump, LoopKernel, emit_jump, emit_move, land
@@ -17,6 +17,7 @@ from gpu_engine.ir.dtypes import BOOL, INT64
 from gpu_engine.ir.ops.control import If, Loop
 from gpu_engine.plan.lower import Lowering
 from gpu_engine.plan.plan import Plan, Step, root
+from gpu_engine.plan.words import Address, Word
 
 Buffers = Sequence[int]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_fallback.caches import caches
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code
 from cpu_fallback.conv_direct import FLAT, PARAMETERS, WINDOWS, write_driver
 from cpu_fallback.conv_lowering import COPIES, emit_kernel, geometry_of
@@ -35,6 +35,7 @@ from gpu_engine.ir.ops import Conv
 from gpu_engine.ir.ops.channels_last import LastConv
 from gpu_engine.plan.axes import Shape
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 Buffers = tuple[int, ...]
 Integers = NDArray[np.int16]

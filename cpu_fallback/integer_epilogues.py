@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cpu_fallback.calls import Address, Word
 from cpu_fallback.code import Code, Reg, element, i64, literal, vector
 from cpu_fallback.epilogues import CHANNEL, COSTS, FULL, LITERAL, SCALAR, UNROLLED, operand_kind, stack
 from cpu_fallback.lanes import COMPUTED, STORED, converted, find_operation, is_supported, narrowed, widened
@@ -22,6 +21,7 @@ from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32, INT8, INT16, INT32, UINT8, DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.plan.axes import Shape
+from gpu_engine.plan.words import Address, Word
 
 SUM = expr.arg(0, INT32)
 DTYPES = (FLOAT32, INT8, UINT8, INT16, INT32)

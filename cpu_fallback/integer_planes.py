@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.integers import times
 from cpu_fallback.lanes import STORED, is_supported, widened, write_expr
@@ -22,6 +22,7 @@ from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node, TensorType
 from gpu_engine.ir.ops.channels_last import to_last
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 Buffers = tuple[int, ...]
 LANES = 8

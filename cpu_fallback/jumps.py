@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64, literal
 from cpu_fallback.interruption import PERIOD, write_look
 from cpu_fallback.loops import THREAD, Words, thread_share
 from cpu_fallback.native import Target
 from gpu_engine.plan.lower import Lowering
 from gpu_engine.plan.memory import buffer_nbytes
+from gpu_engine.plan.words import Address
 
 ROW_NBYTES = 16
 

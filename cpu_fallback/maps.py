@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cpu_fallback.calls import Address, Native, Word
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64
 from cpu_fallback.lanes import is_supported, write_expr
 from cpu_fallback.loops import (
@@ -30,6 +30,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import DType, compute_dtype, is_float
 from gpu_engine.ir.expr import Expr
 from gpu_engine.plan.axes import Shape, broadcast_strides, collapsed, contiguous_strides
+from gpu_engine.plan.words import Address, Word
 
 
 @dataclass(frozen=True)

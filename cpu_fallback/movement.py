@@ -8,12 +8,12 @@ import numpy as np
 
 from cpu_fallback.borders import lower_borders
 from cpu_fallback.calls import Array, ArrayCall
-from cpu_fallback.copies import Padding, can_copy, emit_copy, emit_pad
+from cpu_fallback.copies import Padding, emit_copy, emit_pad
 from cpu_fallback.gathers import lower_blocks
 from cpu_fallback.scalars import lower_pick
 from cpu_fallback.transposition import SCALARS, as_matrices, transpose_call
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import STRING
+from gpu_engine.ir.dtypes import STRING, can_copy
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Concat, Expand, Gather, Pad, Slice, Transpose
 from gpu_engine.plan.axes import broadcast_strides, contiguous_strides

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.integers import ceil_div, clamp, least, most, plus, times
 from cpu_fallback.lanes import STORED, write_expr
@@ -17,6 +17,7 @@ from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32, INT16, DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.ops import Pool
+from gpu_engine.plan.words import Address
 
 AXES = 3
 CHAINS = 4

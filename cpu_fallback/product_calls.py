@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from cpu_fallback import packing
 from cpu_fallback.caches import caches
-from cpu_fallback.calls import Address, Native, Word
+from cpu_fallback.calls import Native
 from cpu_fallback.cores import usable_cores
 from cpu_fallback.dots import MOST_ROWS, Dots
 from cpu_fallback.gemm_driver import BLOCK_TILES, FEW_COLUMNS, PACKED, PLAIN, TRANSPOSED, Driver
@@ -21,6 +21,7 @@ from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.plan.axes import Shape, collapsed
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address, Word
 
 Buffers = tuple[int, ...]
 

@@ -12,42 +12,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cpu_fallback.binder import Binder, Call, Maker
-from cpu_fallback.calls import Address, Array, ArrayCall, Native, address_of
+from cpu_fallback.calls import Array, ArrayCall, Native, address_of
 from cpu_fallback.checks import sunk
 from cpu_fallback.jumps import Jump
 from cpu_fallback.native import LIBRARY, host
 from cpu_fallback.sharing import Traffic, shares_of, traffic_of
 from cpu_fallback.team import Team
-from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.plan.binding import Numbers
 from gpu_engine.plan.lower import segments
 from gpu_engine.plan.memory import (
-    Layout,
-    assign_regions,
     buffer_nbytes,
-    in_place_pairs,
-    lifetimes,
-    typical_nbytes,
 )
-from gpu_engine.plan.plan import Plan, Requirement, root
+from gpu_engine.plan.plan import Plan, root
+from gpu_engine.plan.words import Address, Gather, Word, gather
+from gpu_engine.plan.zones import Ints, Zone, new_requirements, segment_of_buffers, zone
 
-Ints = NDArray[np.int64]
 TRIALS = 6
 """Runs that are timed after binding; the first of them finds nothing in the caches."""
-
-
-@dataclass(frozen=True)
-class Zone:
-    """Buffers that lie in one piece of memory: their numbers, where their sizes stand, how they are laid out."""
-
-    owned: tuple[int, ...]
-    sizes: Ints
-    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -55,16 +40,13 @@ class Table:
     """The native steps of a segment: rows of {function, argument block}, how the blocks are filled, and the `jobs`:
     bytes before the first row and number of rows of each run, and two words that are 0.
 
-    `gather` maps each word to a place in [numbers, addresses of the arena's and the ports' buffers, `statics`,
-    addresses of `foreign` buffers, which an earlier segment owns]. `shifts` are (word, number to add).
+    `constants` are the addresses of the plan's constants, in the places that `gather` knows them by.
     """
 
     functions: Ints
     blocks: Ints
-    gather: Ints
-    statics: Ints
-    foreign: tuple[int, ...]
-    shifts: tuple[Ints, Ints]
+    gather: Gather
+    constants: Ints
     jobs: Ints
 
 
@@ -110,16 +92,6 @@ def _build_program(plan: Plan) -> Program:
     return Program(tuple(built), sum(unique.values()))
 
 
-def segment_of_buffers(plan: Plan) -> dict[int, int]:
-    """The segment whose binding gives each root buffer its memory; results of a binding step belong to the next."""
-    homes = dict.fromkeys((root(plan.buffers, i) for i in plan.inputs), 0)
-    for index, (first, last, _) in enumerate(segments(plan)):
-        for step in plan.steps[first:last]:
-            for buffer in (*step.outputs, *step.scratch):
-                homes.setdefault(root(plan.buffers, buffer), index + bool(step.binds))
-    return homes
-
-
 class _Builder:
     """Collects what one segment needs."""
 
@@ -136,26 +108,28 @@ class _Builder:
         self.plan, self.constants, self.kernels, self.homes, self.index = plan, constants, kernels, homes, index
         self.steps = range(first, last)
         self.numbers = Numbers(self.names)
-        self.words: list[Any] = []
+        self.words: list[Word] = []
+        self.places = {buffer: i for i, buffer in enumerate(constants)}
+        self.addresses = np.array([address_of(array) for array in constants.values()], np.int64)
         self.sizes: list[list[Dim]] = []
 
     def segment(self) -> Segment:
         buffers = self.plan.buffers
         outward = {root(buffers, i) for i in (*self.plan.inputs, *self.plan.outputs)}
         owned = [b for b, home in self.homes.items() if home == self.index and buffers[b].dtype != STRING]
-        arena = self._zone([buffer for buffer in owned if buffer not in outward], share=True)
-        ports = self._zone([buffer for buffer in owned if buffer in outward], share=False)
-        self.numbers.require(self._requirements())
+        arena = zone(self.plan, [buffer for buffer in owned if buffer not in outward], self.numbers, share=True)
+        ports = zone(self.plan, [buffer for buffer in owned if buffer in outward], self.numbers, share=False)
+        self.numbers.require(new_requirements(self.plan, self.names, self.index == 0))
         binder = Binder(self.plan, self.constants, self.numbers, arena.owned, ports.owned)
         functions, blocks, array_steps = self._steps(binder)
         binder.expose(self._exposed())
         traffic = traffic_of(self.sizes, self.numbers)
-        gather, statics, foreign, shifts = self._gather(arena.owned + ports.owned)
+        gathered = gather(self.plan, self.words, self.numbers, arena.owned + ports.owned, self.places)
         self.numbers.compile()
         last = self.plan.steps[self.steps[-1]] if self.steps else None
         jobs = np.array([(16 * start, count, 0, 0) for start, count in binder.runs], np.int64).reshape(-1, 4)
         starts = np.array(blocks, np.int64) * 8
-        table = Table(np.array(functions, np.int64), starts, gather, statics, foreign, shifts, jobs)
+        table = Table(np.array(functions, np.int64), starts, gathered, self.addresses, jobs)
         binds = self.steps[-1] if last is not None and last.binds else None
         return Segment(
             self.names, self.numbers, arena, ports, table, traffic, binder.compile(), tuple(array_steps),
@@ -172,25 +146,6 @@ class _Builder:
         inputs = self.plan.inputs if self.index == 0 else self.plan.steps[self.steps.start - 1].outputs
         outputs = [i for i in self.plan.outputs if self.homes.get(root(self.plan.buffers, i), 0) == self.index]
         return [*inputs, *outputs]
-
-    def _zone(self, owned: list[int], *, share: bool) -> Zone:
-        places = [self.numbers.place(buffer_nbytes(self.plan.buffers[buffer])) for buffer in owned]
-        regions = list(range(len(owned)))
-        if share:
-            typical = typical_nbytes([self.plan.buffers[b] for b in owned], self.plan.batching.symbol)
-            spans = lifetimes(self.plan, owned, typical)
-            regions = assign_regions(spans, in_place_pairs(self.plan, owned, spans))
-        return Zone(tuple(owned), np.array(places, np.intp), Layout(regions))
-
-    def _requirements(self) -> list[Requirement]:
-        """Those that this segment is the first to know all extents of."""
-        known, before = set(self.names), set(self.plan.symbols) if self.index else None
-        found = []
-        for requirement in self.plan.requirements:
-            needed = dims.symbols(requirement.left) | dims.symbols(requirement.right)
-            if needed <= known and (before is None or not needed <= before):
-                found.append(requirement)
-        return found
 
     def _steps(self, binder: Binder) -> tuple[list[int], list[int], list[int | None]]:
         """(functions, first words of their blocks, for every call of the bound segment its array step if it is one)."""
@@ -217,43 +172,11 @@ class _Builder:
             self.words += step.kernel.words
         return functions, blocks, calls
 
-    def _gather(self, owned: tuple[int, ...]) -> tuple[Ints, Ints, tuple[int, ...], tuple[Ints, Ints]]:
-        """See `Table`. All numbers have their places before: addresses lie behind them."""
-        places = {buffer: i for i, buffer in enumerate(owned)}
-        statics: dict[int, int] = {}
-        foreign: dict[int, int] = {}
-        kinds: list[tuple[int, int]] = []
-        shifts: list[tuple[int, int]] = []
-        for i, word in enumerate(self.words):
-            if isinstance(word, Address):
-                owner = root(self.plan.buffers, word.buffer)
-                if owner in self.constants:
-                    kinds.append((2, statics.setdefault(address_of(self.constants[owner]), len(statics))))
-                elif owner in places:
-                    kinds.append((1, places[owner]))
-                else:
-                    kinds.append((3, foreign.setdefault(owner, len(foreign))))
-                if word.offset != 0:
-                    shifts.append((i, self.numbers.place(word.offset)))
-            elif isinstance(word, int):
-                kinds.append((2, statics.setdefault(word, len(statics))))
-            else:
-                kinds.append((0, self.numbers.place(word)))
-        starts = np.cumsum([0, len(self.numbers), len(owned), len(statics)])
-        gather = np.array([starts[kind] + place for kind, place in kinds], np.intp)
-        columns = np.array(shifts, np.intp).reshape(-1, 2)
-        return (
-            gather,
-            np.array([_signed(value) for value in statics], np.int64),
-            tuple(foreign),
-            (columns[:, 0].copy(), columns[:, 1].copy()),
-        )
-
 
 def zone_sizes(segment: Segment, values: Sequence[int]) -> tuple[int, int]:
     """Bytes of (arena, ports) for evaluated numbers."""
     numbers = np.array(values, np.int64)
-    return tuple(zone.layout.offsets(numbers[zone.sizes])[1] for zone in (segment.arena, segment.ports))  # type: ignore[return-value]
+    return tuple(zone.offsets(numbers)[1] for zone in (segment.arena, segment.ports))  # type: ignore[return-value]
 
 
 @dataclass(eq=False)
@@ -291,9 +214,7 @@ def bind(
     """
     values = segment.numbers.evaluate(extents)
     numbers = np.array(values, np.int64)
-    (arena, arena_nbytes), (ports, ports_nbytes) = (
-        zone.layout.offsets(numbers[zone.sizes]) for zone in (segment.arena, segment.ports)
-    )
+    (arena, arena_nbytes), (ports, ports_nbytes) = (zone.offsets(numbers) for zone in (segment.arena, segment.ports))
     memory = allocate(arena_nbytes, ports_nbytes)
     addresses = np.concatenate([arena + address_of(memory[0]), ports + address_of(memory[1])])
     table = _filled(segment.table, numbers, addresses, before)
@@ -324,17 +245,18 @@ def _led(segment: Segment, numbers: Ints, calls: list[Call], jobs: Ints, team: T
 
 def _filled(table: Table, numbers: Ints, addresses: Ints, before: Sequence[Bound]) -> Ints:
     """[function, block] rows, then the blocks, then the jobs, in one array."""
-    rows, words = len(table.functions), 2 * len(table.functions) + len(table.gather)
+    sources, (shifted, by) = table.gather, table.gather.shifts
+    rows, words = len(table.functions), 2 * len(table.functions) + len(sources.places)
     filled = np.empty(words + table.jobs.size, np.int64)
     if not rows:
         return filled
-    parts = [numbers, addresses, table.statics]
-    if table.foreign:
-        parts.append(np.array([_foreign_address(owner, before) for owner in table.foreign], np.int64))
+    parts = [numbers, addresses, table.constants, sources.literals]
+    if sources.foreign:
+        parts.append(np.array([_foreign_address(owner, before) for owner in sources.foreign], np.int64))
     blocks = filled[2 * rows : words]
-    np.take(np.concatenate(parts), table.gather, out=blocks, mode="clip")
-    if len(table.shifts[0]):
-        blocks[table.shifts[0]] += numbers[table.shifts[1]]
+    np.take(np.concatenate(parts), sources.places, out=blocks, mode="clip")
+    if len(shifted):
+        blocks[shifted] += numbers[by]
     filled[0 : 2 * rows : 2] = table.functions
     filled[1 : 2 * rows : 2] = table.blocks + (address_of(filled) + 16 * rows)
     filled[words:] = table.jobs.ravel()
@@ -345,8 +267,3 @@ def _filled(table: Table, numbers: Ints, addresses: Ints, before: Sequence[Bound
 def _foreign_address(owner: int, before: Sequence[Bound]) -> int:
     memory, offset = next(bound.located[owner] for bound in before if owner in bound.located)
     return address_of(memory) + offset
-
-
-def _signed(word: int) -> int:
-    """The 64 bits of a word as a signed number."""
-    return word - (1 << 64) if word >= 1 << 63 else word

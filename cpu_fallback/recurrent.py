@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cpu_fallback.byte_pairs import split_all
-from cpu_fallback.calls import Address, Array, ArrayCall, Native, Word
+from cpu_fallback.calls import Array, ArrayCall, Native
 from cpu_fallback.lanes import COMPUTED, is_supported
 from cpu_fallback.native import Target, host
 from cpu_fallback.pages import PAGES
@@ -23,6 +23,7 @@ from gpu_engine.ir.graph import Node, Value
 from gpu_engine.ir.ops import Recurrent
 from gpu_engine.ir.ops.recurrent import GATES
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address, Word
 
 Buffers = tuple[int, ...]
 MOST_TERMS = 1 << 15
@@ -97,7 +98,7 @@ def _kernel(op: Recurrent, x: Value, weights: Value, given: dict[str, Value], ta
     known = all(value.constant is not None for value in (weights, *(given[name] for name in QUANTISED & given.keys())))
     form = _bytes_form(form, op, weights, target) if form.kind == PAIRS and known else form
     record = Record(form, hidden, phases, op.kind == "lstm")
-    functions = tuple(_clipped(own, op) for own in op.activations)
+    functions = tuple(map(op.clipped, op.activations))
     return RecurrentKernel(
         kind=op.kind,
         dtype=x.dtype,
@@ -125,19 +126,6 @@ def _bytes_form(form: Form, op: Recurrent, weights: Value, target: Target) -> Fo
 def signed(weights: Array) -> Array:
     """Unsigned bytes as signed ones, 128 less."""
     return (weights ^ 128).view(np.int8) if weights.dtype == UINT8 else weights
-
-
-def _clipped(functions: Sequence[Expr], op: Recurrent) -> tuple[Expr, ...]:
-    """The activations with the clip in front; the last one of an LSTM has none."""
-    if op.clip is None:
-        return tuple(functions)
-    free = 2 if op.kind == "lstm" else len(functions)
-    return tuple(
-        expr.substitute(function, {0: expr.clip(expr.arg(0, function.dtype), -op.clip, op.clip)})
-        if i < free
-        else function
-        for i, function in enumerate(functions)
-    )
 
 
 def _rows(record: Record, target: Target) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cpu_fallback.calls import Address, Native, Word
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, element, i64, literal, retyped, vector
 from cpu_fallback.lanes import COMPUTED, find_operation, is_supported, narrowed, write_expr
 from cpu_fallback.loops import (
@@ -36,6 +36,7 @@ from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Map, Reduce
 from gpu_engine.plan.axes import Shape, broadcast_strides, collapsed, contiguous_strides
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address, Word
 
 COMBINE = {"sum": "add", "mean": "add", "prod": "mul", "min": "min", "max": "max"}
 WIDE_COLUMNS = 256

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.integers import clamp, plus, times
 from cpu_fallback.loops import Words, splat, thread_share
@@ -24,6 +24,7 @@ from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Resize
 from gpu_engine.ir.ops.image import keeps_axis
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 COORDINATES = (
     "half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners",

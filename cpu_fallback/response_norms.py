@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.integers import clamp, least, most, plus, times
 from cpu_fallback.lanes import write_expr
@@ -17,6 +17,7 @@ from gpu_engine.ir.expr import Expr, sqrt
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import LocalResponseNorm
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 Buffers = tuple[int, ...]
 MAX_SIZE = 32

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from cpu_fallback import packing
-from cpu_fallback.calls import Address, Native, Word
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64, lane_count, literal, vector
 from cpu_fallback.lanes import COMPUTED, STORED, find_operation, narrowed, widened
 from cpu_fallback.loops import (
@@ -34,6 +34,7 @@ from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, DType, compute_dtype, is_floa
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import LayerNorm, Softmax
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address, Word
 
 Buffers = tuple[int, ...]
 GROUP = 4

@@ -19,10 +19,10 @@ from cpu_fallback.interruption import raise_pending
 from cpu_fallback.native import LIBRARY
 from cpu_fallback.program import Bound, Program, Segment, bind
 from cpu_fallback.team import Team, can_have_teams
-from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
-from gpu_engine.plan.binding import solve_binds
+from gpu_engine.errors import GpuEngineError, OutOfMemory
+from gpu_engine.plan.execution import extents_after, step_failure
 from gpu_engine.plan.memory import ALIGNMENT
-from gpu_engine.plan.plan import Plan, Step
+from gpu_engine.plan.plan import Plan
 
 CACHED_BINDINGS = 32
 CHECKED_NBYTES = 1 << 20
@@ -120,7 +120,9 @@ class CpuSlot:
                 continue
             step = self._plan.steps[segment.binds]
             assert isinstance(results, tuple)
-            following = self._bind(index + 1, self._extents_after(index, step, results, chain), chain)
+            names, unknown = segment.names, self._program.segments[index + 1].names
+            extents = extents_after(self._plan, step, results, names, chain[index].extents, unknown)
+            following = self._bind(index + 1, extents, chain)
             for buffer, result in zip(step.outputs, results, strict=True):
                 np.copyto(following.arrays[buffer], result, casting="unsafe")
             chain.append(following)
@@ -148,19 +150,9 @@ class CpuSlot:
         except Exception as error:
             position = segment.array_steps[done]
             assert position is not None, "native code does not raise"
-            raise _failure(self._plan.steps[position], bound.calls[done][1][1], error) from error
+            step = self._plan.steps[position]
+            raise step_failure(step, step.kernel.op, bound.calls[done][1][1], error) from error
         return result
-
-    def _extents_after(self, index: int, step: Step, results: tuple[Array, ...], chain: list[Bound]) -> tuple[int, ...]:
-        names = self._program.segments[index].names
-        known = dict(zip(names, chain[index].extents, strict=True))
-        declared = [self._plan.buffers[i].shape for i in step.outputs]
-        try:
-            found = solve_binds(declared, [result.shape for result in results], known)
-        except ValueError as error:
-            raise ExecutionError(f"{step.source}: {error}") from error
-        following = self._program.segments[index + 1].names
-        return tuple(found.get(name, known.get(name, 0)) for name in following)
 
     def _bind(self, index: int, extents: tuple[int, ...], chain: list[Bound]) -> Bound:
         """From the cache, or new; whatever moves makes all older bindings void."""
@@ -206,13 +198,6 @@ def _time(bound: Bound) -> None:
     bound.trials = bound.trials - 1 if bound.least_s < TRIED_S else 0
     if not bound.trials and bound.least_s < HELD_S:
         bound.calls = [(walk, arguments)]
-
-
-def _failure(step: Step, inputs: Sequence[Array], error: Exception) -> GpuEngineError:
-    kinds = ", ".join(f"{array.dtype}{list(array.shape)}" for array in inputs)
-    name = type(step.kernel.op).__name__
-    text = f"{step.source}: {name} of {kinds}: {str(error) or type(error).__name__}"
-    return OutOfMemory(text) if isinstance(error, MemoryError) else ExecutionError(text)
 
 
 class CpuStream:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.code import Code, Reg, i64, lane_count, vector
 from cpu_fallback.integers import least, plus, times
 from cpu_fallback.loops import Words, thread_share
 from cpu_fallback.native import Target
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
+from gpu_engine.plan.words import Address
 
 SCALARS = {4: "i32", 8: "i64"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_fallback.calls import Address, Array, Native
+from cpu_fallback.calls import Array, Native
 from cpu_fallback.checks import GREATER, emit_relations
 from cpu_fallback.code import Code, Reg, i64, literal, vector
 from cpu_fallback.lanes import COMPUTED, STORED, widened
@@ -19,6 +19,7 @@ from gpu_engine.ir.dtypes import BFLOAT16, BOOL, FLOAT16, FLOAT32, FLOAT64, DTyp
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops.trees import MODES, Trees
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 
 Buffers = tuple[int, ...]
 ABREAST = 8

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.maps import map_call
 from cpu_fallback.native import LIBRARY, Target, host
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.ir.expr import Expr
+from gpu_engine.plan.words import Address
 
 Array = NDArray[Any]
 GUARD = 64

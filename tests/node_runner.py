@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_fallback.calls import Address, Native
+from cpu_fallback.calls import Native
 from cpu_fallback.lowering import lower_node
 from cpu_fallback.native import LIBRARY, Target
 from gpu_engine.ir.dims import Dim
@@ -18,6 +18,7 @@ from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.ir.graph import Node, Op, TensorType, Value
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address
 from tests.kernel_runner import GUARD, Array, guarded, guards_hold, run_native
 
 Emit = Callable[[Lowering, Any, Node, tuple[int, ...], tuple[int, ...], Target], bool]

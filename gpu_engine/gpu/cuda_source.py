@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from textwrap import dedent, indent
 
 from gpu_engine.gpu.kernel import C_TYPES, TRITON_TYPES, Argument, CudaKernel, c_type
-from gpu_engine.gpu.launches import Address, Launch, Word, is_multiple
+from gpu_engine.gpu.launches import Launch, is_multiple
 from gpu_engine.ir.dims import Dim
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.words import Address, Word
 
 
 class CudaText:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpu_engine.gpu.maps import can_copy
 from gpu_engine.gpu.text import KernelText
 from gpu_engine.gpu.walks import Tile, write_inside, write_tile
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import INT32, INT64, DType
+from gpu_engine.ir.dtypes import INT32, INT64, DType, can_copy
 from gpu_engine.ir.graph import Node, Value
 from gpu_engine.ir.ops import Gather, GatherElements, GatherND
 from gpu_engine.plan.axes import Axis, Shape, collapsed, contiguous_strides

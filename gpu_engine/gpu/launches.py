@@ -11,17 +11,8 @@ from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.ops.control import If, Loop
 from gpu_engine.plan.plan import Plan
+from gpu_engine.plan.words import Word
 
-
-@dataclass(frozen=True)
-class Address:
-    """The memory of a buffer, from `offset` bytes on."""
-
-    buffer: int
-    offset: Dim = 0
-
-
-Word = Address | Dim
 Grid = tuple[Dim, Dim, Dim]
 
 

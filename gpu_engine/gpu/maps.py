@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpu_engine.gpu.printing import is_printable
-from gpu_engine.gpu.text import BITS, KernelText
+from gpu_engine.gpu.text import KernelText
 from gpu_engine.gpu.walks import Tile, write_inside, write_tile
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import DType
+from gpu_engine.ir.dtypes import BITS
 from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Map
@@ -46,11 +46,6 @@ def lower_map(lowering: Lowering, op: Map, node: Node, inputs: tuple[int, ...], 
     in_place = tuple(i for i, value in enumerate(node.inputs) if value.shape == shape)
     emit_walk(lowering, "map", op.expr, operands, Walked(outputs[0], contiguous_strides(shape)), shape, in_place)
     return True
-
-
-def can_copy(dtype: DType) -> bool:
-    """Whether kernels can move elements of this type."""
-    return not dtype.hasobject and dtype.itemsize in BITS
 
 
 def emit_walk(

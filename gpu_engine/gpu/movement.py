@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gpu_engine.gpu.maps import Copy, Walked, can_copy, emit_copies, emit_copy
+from gpu_engine.gpu.maps import Copy, Walked, emit_copies, emit_copy
 from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import can_copy
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Concat, Expand, Slice, Transpose
 from gpu_engine.plan.axes import broadcast_strides, contiguous_strides

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpu_engine.gpu.maps import can_copy
 from gpu_engine.gpu.text import KernelText
 from gpu_engine.gpu.walks import write_inside, write_tile
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import can_copy
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Pad
 from gpu_engine.plan.axes import contiguous_strides

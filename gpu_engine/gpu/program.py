@@ -14,12 +14,13 @@ import numpy as np
 
 from gpu_engine.errors import OutOfMemory
 from gpu_engine.gpu.kernel import Kernel
-from gpu_engine.gpu.launches import Address, ArrayCall, BodyCall, Launch
+from gpu_engine.gpu.launches import ArrayCall, BodyCall, Launch
 from gpu_engine.ir.dims import product
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.plan.binding import Numbers, op_resolver
 from gpu_engine.plan.lower import segments
 from gpu_engine.plan.plan import Plan, Step, root
+from gpu_engine.plan.words import Gather, Word, gather
 from gpu_engine.plan.zones import Ints, Zone, new_requirements, segment_of_buffers, zone
 
 MOST_ELEMENTS = (1 << 31) - 1
@@ -30,11 +31,10 @@ MOST_ELEMENTS = (1 << 31) - 1
 class Segment:
     """A part of the plan that can be bound at once: `steps` up to and including one that binds extents.
 
-    `gather` maps each argument of a launch to a place in [numbers, addresses of the arena's and the ports' buffers,
-    addresses of constants, `literals`, addresses of `foreign` buffers, which earlier segments own]; `shifts` are
-    (argument, number to add). `firsts[i]` is the first argument of step i's launch and `grids[i]` where its extents
-    stand; `elements` are the sizes of tensors that kernels index. `resolvers` give the operations of array steps their
-    extents. `dying` are the arena's buffers that a step is the last to use; what gives results may still read them.
+    `gather` says where each argument of a launch comes from. `firsts[i]` is the first argument of step i's launch and
+    `grids[i]` where its extents stand; `elements` are the sizes of tensors that kernels index. `resolvers` give the
+    operations of array steps their extents. `dying` are the arena's buffers that a step is the last to use; what gives
+    results may still read them.
     """
 
     names: tuple[str, ...]
@@ -42,10 +42,7 @@ class Segment:
     arena: Zone
     ports: Zone
     steps: range
-    gather: Ints
-    literals: Ints
-    foreign: tuple[int, ...]
-    shifts: tuple[Ints, Ints]
+    gather: Gather
     firsts: dict[int, int]
     grids: dict[int, tuple[int, ...]]
     shapes: dict[int, tuple[int, ...]]
@@ -97,7 +94,7 @@ class _Builder:
     ) -> None:
         self.plan, self.constants, self.homes, self.index = plan, constants, homes, index
         self.steps, self.names, self.numbers = range(first, last), names, Numbers(names)
-        self.words: list[Any] = []
+        self.words: list[Word] = []
 
     def segment(self) -> Segment:
         buffers = self.plan.buffers
@@ -114,11 +111,12 @@ class _Builder:
         calls = [i for i in self.steps if isinstance(self.plan.steps[i].kernel, ArrayCall | BodyCall)]
         resolvers = {i: op_resolver(self.plan.steps[i].kernel.op, self.numbers) for i in calls}
         shapes = self._shapes(calls)
-        gather, literals, foreign, shifts = self._gather(arena.owned + ports.owned)
+        constants = {buffer: i for i, buffer in enumerate(self.constants)}
+        gathered = gather(self.plan, self.words, self.numbers, arena.owned + ports.owned, constants)
         self.numbers.compile()
         last = self.plan.steps[self.steps[-1]] if self.steps else None
         return Segment(
-            self.names, self.numbers, arena, ports, self.steps, gather, literals, foreign, shifts, firsts, grids,
+            self.names, self.numbers, arena, ports, self.steps, gathered, firsts, grids,
             shapes, np.array(elements, np.intp), resolvers, self._dying(arena),
             self.steps[-1] if last is not None and last.binds else None,
         )  # fmt: skip
@@ -152,35 +150,6 @@ class _Builder:
         step = self.plan.steps[i]
         written = {root(self.plan.buffers, b) for b in (*step.outputs, *step.scratch)} - {buffer}
         return any(regions.get(b) == regions[buffer] for b in written)
-
-    def _gather(self, owned: tuple[int, ...]) -> tuple[Ints, Ints, tuple[int, ...], tuple[Ints, Ints]]:
-        """See `Segment`. All numbers have their places before: addresses lie behind them."""
-        places = {buffer: i for i, buffer in enumerate(owned)}
-        constants = {buffer: i for i, buffer in enumerate(self.constants)}
-        literals: dict[int, int] = {}
-        foreign: dict[int, int] = {}
-        kinds: list[tuple[int, int]] = []
-        shifts: list[tuple[int, int]] = []
-        for i, word in enumerate(self.words):
-            if isinstance(word, Address):
-                owner = root(self.plan.buffers, word.buffer)
-                if owner in constants:
-                    kinds.append((2, constants[owner]))
-                elif owner in places:
-                    kinds.append((1, places[owner]))
-                else:
-                    kinds.append((4, foreign.setdefault(owner, len(foreign))))
-                if word.offset != 0:
-                    shifts.append((i, self.numbers.place(word.offset)))
-            elif isinstance(word, int):
-                kinds.append((3, literals.setdefault(word, len(literals))))
-            else:
-                kinds.append((0, self.numbers.place(word)))
-        starts = np.cumsum([0, len(self.numbers), len(owned), len(self.constants), len(literals)])
-        gather = np.array([starts[kind] + place for kind, place in kinds], np.intp)
-        columns = np.array(shifts, np.intp).reshape(-1, 2)
-        pair = (columns[:, 0].copy(), columns[:, 1].copy())
-        return gather, np.array(list(literals), np.int64), tuple(foreign), pair
 
 
 def _touched(step: Step) -> tuple[int, ...]:
@@ -226,12 +195,13 @@ def bind(
         for zone, offsets, piece in ((segment.arena, arena, memory[0]), (segment.ports, ports, memory[1]))
         for buffer, offset, size in zip(zone.owned, offsets.tolist(), numbers[zone.sizes].tolist(), strict=True)
     }
-    parts = [numbers, arena + memory[0].address, ports + memory[1].address, weights, segment.literals]
-    if segment.foreign:
-        parts.append(np.array([_foreign_address(owner, before) for owner in segment.foreign], np.int64))
-    words = np.take(np.concatenate(parts), segment.gather)
-    if len(segment.shifts[0]):
-        words[segment.shifts[0]] += numbers[segment.shifts[1]]
+    sources, (shifted, by) = segment.gather, segment.gather.shifts
+    parts = [numbers, arena + memory[0].address, ports + memory[1].address, weights, sources.literals]
+    if sources.foreign:
+        parts.append(np.array([_foreign_address(owner, before) for owner in sources.foreign], np.int64))
+    words = np.take(np.concatenate(parts), sources.places)
+    if len(shifted):
+        words[shifted] += numbers[by]
     return Bound(extents, values, words, {}, located, {})
 
 

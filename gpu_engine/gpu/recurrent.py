@@ -19,7 +19,6 @@ from gpu_engine.gpu.text import KernelText, power_of_two
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32, FLOAT64, INT32, DType, compute_dtype, is_float
-from gpu_engine.ir.expr import Expr
 from gpu_engine.ir.graph import Node, Value
 from gpu_engine.ir.ops import Recurrent
 from gpu_engine.ir.ops.recurrent import GATES
@@ -197,7 +196,7 @@ class _Writer:
 
     def _cell(self) -> Cell:
         return Cell(
-            self.text, self.op, _clipped(self.op, self.op.activations[self.group[0]]), self.hidden, self.inputs[0],
+            self.text, self.op, self.op.clipped(self.op.activations[self.group[0]]), self.hidden, self.inputs[0],
             self.state, self.outputs[0], self.operands, self.plane, self._blocks, self._product, lambda: self.mask,
             f"(t * {self.text.parameter(self.rows)} + row) * {self.directions * self.gates * self.hidden}"
             f" + d * {self.gates * self.hidden} + n",
@@ -236,16 +235,3 @@ class _Writer:
             self.text.line(f'{total} = tl.dot({h}, {weights}, {total}, input_precision="ieee")')
         else:
             self.text.line(f"{total} = tl.dot({h}.to({weights}.dtype), {weights}, {total})")
-
-
-def _clipped(op: Recurrent, functions: Sequence[Expr]) -> tuple[Expr, ...]:
-    """The functions with the clip in front; the last one of an LSTM has none."""
-    if op.clip is None:
-        return tuple(functions)
-    free = 2 if op.kind == "lstm" else len(functions)
-    return tuple(
-        expr.substitute(function, {0: expr.clip(expr.arg(0, function.dtype), -op.clip, op.clip)})
-        if i < free
-        else function
-        for i, function in enumerate(functions)
-    )

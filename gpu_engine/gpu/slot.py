@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from gpu_engine.errors import ExecutionError, GpuEngineError, OutOfMemory
+from gpu_engine.errors import ExecutionError, GpuEngineError
 from gpu_engine.gpu.control import Body, controls, run_bodies
 from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, Pieces, host_array
 from gpu_engine.gpu.launches import ArrayCall, BodyCall, Launch
 from gpu_engine.gpu.program import Bound, Program, Segment, bind, located
 from gpu_engine.ir.dtypes import STRING
-from gpu_engine.plan.binding import solve_binds
+from gpu_engine.plan.execution import extents_after, step_failure
 from gpu_engine.plan.plan import Plan, Step, constant_of, root
 from gpu_engine.plan.zones import Ints
 
@@ -135,8 +135,9 @@ class GpuSlot:
             results = self._run(segment, chain)
             if segment.binds is not None:
                 step = self._plan.steps[segment.binds]
-                following = self._bind(index + 1, self._extents_after(index, step, results, chain), chain)
-                chain.append(following)
+                names, following = segment.names, self._program.segments[index + 1].names
+                extents = extents_after(self._plan, step, results, names, chain[index].extents, following)
+                chain.append(self._bind(index + 1, extents, chain))
                 for buffer, result in zip(step.outputs, results, strict=True):
                     self._write(buffer, result, chain)
         self._chain = chain
@@ -205,7 +206,7 @@ class GpuSlot:
         except GpuEngineError:
             raise
         except Exception as error:
-            raise _failure(step, op, inputs, error) from error
+            raise step_failure(step, op, inputs, error) from error
 
     def _on_host(self, buffer: int, chain: list[Bound]) -> HostArray:
         dtype, constant = self._plan.buffers[buffer].dtype, constant_of(self._plan, buffer)
@@ -262,16 +263,6 @@ class GpuSlot:
         memory, offset, nbytes = located(owner, chain)
         return memory.address + offset, nbytes
 
-    def _extents_after(self, index: int, step: Step, results: Sequence[Any], chain: list[Bound]) -> tuple[int, ...]:
-        segments = self._program.segments
-        known = dict(zip(segments[index].names, chain[index].extents, strict=True))
-        declared = [self._plan.buffers[i].shape for i in step.outputs]
-        try:
-            found = solve_binds(declared, [tuple(result.shape) for result in results], known)
-        except ValueError as error:
-            raise ExecutionError(f"{step.source}: {error}") from error
-        return tuple(found.get(name, known.get(name, 0)) for name in segments[index + 1].names)
-
     def _bind(self, index: int, extents: tuple[int, ...], chain: list[Bound]) -> Bound:
         """From the cache, or new; whatever moves makes all older bindings void."""
         if self._seen != self._moves[0]:
@@ -292,12 +283,6 @@ class GpuSlot:
     def _reserving(self, index: int) -> Callable[[int, int], tuple[Memory, Memory]]:
         arena, ports = self._areas[index]
         return lambda arena_nbytes, ports_nbytes: (arena.reserve(arena_nbytes), ports.reserve(ports_nbytes))
-
-
-def _failure(step: Step, op: Any, inputs: Sequence[Any], error: Exception) -> GpuEngineError:
-    kinds = ", ".join(f"{array.dtype}{list(array.shape)}" for array in inputs)
-    text = f"{step.source}: {type(op).__name__} of {kinds}: {str(error) or type(error).__name__}"
-    return OutOfMemory(text) if isinstance(error, MemoryError) else ExecutionError(text)
 
 
 class GpuStream:

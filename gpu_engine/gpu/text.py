@@ -7,15 +7,13 @@ from contextlib import contextmanager
 from textwrap import dedent, indent
 
 from gpu_engine.gpu.kernel import TRITON_TYPES, Argument, TritonKernel
-from gpu_engine.gpu.launches import Address, Launch, Word, is_multiple
+from gpu_engine.gpu.launches import Launch, is_multiple
 from gpu_engine.gpu.printing import loaded, print_expr, stored
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import UINT8, UINT16, UINT32, UINT64, DType
+from gpu_engine.ir.dtypes import BITS, DType
 from gpu_engine.ir.expr import Expr
 from gpu_engine.plan.lower import Lowering
-
-BITS: dict[int, DType] = {1: UINT8, 2: UINT16, 4: UINT32, 8: UINT64}
-"""The unsigned integers of every width."""
+from gpu_engine.plan.words import Address, Word
 
 
 def array_dtype(dtype: DType) -> DType:

@@ -35,6 +35,14 @@ ONNX_NUMBER: dict[DType, int] = {dtype: number for number, dtype in BY_ONNX_NUMB
 _FLOATS = {FLOAT32, FLOAT64, FLOAT16, BFLOAT16} | {BY_ONNX_NUMBER[n] for n in (17, 18, 19, 20, 23, 24, 27, 28)}
 _INTEGERS = {INT8, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64} | {BY_ONNX_NUMBER[n] for n in (21, 22, 25, 26)}
 
+BITS: dict[int, DType] = {1: UINT8, 2: UINT16, 4: UINT32, 8: UINT64}
+"""The unsigned integers by their bytes: what elements are to kernels that only move them."""
+
+
+def can_copy(dtype: DType) -> bool:
+    """Whether kernels can move elements of this type."""
+    return not dtype.hasobject and dtype.itemsize in BITS
+
 
 def from_onnx(number: int) -> DType:
     """The dtype of a TensorProto.DataType number; UnsupportedModel for one that is not known."""

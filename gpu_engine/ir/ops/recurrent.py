@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,18 @@ class Recurrent:
 
     def _rnn(self, xp: Any, x: Any, h: Any, c: Any, product: Any, own: State, functions: Any) -> tuple[Any, Any]:
         return self._apply(xp, functions[0], x + product(h, slice(None))), c
+
+    def clipped(self, functions: Sequence[Expr]) -> tuple[Expr, ...]:
+        """The functions of one direction with the clip in front; the last one of an LSTM has none."""
+        if self.clip is None:
+            return tuple(functions)
+        free = 2 if self.kind == "lstm" else len(functions)
+        return tuple(
+            expr.substitute(function, {0: expr.clip(expr.arg(0, function.dtype), -self.clip, self.clip)})
+            if i < free
+            else function
+            for i, function in enumerate(functions)
+        )
 
     def _apply(self, xp: Any, function: Expr, x: Any, *, clip: bool = True) -> Any:
         x = xp.clip(x, -self.clip, self.clip) if clip and self.clip is not None else x
