@@ -20,8 +20,8 @@ from onnx import helper
 from benchmarks.contest import Contender, contest, geometric_mean, native, ort, peak, placed, result, row, speed
 from cpu_fallback.fused_attention import emit_turned_attention
 from cpu_fallback.native import host
-from cpu_fallback.turned_attention import TurnedAttention
 from gpu_engine.ir.ops import Attention
+from gpu_engine.plan.turned_attention import TurnedAttention, View
 
 Array = NDArray[Any]
 TURN = (0, 2, 1, 3)
@@ -59,8 +59,8 @@ CASES = (
 
 def ours(case: Case, operands: list[Array]) -> Contender:
     shapes = [(case.batch, case.heads, array.shape[1], case.features) for array in operands]
-    rest = ((0, 0, 0, 0),) * 3
-    op = TurnedAttention(Attention(case.scale, causal=case.causal), tuple(shapes), (TURN,) * 3, rest, TURN)
+    views = tuple(View(shape, TURN, (0, 0, 0, 0)) for shape in shapes)
+    op = TurnedAttention(Attention(case.scale, causal=case.causal), views, TURN)
     return native(emit_turned_attention, op, operands, host())
 
 

@@ -14,7 +14,7 @@ from cpu_fallback.maps import inner_access
 from cpu_fallback.native import Target, host
 from cpu_fallback.product_calls import thread_limit, tile_widths
 from cpu_fallback.tiles import TileShape, tile_shape
-from cpu_fallback.turned_attention import Perm, TurnedAttention, has_kernel, straight
+from cpu_fallback.turned_attention import has_kernel
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import FLOAT32
@@ -22,6 +22,7 @@ from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops import Attention
 from gpu_engine.plan.axes import Shape, broadcast_strides, collapsed, contiguous_strides
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.turned_attention import Perm, TurnedAttention, straight
 from gpu_engine.plan.words import Address, Word
 
 Buffers = tuple[int, ...]
@@ -62,10 +63,10 @@ def emit_turned_attention(
         for buffer, kind in zip(inputs[:3], kinds[:3], strict=True)
     ]  # fmt: skip
     back = tuple(map(op.out.index, range(result.rank)))
-    shapes = [*op.shapes, tuple(result.shape[axis] for axis in back)]
+    shapes = [*(view.shape for view in op.views), tuple(result.shape[axis] for axis in back)]
     walks = [
-        _walk(kind.shape, axes, starts)
-        for kind, axes, starts in zip(kinds[:3], op.axes, op.starts, strict=True)
+        _walk(kind.shape, view.axes, view.starts)
+        for kind, view in zip(kinds[:3], op.views, strict=True)
     ]  # fmt: skip
     walks.append(_walk(result.shape, back, (0,) * result.rank))
     lead, sizes = shapes[3][:-2], [size, size, size, result.dtype.itemsize]

@@ -35,7 +35,6 @@ from cpu_fallback.rows import lower_layer_norm, lower_softmax
 from cpu_fallback.scalars import lower_require, lower_shape_tensor
 from cpu_fallback.taps import lower_pool
 from cpu_fallback.trees import lower_trees
-from cpu_fallback.turned_attention import TurnedAttention
 from gpu_engine.ir.graph import Node, Op, ShapeTensor
 from gpu_engine.ir.ops import (
     ArgReduce,
@@ -62,6 +61,7 @@ from gpu_engine.ir.ops.channels_last import LastConv, LastConvTranspose, LastPoo
 from gpu_engine.ir.ops.control import If, Loop, Require
 from gpu_engine.ir.ops.trees import Trees
 from gpu_engine.plan.lower import Lowering
+from gpu_engine.plan.turned_attention import TurnedAttention
 
 Buffers = tuple[int, ...]
 LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]

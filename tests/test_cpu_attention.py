@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from cpu_fallback.fused_attention import emit_attention, emit_turned_attention
 from cpu_fallback.native import Target
-from cpu_fallback.turned_attention import TurnedAttention, turn_attention
+from cpu_fallback.turned_attention import turn_attention
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim, symbol
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.graph import Builder, Graph, TensorType, Value, verify
 from gpu_engine.ir.interpreter import run_graph
 from gpu_engine.ir.ops import Attention, Reshape, Slice, Transpose
+from gpu_engine.plan.turned_attention import TurnedAttention, View
 from tests.kernel_runner import targets
 from tests.node_runner import run_node
 
@@ -150,7 +151,8 @@ def test_heads_between_tokens_and_features(target: Target) -> None:
     mask = floats(random, 2, 1, 1, 37)
     b, s, t = map(symbol, "bst")
     logical = (b, 3, s, 16), (1, 3, t, 16), (b, 3, t, 20)
-    op = TurnedAttention(Attention(0.25), logical, (turn, turn, (0, 1, 2, 3)), (rest, rest, rest), turn)
+    views = tuple(View(shape, axes, rest) for shape, axes in zip(logical, (turn, turn, (0, 1, 2, 3)), strict=True))
+    op = TurnedAttention(Attention(0.25), views, turn)
     for threads in (1, 2):
         got = run_node(
             emit_turned_attention, op, [q, k, v, mask], target, threads=threads,

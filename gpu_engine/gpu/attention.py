@@ -7,7 +7,6 @@ all of them see come first, without masks; then those at the causal diagonal and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpu_engine.gpu.kernel import language_dtype
@@ -186,7 +185,7 @@ class _Kernel:
         text.line(f"block = tl.program_id(0) % {self._shared(blocks)}")
         rest = text.let("head", f"tl.program_id(0) // {self._shared(blocks)}")
         axes = collapsed(lead, [walk.strides[:-2] for walk in walks])
-        indices = unravelled_shared(text, rest, [extent for extent, _ in axes])
+        indices = text.unravelled(rest, [extent for extent, _ in axes], shared=True)
         self._at = []
         for i, walk in enumerate(walks):
             steps = [f"{index} * {self._shared(strides[i])}"
@@ -280,12 +279,3 @@ class _Kernel:
         place = f"{self._row(3, 'row[:, None]')} + e[None, :]"
         value = "result" if self._dtype == FLOAT32 else f"result.to({language_dtype(self._dtype)})"
         text.line(f"tl.store({text.buffer(factors.walks[3].buffer)} + ({place}), {value}, mask={' & '.join(masks)})")
-
-
-def unravelled_shared(text: KernelText, index: str, extents: Sequence[Dim]) -> list[str]:
-    """As `unravelled`, with extents that kernels of other shapes may share."""
-    names: list[str] = []
-    for extent in reversed(extents[1:]):
-        names.insert(0, text.let("i", f"{index} % {text.parameter(extent)}"))
-        index = text.let("i", f"{index} // {text.parameter(extent)}")
-    return [index, *names] if extents else []

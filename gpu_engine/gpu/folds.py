@@ -114,20 +114,20 @@ class FoldTile:
         if width == 1:
             self.grid = (places, self._splits)
             self._index = text.let("k", "tl.program_id(0)")
-            return unravelled(text, self._index, extents)
+            return text.unravelled(self._index, extents)
         lanes = f"tl.arange(0, {width})" + ("[:, None]" if self.axis else "[None, :]")
         inner = extents[-1] if extents else 1
         if self.axis or (isinstance(inner, int) and inner < width) or len(extents) < 2:
             self.grid = (dims.ceil_div(places, width), self._splits)
             self._index = text.let("k", f"tl.program_id(0) * {width} + {lanes}")
             self._bounded(self._index, places)
-            return unravelled(text, self._index, extents)
+            return text.unravelled(self._index, extents)
         across = dims.ceil_div(inner, width)
         self.grid = (across * dims.product(extents[:-1]), self._splits)
         column = text.let("k", f"tl.program_id(0) % {text.number(across)} * {width} + {lanes}")
         self._bounded(column, inner)
         rest = text.let("k", f"tl.program_id(0) // {text.number(across)}")
-        return [*unravelled(text, rest, extents[:-1]), column]
+        return [*text.unravelled(rest, extents[:-1]), column]
 
     def _bounded(self, index: str, extent: Dim) -> None:
         if dims.modulo(extent, self._width) != 0:
@@ -146,7 +146,7 @@ class FoldTile:
         index = text.let("f", f"{start} + {lanes}")
         full = self._splits == 1 and dims.modulo(self.count, block) == 0 and self.count != 0
         mask = None if full else text.let("m", f"{index} < {stop}")
-        indices = unravelled(text, index, [extent for extent, _ in self._axes.folded])
+        indices = text.unravelled(index, [extent for extent, _ in self._axes.folded])
         return Block(self, index, mask, indices)
 
     def _sum(self, stream: Walked, indices: Sequence[str], axes: Sequence[Axis], position: int) -> str:
@@ -210,15 +210,6 @@ class Block:
 
 def _both(a: str | None, b: str | None) -> str | None:
     return f"({a} & {b})" if a and b else a or b
-
-
-def unravelled(text: KernelText, index: str, extents: Sequence[Dim]) -> list[str]:
-    """Names of the indices along axes of which `index` counts the points."""
-    names: list[str] = []
-    for extent in reversed(extents[1:]):
-        names.insert(0, text.let("i", f"{index} % {text.number(extent)}"))
-        index = text.let("i", f"{index} // {text.number(extent)}")
-    return [index, *names] if extents else []
 
 
 def pass_shape(axes: Folding, elements: int = 2048) -> TileShape:

@@ -26,7 +26,7 @@ from gpu_engine.gpu.reductions import lower_reduce
 from gpu_engine.gpu.resizing import lower_resize
 from gpu_engine.gpu.softmax import lower_softmax
 from gpu_engine.gpu.transposed_conv import lower_last_conv_transpose
-from gpu_engine.gpu.turned_attention import TurnedAttention, lower_turned_attention
+from gpu_engine.gpu.turned_attention import lower_turned_attention
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.ir.expr import Expr, walk
 from gpu_engine.ir.graph import Node, ShapeTensor
@@ -56,6 +56,7 @@ from gpu_engine.ir.ops.array import Array
 from gpu_engine.ir.ops.channels_last import LastConv, LastConvTranspose, LastPool
 from gpu_engine.ir.ops.control import If, Loop
 from gpu_engine.plan.lower import Lowering, LowerNode
+from gpu_engine.plan.turned_attention import TurnedAttention
 
 Buffers = tuple[int, ...]
 LowerOp = Callable[[Lowering, Any, Node, Buffers, Buffers], bool]

@@ -8,10 +8,11 @@ from gpu_engine.gpu.layouts import assign_layouts
 from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.program import Program, with_program
-from gpu_engine.gpu.turned_attention import turn_attention
+from gpu_engine.gpu.turned_attention import reads_views
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.lower import lower_graph
 from gpu_engine.plan.plan import LARGEST, Batching, Plan
+from gpu_engine.plan.turned_attention import turn_attention
 
 GROWTH = 4
 """At most so many times as large as they are do weights become: a copy, and one in the order that a kernel reads."""
@@ -24,7 +25,7 @@ def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes:
 
 
 def _arranged(graph: Graph) -> Graph:
-    return turn_attention(join_projections(assign_layouts(graph)))
+    return turn_attention(join_projections(assign_layouts(graph)), reads_views)
 
 
 def kernels_of(plan: Plan) -> tuple[Kernel, ...]:

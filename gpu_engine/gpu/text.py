@@ -46,6 +46,15 @@ class KernelText:
         """The parameter that holds a number, known or not: kernels that differ in it alone are one."""
         return self._words.setdefault(dim, f"n{len(self._words)}")
 
+    def unravelled(self, index: str, extents: Sequence[Dim], *, shared: bool = False) -> list[str]:
+        """Names of the indices along axes of which `index` counts the points; `shared`: with extents as parameters."""
+        names: list[str] = []
+        for extent in reversed(extents[1:]):
+            divisor = self.parameter(extent) if shared else self.number(extent)
+            names.insert(0, self.let("i", f"{index} % {divisor}"))
+            index = self.let("i", f"{index} // {divisor}")
+        return [index, *names] if extents else []
+
     def fresh(self, prefix: str) -> str:
         """A name that no line has yet."""
         self._fresh += 1

@@ -66,15 +66,6 @@ def write_inside(text: KernelText, tile: Tile, body: Callable[[str | None], None
         body(tile.mask)
 
 
-def unravelled(text: KernelText, index: str, extents: Sequence[Dim]) -> list[str]:
-    """Names of the indices along axes of which `index` counts the points."""
-    names: list[str] = []
-    for extent in reversed(extents[1:]):
-        names.insert(0, text.let("i", f"{index} % {text.number(extent)}"))
-        index = text.let("i", f"{index} // {text.number(extent)}")
-    return [index, *names] if extents else []
-
-
 def _prefers_line(axes: Sequence[Axis], block: int, itemsize: int) -> bool:
     """Whether rows of the inner axis start at odd addresses or leave many lanes idle, and dividing by the extents is
     multiplying."""
@@ -105,7 +96,7 @@ def _line(text: KernelText, extents: Sequence[Dim], block: int, program: str) ->
         mask = text.let("inside", f"{index} < {text.number(total)}")
         if not is_multiple(total, ALIGNED) and not (isinstance(total, int) and total <= block):
             whole = text.let("whole", f"{program} * {block} + {block} <= {text.number(total)}")
-    indices = tuple(unravelled(text, index, extents))
+    indices = tuple(text.unravelled(index, extents))
     return Tile(indices, index, (block,), mask, whole, dims.ceil_div(total, block))
 
 
@@ -124,7 +115,7 @@ def _rows(text: KernelText, axes: Sequence[Axis], block: int, program: str) -> T
     masks = [f"({r} < {text.number(rows)})"] * (not is_multiple(rows, height))
     masks += [f"({c} < {text.number(inner)})"] * (not is_multiple(inner, columns))
     mask = text.let("inside", " & ".join(masks)) if masks else None
-    indices = (*unravelled(text, r, [extent for extent, _ in axes[:-1]]), c)
+    indices = (*text.unravelled(r, [extent for extent, _ in axes[:-1]]), c)
     return Tile(indices, None, (height, columns), mask, None, dims.ceil_div(rows, height) * across)
 
 
@@ -141,7 +132,7 @@ def _square(text: KernelText, axes: Sequence[Axis], turned: int, side: int, prog
     masks = [f"({r} < {text.number(other)})"] * (not is_multiple(other, height))
     masks += [f"({c} < {text.number(inner)})"] * (not is_multiple(inner, width))
     mask = text.let("inside", " & ".join(masks)) if masks else None
-    indices = unravelled(text, left, rest)
+    indices = text.unravelled(left, rest)
     indices.insert(turned, r)
     return Tile((*indices, c), None, (height, width), mask, None, dims.product([across, down, *rest]))
 
