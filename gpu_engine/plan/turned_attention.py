@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.graph import Builder, Graph, Node, TensorType, Value, rewrite, use_counts
 from gpu_engine.ir.ops import Attention, Reshape, Slice, Transpose
 from gpu_engine.plan.axes import Shape
@@ -88,7 +89,8 @@ def _before(op: Attention, node: Node, builder: Builder) -> Value:
 
 def _source(value: Value, builder: Builder) -> tuple[Value, View]:
     """(tensor, the view of it that `value` is) as far back as only elements move."""
-    shape, axes, starts = value.shape, list(range(value.rank)), [0] * value.rank  # type: Shape, list[int], list[Dim]
+    shape, axes = value.shape, list(range(value.rank))
+    starts: list[Dim] = [0] * value.rank
     best = value, View(shape, tuple(axes), tuple(starts))
     while (made := builder.producer(value)) is not None:
         source = made.inputs[0] if made.inputs else value
