@@ -11,7 +11,7 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.inputs import Feed
 from benchmarks.models import MODELS
 from gpu_engine.gpu.binary import check_parameters, parameter_nbytes
 from gpu_engine.gpu.kernel import CudaKernel, Kernel
@@ -67,23 +68,32 @@ def plan_of(model: bytes, precision: str, arch: int) -> Plan:
     return gpu_plan(graph, prove(graph), GpuOptions(precision, arch))
 
 
-def launched(plan: Plan, batch: int = 1, extent: int = 128) -> int:
+def extents_of(plan: Plan, feed: Feed) -> dict[str, int]:
+    """The plan's symbols where each is an extent of an input, by name."""
+    return {
+        str(dim): extent
+        for port in plan.input_ports
+        for dim, extent in zip(port.shape, feed[port.name].shape, strict=True)
+        if not isinstance(dim, int)
+    }
+
+
+def launched(plan: Plan, extents: Mapping[str, int]) -> int:
     """How many launches one inference takes: of the kernels for different extents of a product, one is chosen.
 
     Segments whose extents only running tells are left out.
     """
     segment = plan.program.segments[0]
-    given = [batch if name == plan.batching.symbol else extent for name in segment.names]
-    values = segment.numbers.evaluate(given)
+    values = segment.numbers.evaluate([extents[name] for name in segment.names])
     return sum(all(values[place] for place in places) for places in segment.grids.values())
 
 
-def counts(plan: Plan) -> str:
-    """What an inference takes."""
+def counts(plan: Plan, feed: Feed | None) -> str:
+    """What an inference takes; its launches for the inputs of a client."""
     arrays = [step for step in plan.steps if isinstance(step.kernel, ArrayCall)]
     names = sorted({type(step.kernel.op).__name__ for step in arrays})
-    numbers = f"{launched(plan)} launches of {len(kernels_of(plan))} kernels"
-    return f"{numbers}, {len(arrays)} array steps {' '.join(names)}".rstrip()
+    launches = "" if feed is None else f"{launched(plan, extents_of(plan, feed))} launches of "
+    return f"{launches}{len(kernels_of(plan))} kernels, {len(arrays)} array steps {' '.join(names)}".rstrip()
 
 
 def table(verdicts: Sequence[Verdict]) -> Table:
@@ -114,11 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=190)
     wanted: dict[tuple[Kernel, int], None] = {}
     for name in options.model:
-        data = Path(name if name.endswith(".onnx") else MODELS[name].path()).read_bytes()
+        model = MODELS.get(name)
+        data = (Path(name) if model is None else model.path()).read_bytes()
+        feed = None if model is None else model.feed(*model.timed_shape)
         for precision in options.precision:
             for arch in map(parse_arch, options.arch):
                 plan = plan_of(data, precision, arch)
-                console.print(f"{name}, {precision}, sm_{arch}: {counts(plan)}")
+                console.print(f"{name}, {precision}, sm_{arch}: {counts(plan, feed)}")
                 wanted |= dict.fromkeys((kernel, arch) for kernel in kernels_of(plan))
     verdicts = []
     with (

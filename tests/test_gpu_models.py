@@ -19,7 +19,7 @@ from benchmarks.inputs import Feed
 from benchmarks.models import MODELS
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.plan.plan import Plan
-from tests.offline import launched
+from tests.offline import extents_of, launched
 
 IMAGES = ("resnet18", "resnet50", "mobilenetv2", "mobilenetv3_large", "efficientnet_b0", "resnet18_qdq")
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -77,12 +77,13 @@ def test_the_gpu_gives_what_the_cpu_gives(name: str) -> None:
 @pytest.mark.models
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_of_an_inference(name: str) -> None:
+    model = MODELS[name]
     try:
-        path = MODELS[name].path()
+        path = model.path()
     except Unavailable as reason:
         pytest.skip(str(reason))
     with gpu_engine.compile(path, device="interpret") as engine:
         plan: Plan = engine.plan  # type: ignore[union-attr]
     arrays = [step.source for step in plan.steps if isinstance(step.kernel, ArrayCall)]
     assert not arrays
-    assert launched(plan) <= LAUNCHES[name]
+    assert launched(plan, extents_of(plan, model.feed(*model.timed_shape))) <= LAUNCHES[name]
