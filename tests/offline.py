@@ -11,7 +11,7 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from gpu_engine.gpu.options import PRECISIONS, GpuOptions
 from gpu_engine.gpu.planning import gpu_plan, kernels_of
 from gpu_engine.passes.batchability import prove
 from gpu_engine.plan.plan import Plan
+from gpu_engine.plan.signature import Signature
 from gpu_engine.tools.bundles import imported, parse_arch
 
 DEFAULT_MODELS = (
@@ -68,23 +69,14 @@ def plan_of(model: bytes, precision: str, arch: int) -> Plan:
     return gpu_plan(graph, prove(graph), GpuOptions(precision, arch))
 
 
-def extents_of(plan: Plan, feed: Feed) -> dict[str, int]:
-    """The plan's symbols where each is an extent of an input, by name."""
-    return {
-        str(dim): extent
-        for port in plan.input_ports
-        for dim, extent in zip(port.shape, feed[port.name].shape, strict=True)
-        if not isinstance(dim, int)
-    }
-
-
-def launched(plan: Plan, extents: Mapping[str, int]) -> int:
+def launched(plan: Plan, feed: Feed) -> int:
     """How many launches one inference takes: of the kernels for different extents of a product, one is chosen.
 
     Segments whose extents only running tells are left out.
     """
+    fit = Signature(plan).fit([feed[port.name].shape for port in plan.input_ports])
     segment = plan.program.segments[0]
-    values = segment.numbers.evaluate([extents[name] for name in segment.names])
+    values = segment.numbers.evaluate(fit.extents)
     return sum(all(values[place] for place in places) for places in segment.grids.values())
 
 
@@ -92,7 +84,7 @@ def counts(plan: Plan, feed: Feed | None) -> str:
     """What an inference takes; its launches for the inputs of a client."""
     arrays = [step for step in plan.steps if isinstance(step.kernel, ArrayCall)]
     names = sorted({type(step.kernel.op).__name__ for step in arrays})
-    launches = "" if feed is None else f"{launched(plan, extents_of(plan, feed))} launches of "
+    launches = "" if feed is None else f"{launched(plan, feed)} launches of "
     return f"{launches}{len(kernels_of(plan))} kernels, {len(arrays)} array steps {' '.join(names)}".rstrip()
 
 

@@ -19,7 +19,7 @@ from benchmarks.inputs import Feed
 from benchmarks.models import MODELS
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.plan.plan import Plan
-from tests.offline import extents_of, launched
+from tests.offline import launched
 
 IMAGES = ("resnet18", "resnet50", "mobilenetv2", "mobilenetv3_large", "efficientnet_b0", "resnet18_qdq")
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -86,4 +86,4 @@ def test_launches_of_an_inference(name: str) -> None:
         plan: Plan = engine.plan  # type: ignore[union-attr]
     arrays = [step.source for step in plan.steps if isinstance(step.kernel, ArrayCall)]
     assert not arrays
-    assert launched(plan, extents_of(plan, model.feed(*model.timed_shape))) <= LAUNCHES[name]
+    assert launched(plan, model.feed(*model.timed_shape)) <= LAUNCHES[name]
