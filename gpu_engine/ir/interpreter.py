@@ -25,7 +25,7 @@ def run_graph(
     arrays: dict[Value, Any] = {}
     for value, array in zip(graph.inputs, inputs, strict=True):
         arrays[value] = array
-        _bind(known, value, array)
+        bind_extents(known, value, array.shape)
     for node in graph.nodes:
         _run_node(xp, node, arrays, known)
     return tuple(_read(xp, value, arrays, known) for value in graph.outputs)
@@ -37,7 +37,7 @@ def _run_node(xp: Any, node: Node, arrays: dict[Value, Any], known: dict[str, in
     results = op.evaluate(xp, *(_read(xp, value, arrays, known) for value in node.inputs))
     for value, array in zip(node.outputs, results, strict=True):
         arrays[value] = array
-        _bind(known, value, array)
+        bind_extents(known, value, array.shape)
 
 
 def _read(xp: Any, value: Value, arrays: Mapping[Value, Any], known: Mapping[str, int]) -> Any:
@@ -50,8 +50,9 @@ def _read(xp: Any, value: Value, arrays: Mapping[Value, Any], known: Mapping[str
     return xp.asarray(np.array(extents, value.dtype).reshape(value.known.shape))
 
 
-def _bind(known: dict[str, int], value: Value, array: Any) -> None:
-    for dim, actual in zip(value.shape, array.shape, strict=True):
+def bind_extents(known: dict[str, int], value: Value, shape: Sequence[int]) -> None:
+    """Add what the shape of a value tells of the extents in its type; InputError if it contradicts what is known."""
+    for dim, actual in zip(value.shape, shape, strict=True):
         name = _only_name(dim)
         if name and known.setdefault(name, actual) != actual:
             raise InputError(f"the extent {name} is {known[name]} and {actual}")
