@@ -39,7 +39,7 @@ def test_sixteen_requests_on_two_streams_form_batches_of_four(make_engine: MakeE
     thread = threading.Thread(target=lambda: found.extend(results))
     found: list[Any] = []
     thread.start()
-    recorder.wait_begun(2)
+    until(lambda: recorder.most_in_flight == {0: 2, 1: 2})
     recorder.release()
     thread.join(30)
     assert [launch.rows for launch in recorder.launches] == [4] * 4

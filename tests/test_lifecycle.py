@@ -98,7 +98,7 @@ def test_submitters_that_wait_for_room_are_told(recorder: RecordingDevice) -> No
 
     thread = threading.Thread(target=submit)
     thread.start()
-    until(lambda: bool(engine._pool._room._waiters))  # type: ignore[attr-defined]
+    until(lambda: engine._pool._vacancy.threads == 1)
     threading.Timer(0.05, recorder.release).start()
     engine.close(drain=False)
     thread.join(30)

@@ -24,6 +24,9 @@ class Item:
     limit: int = 4
     arrival: float = 0.0
     deadline: float | None = None
+    level: int = 0
+    gone: int = 0
+    place: int = -1
     ended: bool = False
     claims: int = 0
 
