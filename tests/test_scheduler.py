@@ -31,7 +31,7 @@ class Item:
     claims: int = 0
 
     def cancelled(self) -> bool:
-        return self.ended and not self.claims
+        return self.ended
 
     def claim(self) -> bool:
         if not self.ended:

@@ -35,7 +35,8 @@ class Request:
     claimed: bool = False
 
     def cancelled(self) -> bool:
-        return self.future.cancelled()
+        """See `scheduler.Waiting.cancelled`."""
+        return self.future.done()
 
     def claim(self) -> bool:
         """See `scheduler.Waiting.claim`."""

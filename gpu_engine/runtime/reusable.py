@@ -17,7 +17,7 @@ from gpu_engine.runtime.pool import Pool
 
 
 class RequestState(Enum):
-    """IDLE -> BUSY -> IDLE; BUSY -> CANCELLED -> BUSY again; STOP once it or its engine is closed and it is not BUSY."""
+    """IDLE -> BUSY -> IDLE; BUSY -> CANCELLED -> BUSY again; STOP once it or its engine is closed, unless BUSY."""
 
     IDLE = "IDLE"
     BUSY = "BUSY"

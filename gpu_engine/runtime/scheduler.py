@@ -48,7 +48,9 @@ class Waiting(Protocol):
     @property
     def deadline(self) -> float | None: ...
 
-    def cancelled(self) -> bool: ...
+    def cancelled(self) -> bool:
+        """Whether nobody waits for it any more: it was cancelled, or a part of it has failed."""
+        ...
 
     def claim(self) -> bool:
         """Called as a batch takes a part of it; False if it was cancelled or has failed: then it leaves the queue."""
@@ -205,7 +207,7 @@ class Batcher(Generic[R]):
             if not self._is_expired(request, now):
                 return request
             group = self._groups[request.key]
-            self._expire(group)
+            self._leaves(group, now)
             if not group.requests:
                 del self._groups[request.key]
         return None
@@ -244,11 +246,13 @@ class Batcher(Generic[R]):
             count = request.rows - taken
             if count > room:
                 if request.rows <= limit:
+                    if self._leaves(group, now):
+                        continue
                     room = 0
                     break
                 count = room
             if request.deadline is not None and self._is_expired(request, now):
-                self._expire(group)
+                self._leaves(group, now)
             elif not request.claim():
                 self._drop(group)
             else:
@@ -295,19 +299,25 @@ class Batcher(Generic[R]):
         """
         requests, kept, rows = group.requests, [], 0  # type: tuple[deque[R], list[R], int]
         while requests and rows < requests[0].limit:
-            request = requests[0]
-            if request.cancelled():
-                request.claim()
-                self._drop(group)
-            elif self._is_expired(request, now):
-                self._expire(group)
-            else:
-                rows += request.rows - request.gone
+            if not self._leaves(group, now):
+                rows += requests[0].rows - requests[0].gone
                 kept.append(requests.popleft())
         requests.extendleft(reversed(kept))
         if not requests:
             del self._groups[key]
         return bool(requests)
+
+    def _leaves(self, group: _Group[R], now: float) -> bool:
+        """Take a group's first request from its place if it was cancelled, has failed or expired."""
+        request = group.requests[0]
+        if request.cancelled():
+            request.claim()
+            self._drop(group)
+            return True
+        if self._is_expired(request, now):
+            self._expire(group)
+            return True
+        return False
 
     def _is_expired(self, request: R, now: float) -> bool:
         deadline = request.deadline
