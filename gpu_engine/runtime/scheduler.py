@@ -123,11 +123,10 @@ class Batcher(Generic[R]):
 
     def take(self, now: float) -> Batch[R] | None:
         """The next batch; None if nothing waits, or if what waits may still collect until `closes_at`."""
-        while (head := self._head(now)) is not None:
-            key, group = head.key, self._groups[head.key]
+        while (group := self._next_group(now)) is not None:
+            key = group.requests[0].key
             if self.timeout_s:
-                if not self._purge(key, group, now):
-                    continue
+                self._purge(group, now)
                 if not self._closes(group, now):
                     return None
             flushed = self._is_flushed(group)
@@ -201,13 +200,12 @@ class Batcher(Generic[R]):
             order.popleft()
         return None
 
-    def _head(self, now: float) -> R | None:
-        """The first request that has not expired; one of which a part was dispatched no longer expires."""
+    def _next_group(self, now: float) -> _Group[R] | None:
+        """The requests of the key that is next, the first of them neither cancelled nor expired."""
         while (request := self._first()) is not None:
-            if not self._is_expired(request, now):
-                return request
             group = self._groups[request.key]
-            self._leaves(group, now)
+            if not self._leaves(group, now):
+                return group
             if not group.requests:
                 del self._groups[request.key]
         return None
@@ -291,8 +289,8 @@ class Batcher(Generic[R]):
         group.requests.append(request)
         self._order.append(request)
 
-    def _purge(self, key: Hashable, group: _Group[R], now: float) -> bool:
-        """Drop what expired or was cancelled from a collecting group; False, and the group is gone, if nothing is left.
+    def _purge(self, group: _Group[R], now: float) -> None:
+        """Drop what expired or was cancelled from a collecting group, whose first request stays.
 
         Only then may its rows be counted: a batch is not full of requests that nobody waits for. What is behind the
         rows of one batch is left alone.
@@ -303,9 +301,6 @@ class Batcher(Generic[R]):
                 rows += requests[0].rows - requests[0].gone
                 kept.append(requests.popleft())
         requests.extendleft(reversed(kept))
-        if not requests:
-            del self._groups[key]
-        return bool(requests)
 
     def _leaves(self, group: _Group[R], now: float) -> bool:
         """Take a group's first request from its place if it was cancelled, has failed or expired."""
@@ -320,5 +315,6 @@ class Batcher(Generic[R]):
         return False
 
     def _is_expired(self, request: R, now: float) -> bool:
+        """Whether the request waited too long; one of which a part was dispatched no longer expires."""
         deadline = request.deadline
         return deadline is not None and now >= deadline and not request.gone and request.level != self._last_level
