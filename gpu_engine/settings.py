@@ -62,6 +62,8 @@ def precision_of(precision: str | None, properties: Mapping[str, Any]) -> str | 
 
 def refuse_ineffective(properties: Mapping[str, Any], device: Device) -> None:
     """ValueError for the first property that would change nothing on the device that was opened."""
+    if not properties:
+        return
     facts = device.properties()
     for name, value in properties.items():
         if name in FIXED or name in PER_DEVICE:

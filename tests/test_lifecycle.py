@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpu_engine import RequestPool
 from gpu_engine.errors import EngineClosed
 from gpu_engine.options import validated
 from gpu_engine.runtime.engine import Engine
@@ -315,15 +316,21 @@ print("no thread")
     assert script(RecordingDevice(double, asynchronous=True), body).splitlines() == ["True", "True", "no thread"]
 
 
-def test_a_request_object_keeps_its_engine(recorder: RecordingDevice) -> None:
+def test_request_objects_keep_their_engine_and_make_no_cycle(recorder: RecordingDevice) -> None:
     engine = engine_of(recorder)
-    request, gone = engine.request(), weakref.ref(engine)
+    request, pool, gone = engine.request(), RequestPool(engine, 2), weakref.ref(engine)
     del engine
-    assert request.run(X)[0, 0] == 3 and gone() is not None
+    assert request.run(X)[0, 0] == 3
+    pool.start(X)
+    pool.wait_all()
     del request
-    gc.collect()
-    assert gone() is None
-    until(lambda: not our_threads() and recorder.closed == [0])
+    assert gone() is not None
+    gc.disable()
+    try:
+        del pool
+        until(lambda: gone() is None and not our_threads() and recorder.closed == [0])
+    finally:
+        gc.enable()
 
 
 def test_close_with_and_without_draining_and_in_time() -> None:

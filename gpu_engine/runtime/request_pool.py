@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,7 +38,7 @@ class RequestPool:
         self.exceptions: tuple[BaseException, ...] = ()
         self._make_lock()
         for request in self._requests:
-            request.on_idle = self._take_back
+            request.on_idle = functools.partial(_give_back, weakref.ref(self))
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -133,6 +135,13 @@ class RequestPool:
 
     def _make_lock(self) -> None:
         self._changed = threading.Condition(threading.Lock())
+
+
+def _give_back(pool: weakref.ref[RequestPool], request: ReusableRequest, ran: bool) -> None:
+    """A request is idle; without a cycle of references, which would keep the engine until they are collected."""
+    alive = pool()
+    if alive is not None:
+        alive._take_back(request, ran)
 
 
 def _copied(inputs: Any) -> Any:

@@ -60,7 +60,7 @@ class ReusableRequest:
         self._settled = self._told = True
         self._dropped = False
         self._caller: int | None = None
-        self._submitted = self._ended = clock()
+        self._submitted = self._started = self._ended = clock()
         self._make_lock()
 
     def __repr__(self) -> str:
@@ -92,10 +92,9 @@ class ReusableRequest:
     def profiling_info(self) -> Mapping[str, int]:
         """Nanoseconds of the last run: `queue_ns` until its dispatch, `run_ns` after; RequestBusy while it runs."""
         self._refuse_if_busy("profiling_info")
-        started = self._ended if self._future.started is None else self._future.started
         return {
-            "queue_ns": round((started - self._submitted) * 1e9),
-            "run_ns": round((self._ended - started) * 1e9),
+            "queue_ns": round((self._started - self._submitted) * 1e9),
+            "run_ns": round((self._ended - self._started) * 1e9),
         }
 
     def set_callback(self, callback: Callback | None) -> None:
@@ -226,6 +225,8 @@ class ReusableRequest:
             if self._settled or future is not self._future:
                 return
             self._settled, self._ended = True, clock()
+            self._started = self._ended if self._future.started is None else self._future.started
+            self._future = TimedFuture()
             if cancelled or self._dropped:
                 cancelled, error = True, RequestCancelled("the request was cancelled")
             self._error, self._result = error, None if error is not None else future.result()
