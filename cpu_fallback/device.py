@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
@@ -11,7 +14,8 @@ from cpu_fallback.expanded_depthwise import join_expansions
 from cpu_fallback.gated_conv import join_gates
 from cpu_fallback.layouts import assign_layouts
 from cpu_fallback.lowering import lower_node
-from cpu_fallback.native import host
+from cpu_fallback.native import LIBRARY, host
+from cpu_fallback.object_cache import object_cache
 from cpu_fallback.program import Program, with_program, zone_sizes
 from cpu_fallback.stream import CpuStream
 from cpu_fallback.turned_attention import turn_attention
@@ -35,6 +39,7 @@ class CpuDevice:
         if ordinal not in (None, 0):
             raise DeviceError(f"there is one CPU device, cpu:0; cpu:{ordinal} does not exist")
         self._cores = cores.usable_cores()
+        self._from_cache = False
 
     @property
     def name(self) -> str:
@@ -45,6 +50,21 @@ class CpuDevice:
         target = host()
         return f"{target.cpu}, {target.vector_nbytes * 8}-bit vectors, {self._cores}"
 
+    def properties(self) -> Mapping[str, Any]:
+        """See `runtime.device.Device`. The UUID is of the processor's name and features, which decide what runs."""
+        target, cache = host(), object_cache()
+        return {
+            "FULL_DEVICE_NAME": target.cpu,
+            "DEVICE_ARCHITECTURE": platform.machine(),
+            "DEVICE_UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{target.cpu} {target.features}")),
+            "OPTIMIZATION_CAPABILITIES": ("FP32", "INT8", "WINOGRAD"),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": self._cores.own,
+            "CACHE_DIR": "" if cache is None else str(cache.folder),
+            "LOADED_FROM_CACHE": self._from_cache,
+            "USES_THREADS": True,
+        }
+
     @property
     def stream_limit(self) -> int:
         return len(self._cores.numbers)
@@ -54,9 +74,12 @@ class CpuDevice:
 
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         """The plan, its kernels compiled."""
-        return with_program(
+        before = LIBRARY.compiled
+        plan = with_program(
             lower_graph(graph, batching, lower_node, _arrange, room_nbytes=self.free_memory() // GROWTH)
         )
+        self._from_cache = LIBRARY.compiled == before
+        return plan
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream]:
         """Streams on disjoint cores; `threads` of each stream where given, else one for each of its cores."""

@@ -79,6 +79,8 @@ class Library:
         self._lock = threading.Lock()
         self._addresses: dict[tuple[Target, Any], int] = {}
         self._engines: list[Any] = []
+        self.compiled = 0
+        """Modules that were not on disk."""
         self._walk: tuple[Walk, Walk] | None = None
 
     def addresses(self, kernels: Iterable[Kernel], target: Target) -> dict[Any, int]:
@@ -139,6 +141,7 @@ def compile_module(text: str, target: Target) -> Any:
     key = digest(*VERSIONS, llvm.get_default_triple(), target.cpu, target.features, text)
     code = None if cache is None else cache.load(key)
     if code is None:
+        LIBRARY.compiled += 1
         code = _object(text, machine)
         if cache is not None:
             cache.store(key, code)

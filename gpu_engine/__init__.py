@@ -13,22 +13,27 @@ from gpu_engine.errors import (
     DeviceError,
     EngineClosed,
     ExecutionError,
+    ForkedEngineError,
     GpuEngineError,
     InputError,
     InvalidModel,
     ModelError,
     OutOfMemory,
     QueueFull,
+    RequestBusy,
+    RequestCancelled,
     RequestTimeout,
     UnsafeModel,
     UnsupportedModel,
 )
-from gpu_engine.options import PerformanceMode, Scheduler
+from gpu_engine.options import PerformanceMode, Scheduler, TimeoutAction
 from gpu_engine.runtime.late import NAMES, load
 
 if TYPE_CHECKING:
     from gpu_engine.compiler import compile
     from gpu_engine.runtime.engine import Engine
+    from gpu_engine.runtime.request_pool import RequestPool
+    from gpu_engine.runtime.reusable import RequestState
 
 __all__ = [
     "DependsOnValues",
@@ -36,6 +41,7 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "ExecutionError",
+    "ForkedEngineError",
     "GpuEngineError",
     "InputError",
     "InvalidModel",
@@ -43,8 +49,13 @@ __all__ = [
     "OutOfMemory",
     "PerformanceMode",
     "QueueFull",
+    "RequestBusy",
+    "RequestCancelled",
+    "RequestPool",
+    "RequestState",
     "RequestTimeout",
     "Scheduler",
+    "TimeoutAction",
     "UnsafeModel",
     "UnsupportedModel",
     "compile",

@@ -14,12 +14,21 @@ from gpu_engine.gpu.binary import BinarySource
 from gpu_engine.gpu.bundle import Bundle, is_bundle, read_bundle
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.ir.structure import Structure
-from gpu_engine.options import DeviceChoice, PerformanceMode, Scheduler, one_batch, parse_device, validated
+from gpu_engine.options import (
+    DeviceChoice,
+    PerformanceMode,
+    Scheduler,
+    TimeoutAction,
+    one_batch,
+    parse_device,
+    validated,
+)
 from gpu_engine.passes.batchability import prove
 from gpu_engine.passes.pipeline import optimize
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import DEVICES, KERNEL_COMPILER, load
+from gpu_engine.settings import precision_of, refuse_ineffective, with_properties
 from gpu_engine.structured import OpenInput, StructuredEngine
 
 _LOGGER = logging.getLogger(__name__)
@@ -38,9 +47,14 @@ def compile(
     scheduler: str | Scheduler | None = None,
     batch_timeout_ms: float = 0.0,
     max_queue_size: int = 0,
+    priority_levels: int = 0,
+    default_timeout: float = 0.0,
+    timeout_action: str | TimeoutAction = TimeoutAction.REJECT,
+    allow_override: bool = False,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
     precision: str | None = None,
+    properties: Mapping[str, Any] | None = None,
 ) -> Engine | StructuredEngine:
     """An engine for a model: a path, bytes, a ModelProto, or the path of a bundle that `gpu-engine build` wrote.
 
@@ -52,12 +66,15 @@ def compile(
 
     precision         how a GPU multiplies float32: "fp32" (the default, exact), "tf32", "fp16" or "bf16", with sums in
                       float32; a bundle has its own. The CPU is always exact
+    properties        options by OpenVINO's names, {"NUM_STREAMS": 2}; ValueError for one that is unknown, that would
+                      have no effect, or that contradicts an option
 
     The other options are those of `options.Options`. Raises ModelError, DeviceError, TypeError or ValueError for an
     option.
     """
     choice = parse_device(device)
-    options = validated(
+    properties = properties or {}
+    given = validated(
         streams=streams,
         requests=requests,
         batch=one_batch(choice, batch),
@@ -66,21 +83,27 @@ def compile(
         scheduler=scheduler,
         batch_timeout_ms=batch_timeout_ms,
         max_queue_size=max_queue_size,
+        priority_levels=priority_levels,
+        default_timeout=default_timeout,
+        timeout_action=timeout_action,
+        allow_override=allow_override,
         auto_batching=True if choice.batched and auto_batching is None else auto_batching,
         memory_fraction=memory_fraction,
     )
     bundle = read_bundle(model) if is_bundle(model) else None
-    opened, reason = open_device(choice, fallback, _precision(precision, bundle), bundle)
+    options = with_properties(given, properties)
+    opened, reason = open_device(choice, fallback, _precision(precision_of(precision, properties), bundle), bundle)
+    refuse_ineffective(properties, opened)
     parsed = read(model if bundle is None else bundle.model())
 
     def build(structures: Mapping[str, Structure] | None = None) -> Engine:
         with typed_errors():
             graph = optimize(import_model(parsed, SpecificationFunctions(), structures))
-            return Engine(opened.lower(graph, prove(graph)), opened, options, reason)
+            return Engine(opened.lower(graph, prove(graph)), opened, options, reason, parsed.graph.name)
 
-    given = caller_inputs(parsed)
-    open_inputs = [OpenInput(info.name, info.dtype, bool(info.wrappers), info.key) for info in given]
-    if any(map(is_open, given)):
+    inputs = caller_inputs(parsed)
+    open_inputs = [OpenInput(info.name, info.dtype, bool(info.wrappers), info.key) for info in inputs]
+    if any(map(is_open, inputs)):
         refuse_unsupported(parsed, SpecificationFunctions())
         return StructuredEngine(open_inputs, build)
     try:
@@ -143,7 +166,7 @@ def _open(kind: str, index: int, precision: str, bundle: Bundle | None) -> Devic
     except ImportError as error:
         raise DeviceError(f"{kind} is not usable: {error}") from error
     if kind == "cuda":
-        device: Device = make(index, precision, _binaries(bundle))
+        device: Device = make(index, precision, _binaries(bundle), built=bundle is not None)
     elif kind == "interpret":
         device = make(index, options=GpuOptions(precision))
     else:

@@ -12,8 +12,15 @@ GpuEngineError
 ├── ExecutionError           a step failed on these inputs; names the ONNX node
 ├── QueueFull                the bounded queue is full
 ├── RequestTimeout           a request expired before it was dispatched; also a TimeoutError
+├── RequestCancelled         a request object was cancelled; also a concurrent.futures.CancelledError
+├── RequestBusy              a request object is used while it runs
 └── EngineClosed             the engine was closed before the request ran
+    └── ForkedEngineError    the engine belongs to the process that this one was forked from
 """
+
+from __future__ import annotations
+
+import concurrent.futures
 
 
 class GpuEngineError(Exception):
@@ -64,5 +71,17 @@ class RequestTimeout(GpuEngineError, TimeoutError):
     """The request expired in the queue."""
 
 
+class RequestCancelled(GpuEngineError, concurrent.futures.CancelledError):
+    """The request object was cancelled before its result was there."""
+
+
+class RequestBusy(GpuEngineError):
+    """The request object runs, and what was asked of it has to wait until it is idle."""
+
+
 class EngineClosed(GpuEngineError):
     """The engine was closed."""
+
+
+class ForkedEngineError(EngineClosed):
+    """The engine was made before this process was forked: no thread serves it here."""

@@ -63,6 +63,24 @@ class PerformanceMode(IntEnum):
         return cls[value.upper()]
 
 
+class TimeoutAction(str, Enum):  # noqa: UP042 - as Scheduler
+    """What becomes of a request that waited longer than its timeout; as Triton Inference Server's timeout_action."""
+
+    REJECT = "REJECT"
+    DELAY = "DELAY"
+
+    @classmethod
+    def of(cls, value: object) -> TimeoutAction:
+        """The member that `value` names in any letter case; ValueError or TypeError for anything else."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, str):
+            raise TypeError(f"timeout_action must be a string or a TimeoutAction, given {type(value).__name__}")
+        if value.upper() not in cls.__members__:
+            raise ValueError(f"timeout_action must be 'REJECT' or 'DELAY', given {value!r}")
+        return cls[value.upper()]
+
+
 @dataclass(frozen=True)
 class Options:
     """What the caller asked for, normalized; `None` means that it was not given.
@@ -72,9 +90,14 @@ class Options:
     batch             rows per execution; 0 or None: chosen from requests and streams
     hint              LATENCY or THROUGHPUT; giving streams, requests or batch implies THROUGHPUT
     threads           cores per stream; 0 or None: chosen by the device
+    all_threads       cores of all streams together, from which `threads` follows unless it is given
     scheduler         single_stream ignores `streams` and uses one; the others run several
     batch_timeout_ms  how long the oldest request of a batch may wait for the batch to fill; 0: never
     max_queue_size    requests that may wait before submit() raises QueueFull; 0: no limit
+    priority_levels   how many priorities there are, 1 the highest; 0: none
+    default_timeout   seconds that a request may wait in the queue; 0: for ever
+    timeout_action    REJECT: a request that waited longer fails; DELAY: it runs after all that did not
+    allow_override    whether a request's own timeout may exceed `default_timeout`
     auto_batching     whether requests may share an execution; None: unless the hint is LATENCY
     memory_fraction   the share of free memory that the arenas of all slots may take together
     """
@@ -84,9 +107,14 @@ class Options:
     batch: int | None = None
     hint: PerformanceMode | None = None
     threads: int | None = None
+    all_threads: int | None = None
     scheduler: Scheduler | None = None
     batch_timeout_ms: float = 0.0
     max_queue_size: int = 0
+    priority_levels: int = 0
+    default_timeout: float = 0.0
+    timeout_action: TimeoutAction = TimeoutAction.REJECT
+    allow_override: bool = False
     auto_batching: bool | None = None
     memory_fraction: float = 0.9
 
@@ -98,9 +126,14 @@ def validated(
     batch: int | None = None,
     hint: str | PerformanceMode | None = None,
     threads: int | None = None,
+    all_threads: int | None = None,
     scheduler: str | Scheduler | None = None,
     batch_timeout_ms: float = 0.0,
     max_queue_size: int = 0,
+    priority_levels: int = 0,
+    default_timeout: float = 0.0,
+    timeout_action: str | TimeoutAction = TimeoutAction.REJECT,
+    allow_override: bool = False,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
 ) -> Options:
@@ -111,9 +144,14 @@ def validated(
         batch=_count("batch", batch) or None,
         hint=None if hint is None else PerformanceMode.of(hint),
         threads=_count("threads", threads) or None,
+        all_threads=_count("all_threads", all_threads) or None,
         scheduler=None if scheduler is None else Scheduler.of(scheduler),
-        batch_timeout_ms=_milliseconds("batch_timeout_ms", batch_timeout_ms),
+        batch_timeout_ms=milliseconds("batch_timeout_ms", batch_timeout_ms),
         max_queue_size=_count("max_queue_size", max_queue_size) or 0,
+        priority_levels=_count("priority_levels", priority_levels) or 0,
+        default_timeout=seconds("default_timeout", default_timeout),
+        timeout_action=TimeoutAction.of(timeout_action),
+        allow_override=_flag("allow_override", allow_override) or False,
         auto_batching=_flag("auto_batching", auto_batching),
         memory_fraction=_fraction("memory_fraction", memory_fraction),
     )
@@ -209,10 +247,20 @@ def _number(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _milliseconds(name: str, value: object) -> float:
+def milliseconds(name: str, value: object) -> float:
+    """The number, checked; TypeError if it is none, ValueError if it is negative, infinite or NaN."""
+    return _time(name, value, "milliseconds")
+
+
+def seconds(name: str, value: object) -> float:
+    """As `milliseconds`."""
+    return _time(name, value, "seconds")
+
+
+def _time(name: str, value: object, unit: str) -> float:
     number = _number(name, value)
     if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be a finite number of milliseconds, at least 0, given {number}")
+        raise ValueError(f"{name} must be a finite number of {unit}, at least 0, given {number}")
     return number
 
 

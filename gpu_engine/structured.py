@@ -64,10 +64,20 @@ class StructuredEngine:
         outputs = engine.run(flat)
         return dict(zip(engine.output_names, outputs, strict=True)) if named else outputs
 
-    def submit(self, inputs: Any, *, timeout: float | None = None) -> Future[Any]:
+    def submit(
+        self, inputs: Any, *, timeout: float | None = None, priority: int | None = None, block: bool = False
+    ) -> Future[Any]:
         """As Engine.submit; outputs come as a list in the order of the outputs."""
         engine, flat, _ = self._prepare(inputs)
-        return engine.submit(flat, timeout=timeout)
+        return engine.submit(flat, timeout=timeout, priority=priority, block=block)
+
+    async def run_async(
+        self, inputs: Any, *, timeout: float | None = None, priority: int | None = None, block: bool = False
+    ) -> Any:
+        """As Engine.run_async, but a structure that was not seen before is compiled on the event loop's thread."""
+        engine, flat, named = self._prepare(inputs)
+        outputs = await engine.run_async(flat, timeout=timeout, priority=priority, block=block)
+        return dict(zip(engine.output_names, outputs, strict=True)) if named else outputs
 
     def map(self, inputs: Iterable[Any]) -> Iterator[Any]:
         """The outputs of every item, in order."""

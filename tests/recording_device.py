@@ -66,12 +66,25 @@ class RecordingDevice:
     def auto_streams(self) -> int:
         return 2
 
+    def properties(self) -> dict[str, Any]:
+        return {
+            "FULL_DEVICE_NAME": "Recording device",
+            "DEVICE_ARCHITECTURE": "none",
+            "DEVICE_UUID": "0",
+            "OPTIMIZATION_CAPABILITIES": ("FP32",),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": False,
+            "CACHE_DIR": "",
+            "LOADED_FROM_CACHE": False,
+            "USES_THREADS": True,
+        }
+
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         raise NotImplementedError("tests write plans by hand")
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[RecordingStream]:
         self.opened = (streams, slots, threads)
-        return [RecordingStream(self, plan, i, slots) for i in range(streams)]
+        return [RecordingStream(self, plan, i, slots, threads or 1) for i in range(streams)]
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
         activations = self.row_nbytes
@@ -96,8 +109,8 @@ class RecordingDevice:
 
 
 class RecordingStream:
-    def __init__(self, device: RecordingDevice, plan: Plan, index: int, slots: int) -> None:
-        self.device, self.index, self.in_flight = device, index, 0
+    def __init__(self, device: RecordingDevice, plan: Plan, index: int, slots: int, threads: int) -> None:
+        self.device, self.index, self.in_flight, self.threads = device, index, 0, threads
         self.lock = threading.Lock()
         self.slots = [RecordingSlot(self, plan, i) for i in range(slots)]
         self.work: queue.SimpleQueue[RecordingSlot | None] = queue.SimpleQueue()

@@ -25,24 +25,6 @@ def write(folder: Path, **files: str) -> None:
         (folder / name.replace("__", ".")).write_text(text)
 
 
-@pytest.mark.parametrize(
-    ("count", "streams", "sizes"),
-    [
-        (16, 3, [6, 5, 5]),
-        (16, 4, [4, 4, 4, 4]),
-        (5, 4, [2, 1, 1, 1]),
-        (1, 1, [1]),
-        (2, 3, [1, 1, 1]),
-        (1, 4, [1, 1, 1, 1]),
-    ],
-)
-def test_partition(count: int, streams: int, sizes: list[int]) -> None:
-    shares = partition(range(10, 10 + count), streams)
-    assert [len(share) for share in shares] == sizes
-    if streams <= count:
-        assert [core for share in shares for core in share] == list(range(10, 10 + count))
-
-
 def test_version_2_quota_of_an_ancestor(tmp_path: Path) -> None:
     mounts, groups = V2.format(top="/", root=tmp_path), "0::/outer/inner\n"
     folders = group_folders("cpu", mounts, groups)

@@ -24,11 +24,14 @@ class Item:
     limit: int = 4
     arrival: float = 0.0
     deadline: float | None = None
+    level: int = 0
+    gone: int = 0
+    place: int = -1
     ended: bool = False
     claims: int = 0
 
     def cancelled(self) -> bool:
-        return self.ended and not self.claims
+        return self.ended
 
     def claim(self) -> bool:
         if not self.ended:

@@ -105,11 +105,5 @@ def test_streams_slots_and_hints(given_options: dict[str, Any], limits: Limits, 
     assert (sizes.streams, sizes.slots, sizes.batch.batch, sizes.shared, sizes.optimal_requests) == expected
 
 
-def test_streams_beyond_the_cores_are_capped_with_a_warning() -> None:
-    with pytest.warns(RuntimeWarning, match="num_streams exceeds num_cores - capping to 64"):
-        assert choose(validated(streams=65), CPU).streams == 64
-    assert choose(validated(streams=65), GPU).streams == 65
-
-
 def test_numa_streams_count_the_nodes() -> None:
     assert choose(validated(streams="numa"), Limits(auto_streams=9, numa_nodes=3)).streams == 3

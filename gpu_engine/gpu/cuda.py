@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.driver import HostArray, Piece, Pieces
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.gpu.planning import GROWTH, gpu_plan
+from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
 from gpu_engine.gpu.text import array_dtype
@@ -133,14 +134,21 @@ class CudaDevice:
     batch_limit = None
     stream_limit = None
 
-    def __init__(self, ordinal: int | None = None, precision: str = "fp32", source: BinarySource | None = None) -> None:
+    def __init__(
+        self,
+        ordinal: int | None = None,
+        precision: str = "fp32",
+        source: BinarySource | None = None,
+        built: bool = False,
+    ) -> None:
         self._ordinal = ordinal or 0
         self._count = _device_count()
         if self._ordinal >= self._count:
             raise DeviceError(f"cuda:{self._ordinal} does not exist: {self._count} GPU(s) are there")
         properties = runtime.getDeviceProperties(self._ordinal)
         self._arch = 10 * properties["major"] + properties["minor"]
-        self._name = properties["name"].decode()
+        self._name, self._built = properties["name"].decode(), built
+        self._uuid = uuid.UUID(bytes=bytes(properties.get("uuid", b""))[:16].ljust(16, b"\0"))
         if self._arch < OLDEST_ARCH:
             raise DeviceError(f"{self._name} is sm_{self._arch}, and kernels need sm_{OLDEST_ARCH} or newer")
         if source is None:
@@ -154,6 +162,10 @@ class CudaDevice:
     @property
     def reason(self) -> str:
         return f"{self._name}, sm_{self._arch}"
+
+    def properties(self) -> Mapping[str, Any]:
+        """See `runtime.device.Device`. With `built` kernels come from a bundle."""
+        return device_properties(self._options, self._name, str(self._uuid), built=self._built)
 
     def auto_streams(self) -> int:
         return 2

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +22,7 @@ from gpu_engine.gpu.driver import HostArray, Piece, Pieces
 from gpu_engine.gpu.interpreter import interpret, interpreting, spans
 from gpu_engine.gpu.kernel import CudaKernel, Kernel
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.gpu.planning import GROWTH, gpu_plan
+from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.shim_runner import run
 from gpu_engine.gpu.slot import GpuStream, Weights
@@ -125,6 +126,9 @@ class InterpretDevice:
     def arrays(self) -> DeviceModule:
         """The module of the device's arrays, which notes what a GPU would wait for."""
         return self._driver.xp
+
+    def properties(self) -> Mapping[str, Any]:
+        return device_properties(self._options, self.reason, str(uuid.UUID(int=0)))
 
     def auto_streams(self) -> int:
         return 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from gpu_engine.gpu.joined_products import join_projections
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.layouts import assign_layouts
@@ -22,6 +25,21 @@ def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes:
     """The plan, prepared for binding; OutOfMemory if constants that repeat their elements take more than
     `room_nbytes`."""
     return with_program(lower_graph(graph, batching, lowering_for(options), _arranged, room_nbytes=room_nbytes))
+
+
+def device_properties(options: GpuOptions, name: str, uuid: str, built: bool = False) -> Mapping[str, Any]:
+    """See `runtime.device.Device.properties`; `built`: kernels come compiled from a bundle."""
+    return {
+        "FULL_DEVICE_NAME": name,
+        "DEVICE_ARCHITECTURE": f"sm_{options.arch}",
+        "DEVICE_UUID": uuid,
+        "OPTIMIZATION_CAPABILITIES": ("FP32", "FP16", "BF16", "INT8", "EXPORT_IMPORT"),
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16"}.get(options.precision, options.precision),
+        "ENABLE_CPU_PINNING": False,
+        "CACHE_DIR": "",
+        "LOADED_FROM_CACHE": built,
+        "USES_THREADS": False,
+    }
 
 
 def _arranged(graph: Graph) -> Graph:

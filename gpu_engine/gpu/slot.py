@@ -288,6 +288,8 @@ class GpuSlot:
 class GpuStream:
     """One lane: its slots share weights and nothing else. See `runtime.device.Stream`."""
 
+    threads = 1
+
     def __init__(self, plan: Plan, slots: int, driver: Driver, weights: Weights) -> None:
         self.slots = [GpuSlot(plan, driver, weights) for _ in range(slots)]
 

@@ -8,8 +8,8 @@ run while another thread stages and launches another slot of the same stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,11 @@ class Stream(Protocol):
 
     @property
     def slots(self) -> Sequence[Slot]: ...
+
+    @property
+    def threads(self) -> int:
+        """Threads of the host that an execution uses."""
+        ...
 
     def enter(self) -> None:
         """Called once by each thread that will serve this stream for long: pins it to the stream's cores."""
@@ -83,6 +88,12 @@ class Device(Protocol):
 
     def auto_streams(self) -> int:
         """How many streams "auto" means."""
+        ...
+
+    def properties(self) -> Mapping[str, Any]:
+        """What OpenVINO's properties say of the device: FULL_DEVICE_NAME, DEVICE_ARCHITECTURE, DEVICE_UUID,
+        OPTIMIZATION_CAPABILITIES, INFERENCE_PRECISION_HINT, ENABLE_CPU_PINNING, CACHE_DIR, LOADED_FROM_CACHE (of what
+        was lowered last), and USES_THREADS, whether it computes with threads of the host."""
         ...
 
     def lower(self, graph: Graph, batching: Batching) -> Plan: ...

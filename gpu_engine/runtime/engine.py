@@ -5,21 +5,25 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from gpu_engine.errors import InputError, OutOfMemory
-from gpu_engine.options import Options, numa_nodes
+from gpu_engine.errors import GpuEngineError, InputError, OutOfMemory, RequestTimeout
+from gpu_engine.options import Options, TimeoutAction, numa_nodes
 from gpu_engine.plan.plan import Plan, Port
 from gpu_engine.runtime.admission import Admission, Admitted
 from gpu_engine.runtime.arrays import Array, Wrap
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.execution import clock, run_alone
 from gpu_engine.runtime.future import Future
+from gpu_engine.runtime.late import ADMIT_ASYNC, STREAM, load
+from gpu_engine.runtime.policy import queue_policy
 from gpu_engine.runtime.pool import Pool
-from gpu_engine.runtime.requests import Join, Request
+from gpu_engine.runtime.properties import Facts, checked_change, read_property
+from gpu_engine.runtime.requests import Join, Request, fail_all
+from gpu_engine.runtime.reusable import ReusableRequest
 from gpu_engine.runtime.rooms import Rooms
 from gpu_engine.runtime.scheduler import Batcher
 from gpu_engine.runtime.sizing import BatchPlan, Limits, Sizes, capped, choose, memory_cap, resized
@@ -50,16 +54,25 @@ class Engine:
     Leaving a `with` block closes the engine and runs what waits; dropping the last reference fails what waits.
     """
 
-    def __init__(self, plan: Plan, device: Device, options: Options | None = None, reason: str = "") -> None:
+    def __init__(
+        self, plan: Plan, device: Device, options: Options | None = None, reason: str = "", name: str = ""
+    ) -> None:
         options = options or Options()
-        self._plan, self._device = plan, device
+        self._plan, self._device, self._options, self._name = plan, device, options, name
         self._reason = reason or device.reason
         self._sizes = _sizes(plan, device, options)
         self._admission = Admission(plan, device, self._sizes, options.memory_fraction)
         self._rooms = Rooms()
         self._serve_callers = options.batch_timeout_ms == 0 or not self._sizes.shared
-        batcher: Batcher[Request] = Batcher(options.batch_timeout_ms / 1000, options.max_queue_size)
-        streams = device.open(plan, self._sizes.streams, self._sizes.slots, options.threads)
+        self._policy, self._bounded = queue_policy(options), options.max_queue_size > 0
+        batcher: Batcher[Request] = Batcher(
+            options.batch_timeout_ms / 1000,
+            options.max_queue_size,
+            max(1, options.priority_levels),
+            options.timeout_action is TimeoutAction.DELAY,
+        )
+        threads = options.threads or (options.all_threads and max(1, options.all_threads // self._sizes.streams))
+        streams = device.open(plan, self._sizes.streams, self._sizes.slots, threads)
         self._pool = Pool(streams, batcher, self._sizes.batch.batch, plan.batching.outputs)
         weakref.finalize(self, self._pool.abandon).atexit = False
 
@@ -122,7 +135,7 @@ class Engine:
                     return wrap(run_alone(worker, arrays, admitted.fit, started, reason))
                 finally:
                     self._pool.give_back(worker)
-        request = self._request(arrays, wrap, admitted, None)
+        request = self._request(arrays, wrap, admitted)
         self._queue((request,))
         return self._result(request.future)
 
@@ -132,22 +145,47 @@ class Engine:
         Like `run` of many rows, but the last of them do not wait for a batch to fill. Where batching is not proven the
         inputs run as they are.
         """
-        request = self._request(*self._admission.admit(inputs), None)
+        request = self._request(*self._admission.admit(inputs))
         self._queue((request,))
         if not self._serve_callers:
             self.flush()
         return self._result(request.future)
 
-    def submit(self, inputs: Any, *, timeout: float | None = None, block: bool = False) -> Future[Any]:
+    def submit(
+        self, inputs: Any, *, timeout: float | None = None, priority: int | None = None, block: bool = False
+    ) -> Future[Any]:
         """Queue one request; the future is a concurrent.futures.Future and may be awaited.
 
-        After `timeout` seconds in the queue (None or 0: never) the request fails with RequestTimeout. If the queue
-        holds `max_queue_size` requests: QueueFull, or with `block` wait for room within the same timeout. Inputs are
-        checked first, so InputError and OutOfMemory are raised here.
+        `timeout` is how many seconds the request may wait in the queue (None: `default_timeout`, 0: for ever; it only
+        shortens the default, unless `allow_override`); then it fails with RequestTimeout, or goes behind all others
+        where the `timeout_action` is DELAY. `priority` is a number from 1, the highest, to `priority_levels`. If the
+        queue holds `max_queue_size` requests: QueueFull, or with `block` wait for room within the same timeout. Inputs
+        are checked first, so InputError and OutOfMemory are raised here.
         """
-        request = self._request(*self._admission.admit(inputs), timeout)
+        request = self._request(*self._admission.admit(inputs), timeout, priority)
         self._queue((request,), block)
         return request.future
+
+    async def run_async(
+        self, inputs: Any, *, timeout: float | None = None, priority: int | None = None, block: bool = False
+    ) -> Any:
+        """`submit`, and its outputs, for an event loop, which nothing here blocks. Cancelling the task cancels the
+        request, which leaves the queue; what was dispatched runs, and its result is dropped."""
+        request = self._request(*self._admission.admit(inputs), timeout, priority)
+        await self._queue_async(request, block)
+        return await request.future
+
+    def stream(self, source: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+        """`map` for an event loop, over an iterable or an asynchronous one, which is waited for without holding back
+        results that are there. An iterable must not block."""
+        stream: AsyncIterator[Any] = load(STREAM)(
+            self._submit_async, self._flush_last, source, 2 * self.optimal_requests
+        )
+        return stream
+
+    def request(self) -> ReusableRequest:
+        """A request object, idle, which can be started any number of times; it keeps the engine alive."""
+        return ReusableRequest(self._pool, self._admission.ports, self._submit_into)
 
     def map(self, inputs: Iterable[Any]) -> Iterator[Any]:
         """Run every item of an iterable and yield the outputs in its order, with a bounded number in flight.
@@ -164,8 +202,8 @@ class Engine:
                     items = list(itertools.islice(source, group))
                     more = len(items) == group
                     waiting.extend(self._queue_group(items))
-                if not more and not self._serve_callers:
-                    self.flush()
+                if not more:
+                    self._flush_last()
                 if waiting:
                     yield self._result(waiting.popleft())
         finally:
@@ -189,6 +227,25 @@ class Engine:
         weights, activations = self._device.memory(self._plan, tuple(extents))
         return MemoryPlan(weights, activations, self._sizes.streams * self._sizes.slots)
 
+    def get_property(self, name: str) -> Any:
+        """The value in effect of a property by OpenVINO's name; "SUPPORTED_PROPERTIES" lists the names.
+
+        ValueError for an unknown one, with the closest match.
+        """
+        timeout_ms, threads = self._pool.batcher.timeout_s * 1000, self._pool.threads
+        facts = Facts(self._options, self._sizes, self._device, self._plan, timeout_ms, threads, self._name)
+        return read_property(name, facts)
+
+    def set_property(self, name: str | Mapping[str, Any], value: Any = None) -> None:
+        """Change a property, or several from a dict, of the engine as it runs: "AUTO_BATCH_TIMEOUT" is the only one.
+
+        ValueError for another, or for a value that it cannot have.
+        """
+        changes = name if isinstance(name, Mapping) else {name: value}
+        for milliseconds in [checked_change(*change) for change in changes.items()]:
+            self._pool.collect_for(milliseconds / 1000)
+            self._serve_callers = milliseconds == 0 or not self._sizes.shared
+
     def flush(self) -> None:
         """Run what waits now, without waiting for batches to fill."""
         self._pool.flush()
@@ -201,6 +258,14 @@ class Engine:
         self._pool.close(drain, timeout_s)
         self._rooms.close()
 
+    def check_open(self) -> None:
+        """EngineClosed once requests are refused; ForkedEngineError in the child of a fork."""
+        self._pool.check_open()
+
+    def serve_until(self, done: Callable[[], bool]) -> bool:
+        """For a callback that is about to wait, see `Pool.serve_until`."""
+        return self._pool.serve_until(done)
+
     def __enter__(self) -> Engine:
         return self
 
@@ -209,12 +274,49 @@ class Engine:
     ) -> None:
         self.close(drain=kind is None)
 
-    def _request(self, arrays: Sequence[Array], wrap: Wrap, admitted: Admitted, timeout: float | None) -> Request:
-        now, fit, rows, limit = clock(), admitted.fit, admitted.rows, admitted.limit
-        deadline = now + _checked_timeout(timeout) if timeout else None
+    def _request(
+        self,
+        arrays: Sequence[Array],
+        wrap: Wrap,
+        admitted: Admitted,
+        timeout: float | None = None,
+        priority: int | None = None,
+        future: Future[Any] | None = None,
+    ) -> Request:
+        now, fit, rows, limit, policy = clock(), admitted.fit, admitted.rows, admitted.limit, self._policy
+        timeout_s = policy.timeout_s if timeout is None else policy.timeout(timeout)
+        level = policy.level if priority is None else policy.level_of(priority)
+        deadline = now + timeout_s if timeout_s else None
         join = Join(rows, self._plan.batching.outputs, self._rooms) if rows > limit else None
         key = admitted.key or self._admission.key(arrays, admitted)
-        return Request(arrays, wrap, fit, rows, limit, key, now, deadline, Future(), join)
+        future = Future() if future is None else future
+        if self._bounded:
+            future.on_cancel = self._pool.leave
+        return Request(arrays, wrap, fit, rows, limit, key, now, deadline, future, join, level)
+
+    def _submit_into(self, future: Future[Any], inputs: Any) -> None:
+        """`submit` with `block`, for a future that is there."""
+        self._queue((self._request(*self._admission.admit(inputs), future=future),), block=True)
+
+    async def _submit_async(self, inputs: Any) -> Future[Any]:
+        """`submit` with `block` for an event loop; what is refused is an error of the future."""
+        future = Future[Any]()
+        try:
+            await self._queue_async(self._request(*self._admission.admit(inputs), future=future), block=True)
+        except GpuEngineError as error:
+            future.set_exception(error)
+        return future
+
+    async def _queue_async(self, request: Request, block: bool) -> None:
+        if block and self._bounded and request.fit.rows:
+            await load(ADMIT_ASYNC)(self._pool, request)
+        else:
+            self._queue((request,))
+
+    def _flush_last(self) -> None:
+        """A source has ended: its last requests need not wait for more."""
+        if not self._serve_callers:
+            self.flush()
 
     def _queue(self, requests: Sequence[Request], block: bool = False) -> None:
         """Admit requests; those of no rows are done at once."""
@@ -228,27 +330,30 @@ class Engine:
         empty = [(request, self._admission.empty_outputs(request.fit)) for request in requests]
         self._pool.admit([request for request, outputs in empty if outputs is None], block)
         for request, outputs in empty:
-            if outputs is not None:
-                request.succeed(request.wrap(outputs))
+            if outputs is not None and request.succeed(request.wrap(outputs)):
+                request.future.run_callbacks()
 
     def _queue_group(self, items: Sequence[Any]) -> list[Future[Any]]:
         """Admit items as one group; one that is refused fails at its place in the result."""
         futures, good = [], []
         for item in items:
             try:
-                request = self._request(*self._admission.admit(item), None)
+                request = self._request(*self._admission.admit(item))
             except (InputError, OutOfMemory) as error:
                 futures.append(Future[Any]())
                 futures[-1].set_exception(error)
             else:
                 good.append(request)
                 futures.append(request.future)
-        self._queue(good, block=True)
+        try:
+            self._queue(good, block=True)
+        except RequestTimeout as error:
+            fail_all([request for request in good if request.place < 0 and request.fit.rows], error)
         return futures
 
     def _result(self, future: Future[Any]) -> Any:
         """Wait for a request; an interrupted wait cancels it."""
-        self._pool.serve_until(future)
+        self._pool.serve_until(future.done)
         try:
             return future.result()
         except BaseException:
@@ -277,9 +382,3 @@ def _sizes(plan: Plan, device: Device, options: Options) -> Sizes:
     free = device.free_memory() * options.memory_fraction
     cap = memory_cap(free, weights, row_nbytes, sizes.streams * sizes.slots)
     return resized(sizes, capped(sizes.batch, cap))
-
-
-def _checked_timeout(timeout: float) -> float:
-    if not timeout > 0:
-        raise ValueError(f"timeout must not be negative, given {timeout}")
-    return timeout

@@ -21,6 +21,11 @@ from gpu_engine.runtime.statistics import Counters
 clock = time.monotonic
 
 
+def seconds_left(ends: float | None) -> float | None:
+    """Until a time of the clock, at least 0; None for never."""
+    return None if ends is None else max(0.0, ends - clock())
+
+
 class Lane:
     """A stream with the lock under which its slots are staged and launched, and how busy it has been."""
 
@@ -146,10 +151,15 @@ def _joined(part: Part, outputs: Sequence[Array]) -> Any:
 
 
 def _settle(parts: Sequence[Part], results: Sequence[Any]) -> None:
-    """Hand results over only after all of them left the slot: a callback may use the engine again."""
-    for (request, _, _), result in zip(parts, results, strict=True):
-        if result is not None:
-            request.succeed(result)
+    """Hand results over only after all of them left the slot: a callback may use the engine again, or wait for another
+    request of the batch."""
+    watched = [
+        request
+        for (request, _, _), result in zip(parts, results, strict=True)
+        if result is not None and request.succeed(result)
+    ]
+    for request in watched:
+        request.future.run_callbacks()
 
 
 def _typed(error: BaseException) -> BaseException:

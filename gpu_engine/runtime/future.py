@@ -29,6 +29,8 @@ class Future(concurrent.futures.Future[T]):
     _made_condition: threading.Condition | None = None
     _waiters: Sequence[Any] = ()  # type: ignore[assignment]
     _done_callbacks: Sequence[Callable[[Any], object]] = ()
+    on_cancel: Callable[[], object] | None = None
+    """Called once the future was cancelled, before its callbacks; for a queue that counts its places."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -72,7 +74,9 @@ class Future(concurrent.futures.Future[T]):
             self._state = _base.CANCELLED
             if self._made_condition is not None:
                 self._made_condition.notify_all()
-        self._invoke_callbacks()
+        if self.on_cancel is not None:
+            self.on_cancel()
+        self.run_callbacks()
         return True
 
     def set_running_or_notify_cancel(self) -> bool:
@@ -88,17 +92,22 @@ class Future(concurrent.futures.Future[T]):
             raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
 
     def set_result(self, result: T) -> None:
+        if self.put_result(result):
+            self.run_callbacks()
+
+    def put_result(self, result: T) -> bool:
+        """Half of `set_result`: waiters wake; True if `run_callbacks` is to follow."""
         with self._lock:
             if self._state in _DONE:
                 raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
             self._result = result
             self._state = _base.FINISHED
             if self._made_condition is None:
-                return
+                return False
             for waiter in self._waiters:
                 waiter.add_result(self)
             self._made_condition.notify_all()
-        self._invoke_callbacks()
+        return True
 
     def set_exception(self, exception: BaseException | None) -> None:
         with self._lock:
@@ -111,9 +120,9 @@ class Future(concurrent.futures.Future[T]):
             for waiter in self._waiters:
                 waiter.add_exception(self)
             self._made_condition.notify_all()
-        self._invoke_callbacks()
+        self.run_callbacks()
 
-    def _invoke_callbacks(self) -> None:
+    def run_callbacks(self) -> None:
         """Run the callbacks; whatever they raise is logged, so that it ends neither a worker nor other requests."""
         for callback in self._done_callbacks:
             try:

@@ -15,11 +15,15 @@ KERNEL_COMPILER = "gpu_engine.gpu.offline:compile_binary"
 NAMES = {
     "compile": "gpu_engine.compiler:compile",
     "Engine": "gpu_engine.runtime.engine:Engine",
+    "RequestState": "gpu_engine.runtime.reusable:RequestState",
+    "RequestPool": "gpu_engine.runtime.request_pool:RequestPool",
 }
 
 
 WRAP_FUTURE = "asyncio:wrap_future"
 """With asyncio come ssl and email, which few callers need."""
+ADMIT_ASYNC = "gpu_engine.runtime.asynchronous:admit"
+STREAM = "gpu_engine.runtime.asynchronous:stream"
 
 
 def load(place: str) -> Any:

@@ -14,22 +14,22 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import Empty
-from typing import Any
 
-from gpu_engine.errors import EngineClosed, GpuEngineError, RequestTimeout
+from gpu_engine.errors import EngineClosed, ForkedEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
-from gpu_engine.runtime.execution import Lane, Worker, clock, execute
+from gpu_engine.runtime.execution import Lane, Worker, clock, execute, seconds_left
 from gpu_engine.runtime.future import Future
-from gpu_engine.runtime.requests import Request
+from gpu_engine.runtime.requests import Request, fail_all
 from gpu_engine.runtime.scheduler import Batch, Batcher
-from gpu_engine.runtime.statistics import QueueCounts, Statistics, summed
+from gpu_engine.runtime.statistics import Statistics, queue_counts, summed
+from gpu_engine.runtime.vacancy import Vacancy
 
 _LOGGER = logging.getLogger(__name__)
 _EXIT_TIMEOUT_S = 5.0
 _CLOSED = "the engine was closed"
-_EXPIRED = "Request timeout expired"
+EXPIRED = "Request timeout expired"
 _FORKED = "the engine was made before this process was forked: compile the model in the child"
 
 
@@ -47,7 +47,7 @@ class Pool:
         self._single = slots == 1
         self._by_thread: dict[int, Worker] = {}
         self._made_at = clock()
-        self._coming = 0
+        self._coming = self._leavers = 0
         self._timekeeper: Worker | None = None
         self._refusal: str | None = None
         self._open = list(self._lanes)
@@ -62,7 +62,7 @@ class Pool:
         """An idle slot for the calling thread if nothing waits, else None; EngineClosed after close()."""
         with self._mutex:
             if self._refusal is not None:
-                raise EngineClosed(self._refusal)
+                self.check_open()
             if not self._idle or self.batcher.size:
                 return None
             worker = self._idle.pop() if self._single else self._pick()
@@ -89,15 +89,56 @@ class Pool:
         if not self._started:
             self._start()
         with self._mutex:
+            bounded = self.batcher.max_size
             try:
                 for request in requests:
-                    if block and self.batcher.full():
+                    if bounded and not self._has_room() and block:
                         self._wait_for_room(request)
                     if self._refusal is not None:
-                        raise EngineClosed(self._refusal)
+                        self.check_open()
                     self.batcher.add(request)
             finally:
                 self._call_workers()
+
+    def admit_or_promise(self, request: Request) -> Future[None] | None:
+        """Queue a request; if the queue is full, a future that is done when it is worth trying again."""
+        if not self._started:
+            self._start()
+        with self._mutex:
+            self.check_open()
+            if self._has_room():
+                self.batcher.add(request)
+                self._call_workers()
+                return None
+            return self._vacancy.promise()
+
+    def leave(self) -> None:
+        """A request was cancelled: its place in a bounded queue is free."""
+        with self._mutex:
+            self._leavers += 1
+            self._vacancy.announce()
+
+    @property
+    def closed(self) -> bool:
+        """Whether requests are refused."""
+        return self._refusal is not None
+
+    @property
+    def threads(self) -> int:
+        """Threads of the host that all streams together compute with."""
+        return sum(lane.stream.threads for lane in self._lanes)
+
+    def check_open(self) -> None:
+        """EngineClosed once requests are refused."""
+        if self._refusal is not None:
+            raise (ForkedEngineError if self._forked else EngineClosed)(self._refusal)
+
+    def collect_for(self, timeout_s: float) -> None:
+        """From now on let a batch that is not full wait so long for more rows."""
+        with self._mutex:
+            self.batcher.timeout_s = timeout_s
+            if self._timekeeper is not None:
+                self._timekeeper.tokens.put(None)
 
     def flush(self) -> None:
         """Let all that waits run now."""
@@ -105,21 +146,19 @@ class Pool:
             self.batcher.flush()
             self._call_workers()
 
-    def serve_until(self, future: Future[Any]) -> None:
-        """For a callback on one of our own threads that is about to wait: run what the thread cannot while it waits."""
+    def serve_until(self, done: Callable[[], bool]) -> bool:
+        """For a callback on one of our own threads that is about to wait: run what the thread cannot while it waits.
+
+        Whether this is such a thread.
+        """
         worker = self._by_thread.get(threading.get_ident())
-        while worker is not None and not future.done() and self._serve_one(worker):
+        while worker is not None and not done() and self._serve_one(worker):
             pass
+        return worker is not None
 
     def statistics(self) -> Statistics:
         with self._mutex:
-            queue = QueueCounts(
-                self.batcher.reasons.copy(),
-                self.batcher.rejected,
-                self.batcher.cancelled,
-                self.batcher.expired,
-                self.batcher.size,
-            )
+            queue = queue_counts(self.batcher)
             now = clock()
             age_s = max(now - self._made_at, 1e-9)
             busy = tuple(lane.busy_until(now) / age_s for lane in self._lanes)
@@ -139,26 +178,26 @@ class Pool:
             self._refusal = self._refusal or _CLOSED
             if self._forked:
                 return
-            self._room.notify_all()
+            self._vacancy.announce()
         while drain and worker is not None and self._serve_one(worker):
             pass
         with self._mutex:
             if drain and worker is None:
                 self.batcher.flush()
                 self._call_workers()
-                self._quiet.wait_for(lambda: self._is_quiet() and not self.batcher.size, _left(ends))
+                self._quiet.wait_for(lambda: self._is_quiet() and not self.batcher.size, seconds_left(ends))
             waiting = self.batcher.clear()
-        _fail(waiting, EngineClosed(_CLOSED))
+        fail_all(waiting, EngineClosed(_CLOSED))
         with self._mutex:
-            quiet = worker is not None or self._quiet.wait_for(self._is_quiet, _left(ends))
+            quiet = worker is not None or self._quiet.wait_for(self._is_quiet, seconds_left(ends))
             late = [] if quiet else self._in_flight()
             self._stopped = True
-        _fail(late, EngineClosed(f"{_CLOSED} and this request did not finish in time"))
+        fail_all(late, EngineClosed(f"{_CLOSED} and this request did not finish in time"))
         for each in self._workers:
             each.tokens.put(None)
         for each in self._workers:
             if each.thread is not None and worker is None:
-                each.thread.join(_left(ends))
+                each.thread.join(seconds_left(ends))
         self._release_streams()
 
     def abandon(self) -> None:
@@ -178,7 +217,7 @@ class Pool:
         requests = [*self.batcher.clear(), *self._in_flight()]
         for request in requests:
             request.future.forget_lock()
-        _fail(requests, EngineClosed(_FORKED))
+        fail_all(requests, ForkedEngineError(_FORKED))
 
     def _serve_one(self, worker: Worker) -> bool:
         """Run the next batch on the slot of the worker whose thread this is; False if none waits."""
@@ -186,14 +225,14 @@ class Pool:
             self.batcher.flush()
             batch = self.batcher.take(clock())
             expired = self.batcher.pop_expired()
-        _fail(expired, RequestTimeout(_EXPIRED))
+        fail_all(expired, RequestTimeout(EXPIRED))
         if batch is not None:
             execute(worker, batch.parts, self._batched_outputs)
         return batch is not None
 
     def _make_locks(self) -> None:
         self._mutex = threading.Lock()
-        self._quiet, self._room = threading.Condition(self._mutex), threading.Condition(self._mutex)
+        self._quiet, self._vacancy = threading.Condition(self._mutex), Vacancy(self._mutex)
 
     def _start(self) -> None:
         with self._mutex:
@@ -289,12 +328,12 @@ class Pool:
             if self.batcher.size and not self._abandoned:
                 self._call_workers()
             if self.batcher.max_size:
-                self._room.notify_all()
+                self._vacancy.announce()
             if self._refusal is not None:
                 self._quiet.notify_all()
             expired = self.batcher.pop_expired()
         if expired:
-            _fail(expired, RequestTimeout(_EXPIRED))
+            fail_all(expired, RequestTimeout(EXPIRED))
         return batch, wait_s
 
     def _keep_time(self, worker: Worker, wait_s: float) -> None:
@@ -306,15 +345,18 @@ class Pool:
                 self._timekeeper = None
             self._answer(worker)
 
+    def _has_room(self) -> bool:
+        """Whether the queue can take a request, once those left that were cancelled; the mutex is held."""
+        if self._leavers and self.batcher.full():
+            self._leavers = 0
+            self.batcher.drop_cancelled()
+        return not self.batcher.full()
+
     def _wait_for_room(self, request: Request) -> None:
         """Wait until the queue has room; the mutex is held."""
         self._call_workers()
-
-        def admissible() -> bool:
-            return self._refusal is not None or not self.batcher.full()
-
-        if not self._room.wait_for(admissible, _left(request.deadline)):
-            raise RequestTimeout(f"{_EXPIRED} while the queue was full")
+        if not self._vacancy.wait_for(lambda: self.closed or self._has_room(), seconds_left(request.deadline)):
+            raise RequestTimeout(f"{EXPIRED} while the queue was full")
 
     def _is_quiet(self) -> bool:
         """Whether no slot is owned."""
@@ -327,7 +369,7 @@ class Pool:
         with self._mutex:
             self._refusal = _CLOSED
             waiting = self.batcher.clear()
-        _fail(waiting, EngineClosed("the engine was dropped before the request ran"))
+        fail_all(waiting, EngineClosed("the engine was dropped before the request ran"))
 
     def _release_streams(self) -> None:
         """Close the device's streams, once, after the last thread is gone and the last slot is back."""
@@ -340,16 +382,6 @@ class Pool:
                     if worker.lane is lane:
                         del worker.slot
                 lane.stream.close()
-
-
-def _left(ends: float | None) -> float | None:
-    return None if ends is None else max(0.0, ends - clock())
-
-
-def _fail(requests: Iterable[Request], error: GpuEngineError) -> None:
-    for request in requests:
-        if request.claimed or request.claim():
-            request.fail(error)
 
 
 def _close_at_exit(pool: weakref.ref[Pool]) -> None:

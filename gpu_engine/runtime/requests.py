@@ -8,6 +8,7 @@ from concurrent.futures import InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
+from gpu_engine.errors import GpuEngineError
 from gpu_engine.plan.signature import Fit
 from gpu_engine.runtime.arrays import Array, Wrap
 from gpu_engine.runtime.future import Future
@@ -16,7 +17,7 @@ from gpu_engine.runtime.rooms import Rooms
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What one call asks for; the batcher reads `key`, `rows`, `limit`, `arrival` and `deadline`."""
+    """What one call asks for; for what the batcher reads and writes see `scheduler.Waiting`."""
 
     arrays: Sequence[Array]
     wrap: Wrap
@@ -28,10 +29,14 @@ class Request:
     deadline: float | None
     future: Future[Any]
     join: Join | None = None
+    level: int = 0
+    gone: int = 0
+    place: int = -1
     claimed: bool = False
 
     def cancelled(self) -> bool:
-        return self.future.cancelled()
+        """See `scheduler.Waiting.cancelled`."""
+        return self.future.done()
 
     def claim(self) -> bool:
         """See `scheduler.Waiting.claim`."""
@@ -40,12 +45,12 @@ class Request:
         self.claimed = True
         return self.future.set_running_or_notify_cancel()
 
-    def succeed(self, result: Any) -> None:
-        """Give the result to the caller, unless the request was ended meanwhile."""
+    def succeed(self, result: Any) -> bool:
+        """Give the result to the caller, unless the request was ended meanwhile; True if it has callbacks to run."""
         try:
-            self.future.set_result(result)
+            return self.future.put_result(result)
         except InvalidStateError:
-            return
+            return False
 
     def fail(self, error: BaseException) -> None:
         """Give an error to the caller, unless the request was ended meanwhile."""
@@ -53,6 +58,13 @@ class Request:
             self.future.set_exception(error)
         except InvalidStateError:
             return
+
+
+def fail_all(requests: Iterable[Request], error: GpuEngineError) -> None:
+    """Fail requests that run or wait, unless they were cancelled."""
+    for request in requests:
+        if request.claimed or request.claim():
+            request.fail(error)
 
 
 Part = tuple[Request, int, int]

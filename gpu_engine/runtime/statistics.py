@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from gpu_engine.runtime.scheduler import Batcher
 
 
 @dataclass(slots=True)
@@ -34,6 +37,7 @@ class Statistics:
     copy_in_ns, compute_ns, copy_out_ns                  time of executions, summed over slots
     padded_rows          rows run only to fill a bucket  served_by_callers executions on the calling thread of run()
     rejected cancelled expired failed                    requests that got no result
+    delayed              requests that waited longer than their timeout and were put behind the others
     retried              executions that failed and were halved to find the request at fault
     busy                 for each stream the fraction of time with an execution in flight
     max_in_flight        for each stream the most executions in flight at once
@@ -53,6 +57,7 @@ class Statistics:
     rejected: int
     cancelled: int
     expired: int
+    delayed: int
     failed: int
     retried: int
     busy: tuple[float, ...]
@@ -73,7 +78,20 @@ class QueueCounts:
     rejected: int
     cancelled: int
     expired: int
+    delayed: int
     waiting: int
+
+
+def queue_counts(batcher: Batcher[Any]) -> QueueCounts:
+    """What a batcher counted so far; the caller serializes this with all other calls of it."""
+    return QueueCounts(
+        batcher.reasons.copy(),
+        batcher.rejected,
+        batcher.cancelled,
+        batcher.expired,
+        batcher.delayed,
+        batcher.size,
+    )
 
 
 def summed(
@@ -100,6 +118,7 @@ def summed(
         rejected=queue.rejected,
         cancelled=queue.cancelled,
         expired=queue.expired,
+        delayed=queue.delayed,
         failed=sum(slot.failed for slot in slots) + queue.expired,
         retried=sum(slot.retried for slot in slots),
         busy=busy,
