@@ -40,6 +40,8 @@ def compile(
     max_queue_size: int = 0,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
+    deterministic: bool = False,
+    warmup: bool = True,
     precision: str | None = None,
 ) -> Engine | StructuredEngine:
     """An engine for a model: a path, bytes, a ModelProto, or the path of a bundle that `gpu-engine build` wrote.
@@ -68,9 +70,11 @@ def compile(
         max_queue_size=max_queue_size,
         auto_batching=True if choice.batched and auto_batching is None else auto_batching,
         memory_fraction=memory_fraction,
+        deterministic=deterministic,
+        warmup=warmup,
     )
     bundle = read_bundle(model) if is_bundle(model) else None
-    opened, reason = open_device(choice, fallback, _precision(precision, bundle), bundle)
+    opened, reason = open_device(choice, fallback, _precision(precision, bundle), bundle, options.deterministic)
     parsed = read(model if bundle is None else bundle.model())
 
     def build(structures: Mapping[str, Structure] | None = None) -> Engine:
@@ -116,18 +120,22 @@ def _precision(asked: str | None, bundle: Bundle | None) -> str:
 
 
 def open_device(
-    choice: DeviceChoice, fallback: str | None = None, precision: str = "fp32", bundle: Bundle | None = None
+    choice: DeviceChoice,
+    fallback: str | None = None,
+    precision: str = "fp32",
+    bundle: Bundle | None = None,
+    deterministic: bool = False,
 ) -> tuple[Device, str]:
     """The device and why it is this one; DeviceError with the reason if it is not usable and no fallback is allowed."""
     if fallback not in (None, "cpu"):
         raise ValueError(f"fallback must be 'cpu' or None, given {fallback!r}")
     kind = "cuda" if choice.kind == "auto" else choice.kind
     try:
-        device = _open(kind, choice.index, precision, bundle)
+        device = _open(kind, choice.index, precision, bundle, deterministic)
     except DeviceError as error:
         if kind == "cpu" or (choice.kind != "auto" and fallback is None):
             raise
-        device = _open("cpu", 0, precision, bundle)
+        device = _open("cpu", 0, precision, bundle, deterministic)
         reason = f"{device.reason}; {error}"
         _LOGGER.log(
             logging.INFO if choice.kind == "auto" else logging.WARNING, "running on %s: %s", device.name, reason
@@ -137,7 +145,7 @@ def open_device(
     return device, device.reason
 
 
-def _open(kind: str, index: int, precision: str, bundle: Bundle | None) -> Device:
+def _open(kind: str, index: int, precision: str, bundle: Bundle | None, deterministic: bool) -> Device:
     try:
         make: Any = load(DEVICES[kind])
     except ImportError as error:
@@ -147,7 +155,7 @@ def _open(kind: str, index: int, precision: str, bundle: Bundle | None) -> Devic
     elif kind == "interpret":
         device = make(index, options=GpuOptions(precision))
     else:
-        device = make(index)
+        device = make(index, deterministic)
     return device
 
 

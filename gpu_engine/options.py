@@ -77,6 +77,8 @@ class Options:
     max_queue_size    requests that may wait before submit() raises QueueFull; 0: no limit
     auto_batching     whether requests may share an execution; None: unless the hint is LATENCY
     memory_fraction   the share of free memory that the arenas of all slots may take together
+    deterministic     a row's bits do not depend on the batch it travelled in
+    warmup            rows are compared singly and together, and batches timed, before or as requests come
     """
 
     streams: int | None = None
@@ -89,6 +91,8 @@ class Options:
     max_queue_size: int = 0
     auto_batching: bool | None = None
     memory_fraction: float = 0.9
+    deterministic: bool = False
+    warmup: bool = True
 
 
 def validated(
@@ -103,6 +107,8 @@ def validated(
     max_queue_size: int = 0,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
+    deterministic: bool = False,
+    warmup: bool = True,
 ) -> Options:
     """The options checked and normalized; TypeError for a wrong type (a bool is no number), ValueError for a value."""
     return Options(
@@ -116,6 +122,8 @@ def validated(
         max_queue_size=_count("max_queue_size", max_queue_size) or 0,
         auto_batching=_flag("auto_batching", auto_batching),
         memory_fraction=_fraction("memory_fraction", memory_fraction),
+        deterministic=_flag("deterministic", deterministic) or False,
+        warmup=_flag("warmup", warmup) or False,
     )
 
 

@@ -131,6 +131,7 @@ class CudaDevice:
 
     asynchronous = True
     batch_limit = None
+    bucketed = False
     stream_limit = None
 
     def __init__(self, ordinal: int | None = None, precision: str = "fp32", source: BinarySource | None = None) -> None:
@@ -172,6 +173,9 @@ class CudaDevice:
         """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""
         program: Program = plan.program
         return program.weights_nbytes, zone_nbytes(program.segments[0], extents)
+
+    def same_bits(self, plan: Plan) -> bool:
+        return False
 
     def free_memory(self) -> int:
         with cupy.cuda.Device(self._ordinal):

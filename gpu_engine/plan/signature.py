@@ -50,7 +50,7 @@ class Signature:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         batch = plan.batching.symbol
-        self._place = plan.symbols.index(batch) if batch is not None and not plan.batching.refused else None
+        self.place = plan.symbols.index(batch) if batch is not None and not plan.batching.refused else None
         output_dims = [dim for port in plan.output_ports for dim in port.shape]
         known = set().union(*map(symbols, output_dims)) <= set(plan.symbols)
         self._input_extents = evaluator([dim for port in plan.input_ports for dim in port.shape], plan.symbols)
@@ -66,10 +66,14 @@ class Signature:
         values = self._solve(shapes)
         extents = tuple(values[name] for name in self.plan.symbols)
         self._requirements.evaluate(extents)
-        if self._place is None:
+        if self.place is None:
             return Fit(self._family(extents, None), 1, extents)
-        key = extents[: self._place] + extents[self._place + 1 :]
-        return Fit(self._family(key, self._place), extents[self._place], extents)
+        key = extents[: self.place] + extents[self.place + 1 :]
+        return Fit(self._family(key, self.place), extents[self.place], extents)
+
+    def input_shapes(self, extents: Shape) -> tuple[Shape, ...]:
+        """The shapes of all inputs at these values of `plan.symbols`."""
+        return _cut(self._input_extents(*extents), self.plan.input_ports)
 
     def _family(self, key: Shape, place: int | None) -> Family:
         one_row = key if place is None else (*key[:place], 1, *key[place:])

@@ -13,8 +13,9 @@ import functools
 import logging
 import os
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty
 from typing import Any
 
@@ -22,12 +23,13 @@ from gpu_engine.errors import EngineClosed, GpuEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
 from gpu_engine.runtime.execution import Lane, Worker, clock, execute
 from gpu_engine.runtime.future import Future
-from gpu_engine.runtime.requests import Request
+from gpu_engine.runtime.requests import Part, Request
 from gpu_engine.runtime.scheduler import Batch, Batcher
 from gpu_engine.runtime.statistics import QueueCounts, Statistics, summed
 
 _LOGGER = logging.getLogger(__name__)
 _EXIT_TIMEOUT_S = 5.0
+_POLL_S = 1e-3
 _CLOSED = "the engine was closed"
 _EXPIRED = "Request timeout expired"
 _FORKED = "the engine was made before this process was forked: compile the model in the child"
@@ -47,6 +49,7 @@ class Pool:
         self._single = slots == 1
         self._by_thread: dict[int, Worker] = {}
         self._made_at = clock()
+        self.prepare: Callable[[Worker, Sequence[Part]], None] | None = None
         self._coming = 0
         self._timekeeper: Worker | None = None
         self._refusal: str | None = None
@@ -68,6 +71,16 @@ class Pool:
             worker = self._idle.pop() if self._single else self._pick()
             worker.lane.begin(now)
             return worker
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[Worker]:
+        """An idle slot, waited for, for the calling thread; EngineClosed after close()."""
+        while (worker := self.borrow(clock())) is None:
+            time.sleep(_POLL_S)
+        try:
+            yield worker
+        finally:
+            self.give_back(worker)
 
     def give_back(self, worker: Worker) -> None:
         """End what `borrow` began."""
@@ -98,6 +111,10 @@ class Pool:
                     self.batcher.add(request)
             finally:
                 self._call_workers()
+
+    def resize(self, batch: int) -> None:
+        """From now on expect a slot to take so many rows at once."""
+        self._batch = batch
 
     def flush(self) -> None:
         """Let all that waits run now."""
@@ -265,6 +282,8 @@ class Pool:
             batch, wait_s = self._next(worker, ran)
             ran = batch is not None
             if batch is not None:
+                if self.prepare is not None:
+                    self.prepare(worker, batch.parts)
                 execute(worker, batch.parts, self._batched_outputs)
             elif wait_s is None:
                 return

@@ -43,13 +43,15 @@ class Sizes:
 @dataclass(frozen=True)
 class Limits:
     """What bounds the choice: the device's `streams` and `batch` (None: nothing), whether its launches are
-    asynchronous, how many streams "auto" and "numa" mean, and why the graph refuses batching ("" if it does not)."""
+    asynchronous, whether requests of many rows must be cut even where none are joined, how many streams "auto" and
+    "numa" mean, and why the graph refuses batching ("" if it does not)."""
 
     auto_streams: int
     numa_nodes: int = 1
     streams: int | None = None
     batch: int | None = None
     asynchronous: bool = False
+    splits: bool = False
     refused: str = ""
     refused_inputs: tuple[str, ...] = ()
 
@@ -65,7 +67,7 @@ def choose(options: Options, limits: Limits) -> Sizes:
         streams=streams,
         slots=in_flight if limits.asynchronous else 1,
         batch=plan,
-        shared=auto_batching and not limits.refused,
+        shared=(auto_batching or limits.splits) and not limits.refused,
         optimal_requests=optimal_requests(plan.batch, streams, in_flight),
     )
 
