@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from gpu_engine.errors import DependsOnValues, DeviceError, GpuEngineError, OutOfMemory, UnsupportedModel
@@ -13,13 +14,17 @@ from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
 from gpu_engine.gpu.binary import BinarySource
 from gpu_engine.gpu.bundle import Bundle, is_bundle, read_bundle
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.ir.graph import Graph
 from gpu_engine.ir.structure import Structure
 from gpu_engine.options import DeviceChoice, PerformanceMode, Scheduler, one_batch, parse_device, validated
 from gpu_engine.passes.batchability import prove
+from gpu_engine.passes.grouping import Ungroupable, grouped
 from gpu_engine.passes.pipeline import optimize
+from gpu_engine.plan.plan import Batching
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import DEVICES, KERNEL_COMPILER, load
+from gpu_engine.runtime.sizing import is_latency
 from gpu_engine.structured import OpenInput, StructuredEngine
 
 _LOGGER = logging.getLogger(__name__)
@@ -79,8 +84,9 @@ def compile(
 
     def build(structures: Mapping[str, Structure] | None = None) -> Engine:
         with typed_errors():
-            graph = optimize(import_model(parsed, SpecificationFunctions(), structures))
-            return Engine(opened.lower(graph, prove(graph)), opened, options, reason)
+            imported = import_model(parsed, SpecificationFunctions(), structures)
+            graph, batching = _batched(imported, share=not is_latency(options) or options.batch is not None)
+            return Engine(opened.lower(graph, batching), opened, options, reason)
 
     given = caller_inputs(parsed)
     open_inputs = [OpenInput(info.name, info.dtype, bool(info.wrappers), info.key) for info in given]
@@ -92,6 +98,19 @@ def compile(
     except DependsOnValues as error:
         _LOGGER.warning("the model is compiled for every value of its small integer inputs: %s", error)
         return StructuredEngine(open_inputs, build, by_value=True)
+
+
+def _batched(imported: Graph, share: bool) -> tuple[Graph, Batching]:
+    """The optimized graph and its batching; to `share` executions, with requests kept apart where rows cannot be."""
+    graph = optimize(imported)
+    batching = prove(graph)
+    if not batching.refused or not share or imported.output_structures:
+        return graph, batching
+    try:
+        groups, apart = grouped(imported)
+        return optimize(groups), apart
+    except Ungroupable as error:
+        return graph, replace(batching, refused=f"{batching.refused}; and {error}")
 
 
 @contextmanager

@@ -51,6 +51,7 @@ class Signature:
         self.plan = plan
         batch = plan.batching.symbol
         self.place = plan.symbols.index(batch) if batch is not None and not plan.batching.refused else None
+        self._grouped = _is_grouped(plan, batch) if self.place is not None else ""
         output_dims = [dim for port in plan.output_ports for dim in port.shape]
         known = set().union(*map(symbols, output_dims)) <= set(plan.symbols)
         self._input_extents = evaluator([dim for port in plan.input_ports for dim in port.shape], plan.symbols)
@@ -88,7 +89,7 @@ class Signature:
         return Family(key, place, blocks, outputs)
 
     def _solve(self, shapes: Sequence[Shape]) -> dict[str, int]:
-        values: dict[str, int] = {}
+        values: dict[str, int] = {self._grouped: 1} if self._grouped else {}
         origins: dict[str, str] = {}
         open_dims: list[tuple[Dim, int, str]] = []
         for port, shape in zip(self.plan.input_ports, shapes, strict=True):
@@ -102,6 +103,12 @@ class Signature:
         if missing:
             raise InputError(f"the inputs' shapes do not determine {', '.join(missing)}")
         return values
+
+
+def _is_grouped(plan: Plan, batch: str | None) -> str:
+    """The batch symbol where shapes do not tell it, because a row takes an open extent of axis 0: then they are of 1."""
+    extents = [port.shape[0] for port, carries in zip(plan.input_ports, plan.batching.inputs, strict=True) if carries]
+    return batch if batch is not None and any(len(symbols(extent)) > 1 for extent in extents) else ""
 
 
 def describe_shape(shape: Sequence[Dim]) -> str:

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from time import perf_counter, thread_time
 
 from gpu_engine.errors import GpuEngineError
 from gpu_engine.options import Options
@@ -39,6 +40,7 @@ class Tuner:
         raised = most is not None and self.measures and not options.batch_timeout_ms
         self._most = most if raised and most is not None else sizes.batch.batch
         self._bucketing = (powers if device.bucketed else None) if not one_size else lambda batch: (batch,)
+        self._clock = perf_counter if device.asynchronous else thread_time
         self._seen: Counter[tuple[int, ...]] = Counter()
         self._lock = threading.Lock()
 
@@ -70,7 +72,7 @@ class Tuner:
             rows = random_rows(self._plan.input_ports, self._admission.input_shapes(family), CHECKED_ROWS)
         most = self._admission.row_limit(family, self._most) if self.measures else 1
         rows = rows[: max(most, CHECKED_ROWS)]
-        self._adopt(family, measure(worker.slot, family, rows, self._plan.batching.outputs, most))
+        self._adopt(family, measure(worker.slot, family, rows, self._plan.batching.outputs, most, self._clock))
 
     def prepare(self, worker: Worker, parts: Sequence[Part]) -> None:
         """Before a batch runs: measure extents that have become frequent, with the rows of the batch; never raises."""

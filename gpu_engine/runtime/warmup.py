@@ -6,7 +6,7 @@ rows cost little; where it is arithmetic, batches only make every row wait for t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -21,6 +21,7 @@ from gpu_engine.runtime.device import Slot
 
 Row = Sequence[Array]
 """One row of every input; an input that does not carry the batch is whole in each."""
+Clock = Callable[[], float]
 WORTH = 1.06
 """A batch twice as large must do so many times the rows a second: less is what measuring gives by chance."""
 CALL_S = 20e-6
@@ -58,13 +59,23 @@ class Measured:
         return f"measured {costs}"
 
 
-def measure(slot: Slot, family: Family, rows: Sequence[Row], batched_outputs: Sequence[bool], most: int) -> Measured:
+def measure(
+    slot: Slot,
+    family: Family,
+    rows: Sequence[Row],
+    batched_outputs: Sequence[bool],
+    most: int,
+    clock: Clock = perf_counter,
+) -> Measured:
     """Run `rows` singly and together, up to `most` at a time; rows are used again where there are fewer.
+
+    `clock` tells what an execution costs: where it is the calling thread that computes, its CPU time is nothing that
+    other programs of a busy machine could disturb.
 
     Stops early where time is up and larger batches have not been worth it so far. Raises what the device raises.
     """
-    singles = [_run(slot, family, [row])[0] for row in rows]
-    together, _ = _run(slot, family, rows)
+    singles = [_run(slot, family, [row], clock)[0] for row in rows]
+    together, _ = _run(slot, family, rows, clock)
     mismatch = compare(singles, together, batched_outputs, [f"output {i}" for i in range(len(together))])
     costs: dict[int, list[float]] = {}
     if most == 1:
@@ -72,21 +83,21 @@ def measure(slot: Slot, family: Family, rows: Sequence[Row], batched_outputs: Se
     started = perf_counter()
     for size in powers(most):
         given = [rows[i % len(rows)] for i in range(size)]
-        costs[size] = [_run(slot, family, given)[1] for _ in range(2)]
+        costs[size] = [_run(slot, family, given, clock)[1] for _ in range(2)]
         found = Measured({n: min(times) for n, times in costs.items()})
         if perf_counter() - started > BUDGET_S and size > 1 and found.batch < size:
             break
     rounds = 0
     while rounds < ROUNDS and perf_counter() - started < BUDGET_S:
         for size, times in costs.items():
-            times.append(_run(slot, family, [rows[i % len(rows)] for i in range(size)])[1])
+            times.append(_run(slot, family, [rows[i % len(rows)] for i in range(size)], clock)[1])
         rounds += 1
     return Measured({n: min(times) for n, times in costs.items()}, mismatch)
 
 
-def _run(slot: Slot, family: Family, rows: Sequence[Row]) -> tuple[list[Array], float]:
+def _run(slot: Slot, family: Family, rows: Sequence[Row], clock: Clock) -> tuple[list[Array], float]:
     """Outputs of one execution of these rows, and how long it took: as `execution` does it."""
-    started = perf_counter()
+    started = clock()
     for i, (target, block) in enumerate(zip(slot.stage(family.extents(len(rows))), family.blocks, strict=True)):
         if block and len(rows) > 1:
             np.concatenate([row[i] for row in rows], out=target)
@@ -94,7 +105,7 @@ def _run(slot: Slot, family: Family, rows: Sequence[Row]) -> tuple[list[Array], 
             target[...] = rows[0][i]
     slot.launch()
     outputs = [output.copy() for output in slot.wait()]
-    return outputs, perf_counter() - started
+    return outputs, clock() - started
 
 
 def compare(
