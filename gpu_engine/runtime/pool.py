@@ -30,6 +30,9 @@ from gpu_engine.runtime.statistics import QueueCounts, Statistics, summed
 _LOGGER = logging.getLogger(__name__)
 _EXIT_TIMEOUT_S = 5.0
 _POLL_S = 1e-3
+_STEP_S = 20e-6
+RETURN_SHARE, RETURN_S = 0.1, 0.5e-3
+"""How long callers have to come back: this part of what their batch took, and no longer (`benchmarks.batching`)."""
 _CLOSED = "the engine was closed"
 _EXPIRED = "Request timeout expired"
 _FORKED = "the engine was made before this process was forked: compile the model in the child"
@@ -284,11 +287,24 @@ class Pool:
             if batch is not None:
                 if self.prepare is not None:
                     self.prepare(worker, batch.parts)
+                started = clock()
                 execute(worker, batch.parts, self._batched_outputs)
+                if len(batch.parts) > 1:
+                    self._await_callers(len(batch.parts), RETURN_SHARE * (clock() - started))
             elif wait_s is None:
                 return
             else:
                 self._keep_time(worker, wait_s)
+
+    def _await_callers(self, answered: int, longest_s: float) -> None:
+        """After a batch of several requests, let those that waited for it come back before the next one is formed.
+
+        Threads that wake up need the interpreter one after another; taking the queue at once would find the first of
+        them alone, and batches of 1 and of all others would take turns. A lone request is never held back.
+        """
+        ends = clock() + min(longest_s, RETURN_S)
+        while self.batcher.size < answered and self._refusal is None and clock() < ends:
+            time.sleep(_STEP_S)
 
     def _next(self, worker: Worker, ran: bool) -> tuple[Batch[Request] | None, float | None]:
         """The worker's next batch, or how long it is to keep time, or neither: then its slot is idle again."""

@@ -22,8 +22,8 @@ from gpu_engine.runtime.device import Slot
 Row = Sequence[Array]
 """One row of every input; an input that does not carry the batch is whole in each."""
 Clock = Callable[[], float]
-WORTH = 1.06
-"""A batch twice as large must do so many times the rows a second: less is what measuring gives by chance."""
+WORTH = 0.9
+"""This part of the greatest rate is enough: fewer rows wait less for each other, and leave others to form a batch."""
 CALL_S = 20e-6
 """What an execution costs beside the device, on its thread: taking a batch, waking up (`benchmarks.overhead`)."""
 BUDGET_S = 0.15
@@ -43,13 +43,9 @@ class Measured:
 
     @property
     def batch(self) -> int:
-        """The fewest rows that come within a few percent of the greatest rate."""
-        sizes = sorted(self.costs_s)
-        best = sizes[0]
-        for rows in sizes[1:]:
-            if rows / self._cost_s(rows) >= WORTH * best / self._cost_s(best):
-                best = rows
-        return best
+        """The fewest rows that come near enough to the greatest rate."""
+        rates = {rows: rows / self._cost_s(rows) for rows in sorted(self.costs_s)}
+        return next(rows for rows, rate in rates.items() if rate >= WORTH * max(rates.values()))
 
     def _cost_s(self, rows: int) -> float:
         return self.costs_s[rows] + CALL_S
