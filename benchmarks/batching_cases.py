@@ -1,8 +1,9 @@
 """The models of `benchmarks.batching`: what a caller sends, how near answers must be, and what batching must gain.
 
-What text2tashkeel and openwakeword's embedding were asked for they cannot gain on a Zen 3: a lone row of the embedding
-is 84 MFLOP in 1.2 ms of a core that does 95 GFLOP/s at best, a sentence of 64 letters 300 million operations on bytes in
-4.1 ms, and each row of 8 takes as long. The MLP's lone row reads 12 MB in 0.24 ms and multiplies them in 0.07.
+What text2tashkeel and openwakeword's embedding were asked for they cannot gain on a Zen 3: a lone row of the
+embedding is 84 MFLOP in 1.2 ms of a core that does 95 GFLOP/s at best, a sentence of 64 letters 300 million
+operations on bytes in 4.1 ms, and each row of 8 takes as long. The MLP's lone row reads 12 MB in 0.24 ms and
+multiplies them in 0.07.
 """
 
 from __future__ import annotations

@@ -16,7 +16,16 @@ from gpu_engine.gpu.bundle import Bundle, is_bundle, read_bundle
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.ir.graph import Graph
 from gpu_engine.ir.structure import Structure
-from gpu_engine.options import DeviceChoice, PerformanceMode, Scheduler, one_batch, parse_device, validated
+from gpu_engine.options import (
+    BatchPolicy,
+    DeviceChoice,
+    Partial,
+    PerformanceMode,
+    Scheduler,
+    one_batch,
+    parse_device,
+    validated,
+)
 from gpu_engine.passes.batchability import prove
 from gpu_engine.passes.grouping import Ungroupable, grouped
 from gpu_engine.passes.pipeline import optimize
@@ -45,6 +54,8 @@ def compile(
     max_queue_size: int = 0,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
+    batch_policy: str | BatchPolicy = BatchPolicy.formula,
+    partial: str | Partial = Partial.together,
     deterministic: bool = False,
     warmup: bool = True,
     precision: str | None = None,
@@ -75,6 +86,8 @@ def compile(
         max_queue_size=max_queue_size,
         auto_batching=True if choice.batched and auto_batching is None else auto_batching,
         memory_fraction=memory_fraction,
+        batch_policy=batch_policy,
+        partial=partial,
         deterministic=deterministic,
         warmup=warmup,
     )

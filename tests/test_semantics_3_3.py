@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 import gpu_engine
 from cpu_fallback.device import CpuDevice
-from gpu_engine.runtime import pool
+from gpu_engine.runtime import rounds as rounds_of_slots
 from gpu_engine.runtime.buckets import bucket, powers
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.warmup import Measured
@@ -232,8 +232,8 @@ def test_warmup_switches_off_batches_that_mix_rows(make_engine: MakeEngine) -> N
 
 def test_callers_of_a_batch_come_back_together(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deviation: after a batch of several requests its callers have a tenth of its time to come back."""
-    monkeypatch.setattr(pool, "RETURN_S", 10.0)
-    monkeypatch.setattr(pool, "RETURN_SHARE", 1e6)
+    monkeypatch.setattr(rounds_of_slots, "RETURN_S", 10.0)
+    monkeypatch.setattr(rounds_of_slots, "RETURN_SHARE", 1e6)
     recorder = RecordingDevice(double)
     engine = make_engine(recorder, plain(), streams=1, batch=4)
     occupied = occupy(engine, recorder, rows(9))
@@ -248,12 +248,12 @@ def test_callers_of_a_batch_come_back_together(make_engine: MakeEngine, monkeypa
     for future in second:
         future.result(30)
     assert [launch.rows for launch in recorder.launches] == [1, 4, 4]
-    monkeypatch.setattr(pool, "RETURN_S", 0.0)
+    monkeypatch.setattr(rounds_of_slots, "RETURN_S", 0.0)
 
 
 def test_a_lone_request_is_never_held_back(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "RETURN_S", 100.0)
-    monkeypatch.setattr(pool, "RETURN_SHARE", 1e9)
+    monkeypatch.setattr(rounds_of_slots, "RETURN_S", 100.0)
+    monkeypatch.setattr(rounds_of_slots, "RETURN_SHARE", 1e9)
     engine = make_engine(RecordingDevice(double), streams=1, batch=4)
     for i in range(20):
         np.testing.assert_array_equal(engine.submit(rows(i)).result(10), double(rows(i))[0])
@@ -267,3 +267,18 @@ def test_with_nothing_queued_no_thread_spins(make_engine: MakeEngine) -> None:
     started = time.process_time()
     threading.Event().wait(0.2)
     assert time.process_time() - started < 0.1
+
+
+@pytest.mark.parametrize("partial", ["together", "individual"])
+def test_partial_batches_run_together_or_each_request_alone(make_engine: MakeEngine, partial: str) -> None:
+    recorder = RecordingDevice(double)
+    engine = make_engine(recorder, plain(), streams=1, batch=4, partial=partial)
+    occupied = occupy(engine, recorder, rows(0))
+    futures = [engine.submit(rows(i)) for i in range(6)]
+    recorder.release()
+    for i, future in enumerate(futures):
+        np.testing.assert_array_equal(future.result(30), double(rows(i))[0])
+    occupied[0].result(30)
+    assert [launch.rows for launch in recorder.launches] == [1, 4, *([2] if partial == "together" else [1, 1])]
+    with pytest.raises(ValueError, match="partial must be one of together, individual, given 'alone'"):
+        make_engine(recorder, partial="alone")

@@ -16,11 +16,13 @@ from gpu_engine.ir.dims import Dim, Sym, symbol, symbols
 from gpu_engine.ir.graph import Builder, Graph, Node, Op, TensorType, Value, live_nodes
 from gpu_engine.ir.ops import (
     ArgReduce,
+    Attention,
     Concat,
     Conv,
     ConvTranspose,
     Expand,
     Gather,
+    GatherElements,
     LayerNorm,
     LocalResponseNorm,
     Map,
@@ -135,6 +137,10 @@ class _Grouping:
                 return [self._cut(op, node)]
             case Gather():
                 return [self._gather(op, node)]
+            case GatherElements(axis=axis):
+                return [self._all_apart(node, GatherElements(axis + 1), axis > 0)]
+            case Attention():
+                return [self._all_apart(node, op, False)]
             case Conv() | ConvTranspose() | Pool():
                 return [self._first_only(op, node)]
             case Resize() if keeps_axis(op, 0, x.shape[0]):
@@ -182,6 +188,14 @@ class _Grouping:
         if direct and x.rank:
             return self._emit(node.op, *node.inputs)
         return self._merged(self._builder.emit(behind, self._apart(x, x.rank), *rest), node.outputs[0].shape)
+
+    def _all_apart(self, node: Node, behind: Op, direct: bool) -> Value:
+        """All operands side by side: by blocks if axis 0 is not touched, else `behind` the axis of requests."""
+        if direct and all(value in self._own for value in node.inputs):
+            return self._emit(node.op, *node.inputs)
+        rank = max(value.rank for value in node.inputs)
+        operands = [self._apart(value, rank) for value in node.inputs]
+        return self._merged(self._builder.emit(behind, *operands), node.outputs[0].shape)
 
     def _map(self, node: Node) -> Value:
         out = node.outputs[0].shape

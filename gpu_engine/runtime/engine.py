@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from gpu_engine.errors import InputError, OutOfMemory
-from gpu_engine.options import Options, numa_nodes
+from gpu_engine.options import Options, Partial, numa_nodes
 from gpu_engine.plan.plan import Plan, Port
 from gpu_engine.runtime.admission import Admission, Admitted
 from gpu_engine.runtime.arrays import Array, Wrap
@@ -64,11 +64,12 @@ class Engine:
         streams = device.open(plan, sizes.streams, sizes.slots, options.threads)
         self._buckets = self._tuner.bucketed(streams)
         self._pool = Pool(self._buckets or streams, batcher, sizes.batch.batch, plan.batching.outputs)
+        self._pool.rounds.individual = options.partial is Partial.individual
         weakref.finalize(self, self._pool.abandon).atexit = False
         if options.warmup and self._tuner.useful and self._tuner.known_extents:
             self.warmup()
         elif options.warmup and self._tuner.useful:
-            self._pool.prepare = self._tuner.prepare
+            self._pool.rounds.prepare = self._tuner.prepare
 
     @property
     def _sizes(self) -> Sizes:

@@ -15,24 +15,22 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from queue import Empty
 from typing import Any
 
 from gpu_engine.errors import EngineClosed, GpuEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
-from gpu_engine.runtime.execution import Lane, Worker, clock, execute
+from gpu_engine.runtime.execution import Lane, Worker, clock
 from gpu_engine.runtime.future import Future
-from gpu_engine.runtime.requests import Part, Request
+from gpu_engine.runtime.requests import Request
+from gpu_engine.runtime.rounds import Rounds
 from gpu_engine.runtime.scheduler import Batch, Batcher
 from gpu_engine.runtime.statistics import QueueCounts, Statistics, summed
 
 _LOGGER = logging.getLogger(__name__)
 _EXIT_TIMEOUT_S = 5.0
 _POLL_S = 1e-3
-_STEP_S = 20e-6
-RETURN_SHARE, RETURN_S = 0.1, 0.5e-3
-"""How long callers have to come back: this part of what their batch took, and no longer (`benchmarks.batching`)."""
 _CLOSED = "the engine was closed"
 _EXPIRED = "Request timeout expired"
 _FORKED = "the engine was made before this process was forked: compile the model in the child"
@@ -44,7 +42,8 @@ class Pool:
     def __init__(
         self, streams: Sequence[Stream], batcher: Batcher[Request], batch: int, batched_outputs: Sequence[bool]
     ) -> None:
-        self.batcher, self._batch, self._batched_outputs = batcher, batch, tuple(batched_outputs)
+        self.batcher, self._batch = batcher, batch
+        self.rounds = Rounds(batcher, batched_outputs, lambda: self._refusal is not None)
         self._lanes = [Lane(stream) for stream in streams]
         slots = max(len(stream.slots) for stream in streams)
         self._workers = [Worker(lane, lane.stream.slots[i]) for i in range(slots) for lane in self._lanes]
@@ -52,7 +51,6 @@ class Pool:
         self._single = slots == 1
         self._by_thread: dict[int, Worker] = {}
         self._made_at = clock()
-        self.prepare: Callable[[Worker, Sequence[Part]], None] | None = None
         self._coming = 0
         self._timekeeper: Worker | None = None
         self._refusal: str | None = None
@@ -208,7 +206,7 @@ class Pool:
             expired = self.batcher.pop_expired()
         _fail(expired, RequestTimeout(_EXPIRED))
         if batch is not None:
-            execute(worker, batch.parts, self._batched_outputs)
+            self.rounds.execute(worker, batch)
         return batch is not None
 
     def _make_locks(self) -> None:
@@ -285,26 +283,11 @@ class Pool:
             batch, wait_s = self._next(worker, ran)
             ran = batch is not None
             if batch is not None:
-                if self.prepare is not None:
-                    self.prepare(worker, batch.parts)
-                started = clock()
-                execute(worker, batch.parts, self._batched_outputs)
-                if len(batch.parts) > 1:
-                    self._await_callers(len(batch.parts), RETURN_SHARE * (clock() - started))
+                self.rounds.run(worker, batch)
             elif wait_s is None:
                 return
             else:
                 self._keep_time(worker, wait_s)
-
-    def _await_callers(self, answered: int, longest_s: float) -> None:
-        """After a batch of several requests, let those that waited for it come back before the next one is formed.
-
-        Threads that wake up need the interpreter one after another; taking the queue at once would find the first of
-        them alone, and batches of 1 and of all others would take turns. A lone request is never held back.
-        """
-        ends = clock() + min(longest_s, RETURN_S)
-        while self.batcher.size < answered and self._refusal is None and clock() < ends:
-            time.sleep(_STEP_S)
 
     def _next(self, worker: Worker, ran: bool) -> tuple[Batch[Request] | None, float | None]:
         """The worker's next batch, or how long it is to keep time, or neither: then its slot is idle again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 
-from gpu_engine.options import NUMA, Options, PerformanceMode, Scheduler
+from gpu_engine.options import NUMA, BatchPolicy, Options, PerformanceMode, Scheduler
 
 SLOTS_PER_STREAM = 2
 HEURISTIC_BATCH = 32
@@ -114,6 +114,13 @@ def _wanted_batch(options: Options, streams: int) -> tuple[int, str, str]:
         return options.batch, "user", f"batch={options.batch} was given"
     if options.auto_batching is False or (is_latency(options) and not options.auto_batching):
         return 1, "user", "every request runs as it is (latency hint, or batching switched off)"
+    if options.batch_policy is BatchPolicy.openvino:
+        batch = openvino_batch(HEURISTIC_BATCH, options.requests)
+        return (
+            batch,
+            "requests",
+            f"as OpenVINO, of {options.requests or 'unknown'} requests",
+        )
     if options.requests:
         batch = formula(options.requests, streams)
         return batch, "requests", f"{options.requests} requests // ({streams} streams * {SLOTS_PER_STREAM}) = {batch}"
@@ -123,6 +130,23 @@ def _wanted_batch(options: Options, streams: int) -> tuple[int, str, str]:
 def formula(requests: int, streams: int) -> int:
     """Rows per execution that keep `requests` requests on all slots: two in flight for each stream."""
     return max(1, requests // (streams * SLOTS_PER_STREAM))
+
+
+def openvino_batch(optimal: int, requests: int | None) -> int:
+    """What OpenVINO's BATCH device chooses: as many as there are requests, and 1 unless more than 2 come of it.
+
+    https://github.com/openvinotoolkit/openvino/blob/master/src/plugins/auto_batch/src/plugin.cpp
+    """
+    batch = min(optimal, requests) if requests else optimal
+    return batch if batch > 2 else 1
+
+
+def openvino_cap(batch: int, total: int, footprint: int) -> int:
+    """OpenVINO's own limit for `total` bytes, `footprint` at a batch of 1: a power of two where it bounds the batch."""
+    if footprint <= 0:
+        return batch
+    fits = (total - footprint) // footprint
+    return min(batch, 1 << (fits.bit_length() - 1)) if fits > 0 else 1
 
 
 def optimal_requests(batch: int, streams: int, in_flight: int = SLOTS_PER_STREAM) -> int:
