@@ -38,6 +38,7 @@ from gpu_engine.ir.ops import (
     Transpose,
 )
 from gpu_engine.ir.ops.array import Array
+from gpu_engine.ir.ops.control import Require
 from gpu_engine.ir.ops.image import keeps_axis
 from gpu_engine.ir.parameters import op_dims
 from gpu_engine.plan.plan import Batching
@@ -141,7 +142,7 @@ class _Grouping:
                 return [self._all_apart(node, GatherElements(axis + 1), axis > 0)]
             case Attention():
                 return [self._all_apart(node, op, False)]
-            case Conv() | ConvTranspose() | Pool():
+            case Conv() | ConvTranspose() | Pool() | Require():
                 return [self._first_only(op, node)]
             case Resize() if keeps_axis(op, 0, x.shape[0]):
                 return [self._first_only(replace(op, extents=self._blocks(op.extents)), node)]

@@ -108,7 +108,7 @@ class Signature:
 def _is_grouped(plan: Plan, batch: str | None) -> str:
     """The batch symbol if shapes do not tell it, since a row takes an open extent of axis 0: then they are of one."""
     extents = [port.shape[0] for port, carries in zip(plan.input_ports, plan.batching.inputs, strict=True) if carries]
-    return batch if batch is not None and any(len(symbols(extent)) > 1 for extent in extents) else ""
+    return batch if batch is not None and all(len(symbols(extent)) > 1 for extent in extents) else ""
 
 
 def describe_shape(shape: Sequence[Dim]) -> str:
