@@ -33,7 +33,7 @@ from gpu_engine.plan.plan import Batching
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import DEVICES, KERNEL_COMPILER, load
-from gpu_engine.runtime.sizing import is_latency
+from gpu_engine.runtime.sizing import is_shared
 from gpu_engine.structured import OpenInput, StructuredEngine
 
 _LOGGER = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def compile(
     batch_policy: str | BatchPolicy = BatchPolicy.formula,
     partial: str | Partial = Partial.together,
     deterministic: bool = False,
-    warmup: bool = True,
+    warmup: bool | None = None,
     precision: str | None = None,
 ) -> Engine | StructuredEngine:
     """An engine for a model: a path, bytes, a ModelProto, or the path of a bundle that `gpu-engine build` wrote.
@@ -70,6 +70,9 @@ def compile(
 
     precision         how a GPU multiplies float32: "fp32" (the default, exact), "tf32", "fp16" or "bf16", with sums in
                       float32; a bundle has its own. The CPU is always exact
+
+    warmup            compare rows singly and together and time batches, while compiling or, for open extents, as
+                      requests come; None: unless the device is "interpret", whose time says nothing
 
     The other options are those of `options.Options`. Raises ModelError, DeviceError, TypeError or ValueError for an
     option.
@@ -89,7 +92,7 @@ def compile(
         batch_policy=batch_policy,
         partial=partial,
         deterministic=deterministic,
-        warmup=warmup,
+        warmup=choice.kind != "interpret" if warmup is None else warmup,
     )
     bundle = read_bundle(model) if is_bundle(model) else None
     opened, reason = open_device(choice, fallback, _precision(precision, bundle), bundle, options.deterministic)
@@ -98,7 +101,7 @@ def compile(
     def build(structures: Mapping[str, Structure] | None = None) -> Engine:
         with typed_errors():
             imported = import_model(parsed, SpecificationFunctions(), structures)
-            graph, batching = _batched(imported, share=not is_latency(options) or options.batch is not None)
+            graph, batching = _batched(imported, share=bundle is None and is_shared(options))
             return Engine(opened.lower(graph, batching), opened, options, reason)
 
     given = caller_inputs(parsed)
@@ -114,7 +117,10 @@ def compile(
 
 
 def _batched(imported: Graph, share: bool) -> tuple[Graph, Batching]:
-    """The optimized graph and its batching; to `share` executions, with requests kept apart where rows cannot be."""
+    """The optimized graph and its batching; to `share` executions, with requests kept apart where rows are not.
+
+    A bundle has kernels for the graph as it is, so that its requests share none.
+    """
     graph = optimize(imported)
     batching = prove(graph)
     if not batching.refused or not share or imported.output_structures:

@@ -62,12 +62,11 @@ def choose(options: Options, limits: Limits) -> Sizes:
     streams = choose_streams(options, limits)
     in_flight = 1 if latency else SLOTS_PER_STREAM
     plan = choose_batch(options, limits, streams)
-    auto_batching = not latency or options.batch is not None if options.auto_batching is None else options.auto_batching
     return Sizes(
         streams=streams,
         slots=in_flight if limits.asynchronous else 1,
         batch=plan,
-        shared=(auto_batching or limits.splits) and not limits.refused,
+        shared=(is_shared(options) or limits.splits) and not limits.refused,
         optimal_requests=optimal_requests(plan.batch, streams, in_flight),
     )
 
@@ -78,6 +77,13 @@ def is_latency(options: Options) -> bool:
         return options.hint is PerformanceMode.LATENCY
     spoken = (options.streams, options.requests, options.batch, options.auto_batching)
     return not any(spoken) and options.scheduler in (None, Scheduler.single_stream)
+
+
+def is_shared(options: Options) -> bool:
+    """Whether requests may share executions where the graph lets them: as was said, else unless the hint is LATENCY."""
+    if options.auto_batching is None:
+        return not is_latency(options) or options.batch is not None
+    return options.auto_batching
 
 
 def choose_streams(options: Options, limits: Limits) -> int:
