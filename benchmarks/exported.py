@@ -32,9 +32,9 @@ def _timm_on_noise(name: str, atol: float) -> RealModel:
     return RealModel(name, Export(TIMM_NEEDS), _noise_feed, FIVE_BATCHES, Tolerance(atol), large=True)
 
 
-def _timm(name: str, atol: float, dtype: type[np.generic] = np.float32, one_batch: bool = True) -> RealModel:
+def _timm(name: str, atol: float, dtype: type[np.generic] = np.float32) -> RealModel:
     feed = partial(_photo_feed, dtype)
-    return RealModel(name, Export(TIMM_NEEDS), feed, FIVE_BATCHES, Tolerance(atol), True, one_batch)
+    return RealModel(name, Export(TIMM_NEEDS), feed, FIVE_BATCHES, Tolerance(atol), True)
 
 
 def _quantized(name: str, atol: float) -> RealModel:
@@ -84,7 +84,7 @@ EXPORTS = (
     _timm("mobilenetv2", 1e-5),
     _timm_on_noise("mobilenetv3_large", 5e-6),
     _timm_on_noise("efficientnet_b0", 5e-6),
-    _timm("convnext_tiny", 5e-6, one_batch=False),
+    _timm("convnext_tiny", 5e-6),
     _timm("vit_tiny", 5e-6),
     _timm("vit_tiny_fp16", 2e-3, np.float16),
     _quantized("resnet18_qdq", 1.1e-2),

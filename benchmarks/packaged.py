@@ -57,7 +57,7 @@ def _ramp_feed(name: str, *shape: int) -> Feed:
 def _light(name: str, port: str, side: int = 224, large: bool = False) -> RealModel:
     source = OnnxData(f"light_{name}.onnx")
     feed, shapes = partial(_ramp_feed, port), ((1, 3, side, side),)
-    return RealModel(f"light_{name}", source, feed, shapes, Tolerance(1e-7, 1e-4), large, one_batch=False)
+    return RealModel(f"light_{name}", source, feed, shapes, Tolerance(1e-7, 1e-4), large)
 
 
 def _silero(variant: str, shapes: tuple[Shape, ...], large: bool = False, one_batch: bool = False) -> RealModel:
@@ -77,7 +77,9 @@ def _silero(variant: str, shapes: tuple[Shape, ...], large: bool = False, one_ba
 
 def _silero_16k(variant: str, shapes: tuple[Shape, ...], large: bool) -> RealModel:
     """The same without the rate as an input."""
-    return replace(_silero(variant, shapes, large), feed=lambda *shape: _without("sr", vad_chunk(*shape)))
+    return replace(
+        _silero(variant, shapes, large, one_batch=True), feed=lambda *shape: _without("sr", vad_chunk(*shape))
+    )
 
 
 def _tashkeel(variant: str, port: str, large: bool = True) -> RealModel:
@@ -99,7 +101,7 @@ def _wakeword(
 
 def _head(name: str, port: str, windows: int = 16, batches: tuple[Shape, ...] = ((1,),)) -> RealModel:
     feed = partial(_embeddings, port, windows)
-    return _wakeword(name, f"{name}_v0.1", feed, batches, Tolerance(2e-6), len(batches) > 1)
+    return _wakeword(name, f"{name}_v0.1", feed, batches, Tolerance(2e-6), name != "hey_jarvis")
 
 
 WHEELS = (
@@ -154,7 +156,6 @@ WHEELS = (
         ((1,),),
         Tolerance(5e-5),
         large=True,
-        one_batch=False,
     ),
     RealModel(
         "smart_turn_v3_2_int8",
@@ -168,7 +169,7 @@ WHEELS = (
 VOICE = (
     _silero("silero_vad", EVERY_CHUNK),
     _silero("silero_vad_op18_ifless", EVERY_CHUNK, large=True),
-    _silero("silero_vad_16k_op15", CHUNKS_16K, large=True),
+    _silero("silero_vad_16k_op15", CHUNKS_16K, large=True, one_batch=True),
     _silero_16k("silero_vad_half", CHUNKS_16K, large=True),
     _silero_16k("silero_vad_openvino_16k", CHUNKS_16K[:1], large=True),
     RealModel(
@@ -178,7 +179,6 @@ VOICE = (
         ((1,), (3,), (10,), (31,), (7,)),
         VOICE_TOLERANCE,
         large=True,
-        one_batch=False,
         row_axes={"h": None, "c": None},
         state={"hn": "h", "cn": "c"},
     ),
@@ -197,7 +197,7 @@ WAKEWORDS = (
         lambda *shape: {"input": samples_16_bit(*shape)},
         ((1, 1280), (3, 1280), (1, 160000), (1, 1760), (2, 12400)),
         Tolerance(1e-4, 1e-5),
-        False,
+        True,
     ),
     _wakeword(
         "embedding",

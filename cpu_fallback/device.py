@@ -10,6 +10,7 @@ from typing import Any
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
+from cpu_fallback.even import is_even, with_even_sums
 from cpu_fallback.expanded_depthwise import join_expansions
 from cpu_fallback.gated_conv import join_gates
 from cpu_fallback.layouts import assign_layouts
@@ -30,15 +31,19 @@ GROWTH = 6
 
 
 class CpuDevice:
-    """The host's cores, with kernels generated for its vector features. See `runtime.device.Device`."""
+    """The host's cores, with kernels generated for its vector features. See `runtime.device.Device`.
+
+    `deterministic`: a row's bits do not depend on how many others it is run with.
+    """
 
     asynchronous = False
     batch_limit = 8
+    bucketed = False
 
-    def __init__(self, ordinal: int | None = None) -> None:
+    def __init__(self, ordinal: int | None = None, deterministic: bool = False) -> None:
         if ordinal not in (None, 0):
             raise DeviceError(f"there is one CPU device, cpu:0; cpu:{ordinal} does not exist")
-        self._cores = cores.usable_cores()
+        self._cores, self._even = cores.usable_cores(), deterministic
         self._from_cache = False
 
     @property
@@ -75,9 +80,8 @@ class CpuDevice:
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         """The plan, its kernels compiled."""
         before = LIBRARY.compiled
-        plan = with_program(
-            lower_graph(graph, batching, lower_node, _arrange, room_nbytes=self.free_memory() // GROWTH)
-        )
+        plan = lower_graph(graph, batching, lower_node, _arrange, room_nbytes=self.free_memory() // GROWTH)
+        plan = with_program(with_even_sums(plan) if self._even else plan)
         self._from_cache = LIBRARY.compiled == before
         return plan
 
@@ -105,6 +109,9 @@ class CpuDevice:
         program: Program = plan.program
         first = program.segments[0]
         return program.weights_nbytes, sum(zone_sizes(first, first.numbers.evaluate(extents)))
+
+    def same_bits(self, plan: Plan) -> bool:
+        return self._even and is_even(plan)
 
     def free_memory(self) -> int:
         return cores.free_memory()

@@ -26,7 +26,7 @@ from cpu_fallback.loops import (
     vector_loop,
 )
 from cpu_fallback.native import Target, attributes
-from cpu_fallback.tiles import tile_table
+from cpu_fallback.tiles import HEIGHTS, even_heights, tile_table
 from gpu_engine.ir.expr import Expr
 
 GROUP = 4
@@ -37,9 +37,10 @@ GROUP = 4
 class GemmKernel:
     """C = epilogue(A B) over batches, by content.
 
-    `rows` and `vectors` are the sizes of tiles that can occur, if the driver uses tiles. `accesses` are those of the
-    epilogue's operands along a row. Words: those of the driver, then addresses of the operands, strides in bytes over
-    the batch axes of each, over rows of each, and over columns of strided ones.
+    `rows` and `vectors` are the sizes of tiles that can occur, if the driver uses tiles. `accesses` are those of
+    the epilogue's operands along a row. `even`: all rows are summed in the same order, however many there are.
+    Words: those of the driver, then addresses of the operands, strides in bytes over the batch axes of each, over
+    rows of each, and over columns of strided ones.
     """
 
     driver: Driver | Dots
@@ -48,13 +49,15 @@ class GemmKernel:
     text: str
     accesses: tuple[str, ...]
     expr: Expr = field(compare=False, repr=False)
+    even: bool = False
 
     def write(self, code: Code, target: Target) -> None:
         driver = self.driver.define(code, target)
         table = Reg("null", "ptr")
         if isinstance(self.driver, Driver):
             shape = self.driver.tile(target)
-            table = Reg(f"@{tile_table(code, target, shape, self.rows, self.vectors)}", "ptr")
+            heights = even_heights(shape) if self.even else HEIGHTS
+            table = Reg(f"@{tile_table(code, target, shape, self.rows, self.vectors, heights)}", "ptr")
         finish = f"finish_{self._digest}"
         code.define(finish, FINISH, attributes(target), lambda inner: self._finish(inner, target))
         direct = self.expr.op == "arg" and self.expr.dtype == self.driver.dtype

@@ -40,6 +40,8 @@ class Form:
     vectors: int
     extra: int = 0
     """Elements of the state that come once more behind it, for what weights of BYTES have too much."""
+    even: bool = False
+    """Products of any number of rows add in one order."""
 
     @property
     def quantised(self) -> bool:
@@ -114,7 +116,7 @@ def product_table(code: Code, target: Target, form: Form, rows: Iterable[int]) -
     Rows of the state and of sums lie `state_row` and `sums_row` bytes apart; sums of all panels are contiguous.
     """
     heights = sorted(set(rows))
-    stem = f"recurrent_{form.kind}_{form.scalar}{form.lanes}x{form.vectors}"
+    stem = f"recurrent_{form.kind}_{form.scalar}{form.lanes}x{form.vectors}{'_even' * form.even}"
     name = "_".join(map(str, (stem, "rows", *heights)))
     if name not in code.definitions:
         for height in heights:
@@ -188,6 +190,7 @@ class _Product:
             return result
 
         chains = 4 if cells < 3 else 2 if cells < 8 else 1
+        chains = 1 if form.even else chains
         starts = [literal(kind, 0)] * cells * chains
 
         def several(index: Reg, totals: list[Reg]) -> list[Reg]:

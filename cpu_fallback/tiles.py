@@ -71,6 +71,20 @@ def tile_shape(target: Target, scalar: str, terms: int = 1) -> TileShape:
     return TileShape(rows, vectors, target.vector_nbytes // NBYTES[scalar], scalar, terms, has_dots(target))
 
 
+def chains(cells: int) -> int:
+    """Sets of sums over which a tile of so many vectors splits the depth."""
+    return min(4, 1 << (-(-SUMS // cells) - 1).bit_length())
+
+
+def even_heights(shape: TileShape) -> tuple[int, ...]:
+    """Heights of tiles that sum in the order of the largest: a row's bits do not depend on the tile that it is in."""
+
+    def is_even(height: int) -> bool:
+        return all(chains(height * width) == chains(shape.rows * width) for width in range(1, shape.vectors + 1))
+
+    return tuple(filter(is_even, HEIGHTS))
+
+
 def tile_table(
     code: Code,
     target: Target,
@@ -200,10 +214,10 @@ class _Tile:
         exact = not self.alone and self.height == self.shape.rows
         rows = [least(code, i64(i), last) if i and not exact else i64(i) for i in range(self.height)]
         cells = self.height * self.width
-        chains = min(4, 1 << (-(-SUMS // cells) - 1).bit_length())
-        sums = [literal(self._kind, 0)] * cells * chains
+        several_sums = chains(cells)
+        sums = [literal(self._kind, 0)] * cells * several_sums
         lines = [_opaque(code, _moved(code, a, a_row, row)) for row in rows]
-        distance = code.binary("mul", b_row, i64(AHEAD * chains))
+        distance = code.binary("mul", b_row, i64(AHEAD * several_sums))
 
         def steps(count: int, index: Reg, carried: list[Reg]) -> list[Reg]:
             """Some steps of the depth, one for each chain of sums: B is read from front to back."""
@@ -222,10 +236,10 @@ class _Tile:
                 b_line = code.at(b_line, b_row)
             return [b_line, coming, *sums]
 
-        end, several = code.binary("mul", depth, a_step), _times(code, a_step, chains)
-        whole = code.binary("mul", code.binary("udiv", depth, i64(chains)), several)
-        carried = code.loop(i64(0), whole, several, lambda i, x: steps(chains, i, x), [b, ahead, *sums])
-        if chains > 1:
+        end, several = code.binary("mul", depth, a_step), _times(code, a_step, several_sums)
+        whole = code.binary("mul", code.binary("udiv", depth, i64(several_sums)), several)
+        carried = code.loop(i64(0), whole, several, lambda i, x: steps(several_sums, i, x), [b, ahead, *sums])
+        if several_sums > 1:
             carried = code.loop(whole, end, a_step, lambda i, x: steps(1, i, x), carried)
         totals = [
             code.load(self._kind, place, self.shape.nbytes) for place in self._cells(code, rows, start, start_row)

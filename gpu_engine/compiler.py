@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from gpu_engine.errors import DependsOnValues, DeviceError, GpuEngineError, OutOfMemory, UnsupportedModel
@@ -13,9 +14,12 @@ from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
 from gpu_engine.gpu.binary import BinarySource
 from gpu_engine.gpu.bundle import Bundle, is_bundle, read_bundle
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.ir.graph import Graph
 from gpu_engine.ir.structure import Structure
 from gpu_engine.options import (
+    BatchPolicy,
     DeviceChoice,
+    Partial,
     PerformanceMode,
     Scheduler,
     TimeoutAction,
@@ -24,10 +28,13 @@ from gpu_engine.options import (
     validated,
 )
 from gpu_engine.passes.batchability import prove
+from gpu_engine.passes.grouping import Ungroupable, grouped
 from gpu_engine.passes.pipeline import optimize
+from gpu_engine.plan.plan import Batching
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import DEVICES, KERNEL_COMPILER, load
+from gpu_engine.runtime.sizing import is_shared
 from gpu_engine.settings import precision_of, refuse_ineffective, with_properties
 from gpu_engine.structured import OpenInput, StructuredEngine
 
@@ -53,6 +60,10 @@ def compile(
     allow_override: bool = False,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
+    batch_policy: str | BatchPolicy = BatchPolicy.formula,
+    partial: str | Partial = Partial.together,
+    deterministic: bool = False,
+    warmup: bool | None = None,
     precision: str | None = None,
     properties: Mapping[str, Any] | None = None,
 ) -> Engine | StructuredEngine:
@@ -68,6 +79,9 @@ def compile(
                       float32; a bundle has its own. The CPU is always exact
     properties        options by OpenVINO's names, {"NUM_STREAMS": 2}; ValueError for one that is unknown, that would
                       have no effect, or that contradicts an option
+
+    warmup            compare rows singly and together and time batches, while compiling or, for open extents, as
+                      requests come; None: unless the device is "interpret", whose time says nothing
 
     The other options are those of `options.Options`. Raises ModelError, DeviceError, TypeError or ValueError for an
     option.
@@ -89,17 +103,23 @@ def compile(
         allow_override=allow_override,
         auto_batching=True if choice.batched and auto_batching is None else auto_batching,
         memory_fraction=memory_fraction,
+        batch_policy=batch_policy,
+        partial=partial,
+        deterministic=deterministic,
+        warmup=choice.kind != "interpret" if warmup is None else warmup,
     )
     bundle = read_bundle(model) if is_bundle(model) else None
     options = with_properties(given, properties)
-    opened, reason = open_device(choice, fallback, _precision(precision_of(precision, properties), bundle), bundle)
+    wanted = _precision(precision_of(precision, properties), bundle)
+    opened, reason = open_device(choice, fallback, wanted, bundle, options.deterministic)
     refuse_ineffective(properties, opened)
     parsed = read(model if bundle is None else bundle.model())
 
     def build(structures: Mapping[str, Structure] | None = None) -> Engine:
         with typed_errors():
-            graph = optimize(import_model(parsed, SpecificationFunctions(), structures))
-            return Engine(opened.lower(graph, prove(graph)), opened, options, reason, parsed.graph.name)
+            imported = import_model(parsed, SpecificationFunctions(), structures)
+            graph, batching = _batched(imported, share=bundle is None and is_shared(options))
+            return Engine(opened.lower(graph, batching), opened, options, reason, parsed.graph.name)
 
     inputs = caller_inputs(parsed)
     open_inputs = [OpenInput(info.name, info.dtype, bool(info.wrappers), info.key) for info in inputs]
@@ -111,6 +131,22 @@ def compile(
     except DependsOnValues as error:
         _LOGGER.warning("the model is compiled for every value of its small integer inputs: %s", error)
         return StructuredEngine(open_inputs, build, by_value=True)
+
+
+def _batched(imported: Graph, share: bool) -> tuple[Graph, Batching]:
+    """The optimized graph and its batching; to `share` executions, with requests kept apart where rows are not.
+
+    A bundle has kernels for the graph as it is, so that its requests share none.
+    """
+    graph = optimize(imported)
+    batching = prove(graph)
+    if not batching.refused or not share or imported.output_structures:
+        return graph, batching
+    try:
+        groups, apart = grouped(imported)
+        return optimize(groups), apart
+    except Ungroupable as error:
+        return graph, replace(batching, refused=f"{batching.refused}; and {error}")
 
 
 @contextmanager
@@ -139,18 +175,22 @@ def _precision(asked: str | None, bundle: Bundle | None) -> str:
 
 
 def open_device(
-    choice: DeviceChoice, fallback: str | None = None, precision: str = "fp32", bundle: Bundle | None = None
+    choice: DeviceChoice,
+    fallback: str | None = None,
+    precision: str = "fp32",
+    bundle: Bundle | None = None,
+    deterministic: bool = False,
 ) -> tuple[Device, str]:
     """The device and why it is this one; DeviceError with the reason if it is not usable and no fallback is allowed."""
     if fallback not in (None, "cpu"):
         raise ValueError(f"fallback must be 'cpu' or None, given {fallback!r}")
     kind = "cuda" if choice.kind == "auto" else choice.kind
     try:
-        device = _open(kind, choice.index, precision, bundle)
+        device = _open(kind, choice.index, precision, bundle, deterministic)
     except DeviceError as error:
         if kind == "cpu" or (choice.kind != "auto" and fallback is None):
             raise
-        device = _open("cpu", 0, precision, bundle)
+        device = _open("cpu", 0, precision, bundle, deterministic)
         reason = f"{device.reason}; {error}"
         _LOGGER.log(
             logging.INFO if choice.kind == "auto" else logging.WARNING, "running on %s: %s", device.name, reason
@@ -160,7 +200,7 @@ def open_device(
     return device, device.reason
 
 
-def _open(kind: str, index: int, precision: str, bundle: Bundle | None) -> Device:
+def _open(kind: str, index: int, precision: str, bundle: Bundle | None, deterministic: bool) -> Device:
     try:
         make: Any = load(DEVICES[kind])
     except ImportError as error:
@@ -170,7 +210,7 @@ def _open(kind: str, index: int, precision: str, bundle: Bundle | None) -> Devic
     elif kind == "interpret":
         device = make(index, options=GpuOptions(precision))
     else:
-        device = make(index)
+        device = make(index, deterministic)
     return device
 
 

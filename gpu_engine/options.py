@@ -81,6 +81,20 @@ class TimeoutAction(str, Enum):  # noqa: UP042 - as Scheduler
         return cls[value.upper()]
 
 
+class BatchPolicy(str, Enum):  # noqa: UP042 - as Scheduler
+    """How many rows share an execution where `batch` does not say: by the formula, or as OpenVINO's BATCH device."""
+
+    formula = "formula"
+    openvino = "openvino"
+
+
+class Partial(str, Enum):  # noqa: UP042 - as Scheduler
+    """How a batch that is not full runs: as one execution, or each of its requests alone, as OpenVINO does."""
+
+    together = "together"
+    individual = "individual"
+
+
 @dataclass(frozen=True)
 class Options:
     """What the caller asked for, normalized; `None` means that it was not given.
@@ -100,6 +114,10 @@ class Options:
     allow_override    whether a request's own timeout may exceed `default_timeout`
     auto_batching     whether requests may share an execution; None: unless the hint is LATENCY
     memory_fraction   the share of free memory that the arenas of all slots may take together
+    batch_policy      "formula", or "openvino": as many rows as requests, which is never fewer than 3 unless it is 1
+    partial           "together", or "individual": the requests of a batch that is not full run one after another
+    deterministic     a row's bits do not depend on the batch it travelled in
+    warmup            rows are compared singly and together, and batches timed, before or as requests come
     """
 
     streams: int | None = None
@@ -117,6 +135,10 @@ class Options:
     allow_override: bool = False
     auto_batching: bool | None = None
     memory_fraction: float = 0.9
+    batch_policy: BatchPolicy = BatchPolicy.formula
+    partial: Partial = Partial.together
+    deterministic: bool = False
+    warmup: bool = True
 
 
 def validated(
@@ -136,6 +158,10 @@ def validated(
     allow_override: bool = False,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
+    batch_policy: str | BatchPolicy = BatchPolicy.formula,
+    partial: str | Partial = Partial.together,
+    deterministic: bool = False,
+    warmup: bool = True,
 ) -> Options:
     """The options checked and normalized; TypeError for a wrong type (a bool is no number), ValueError for a value."""
     return Options(
@@ -154,6 +180,10 @@ def validated(
         allow_override=_flag("allow_override", allow_override) or False,
         auto_batching=_flag("auto_batching", auto_batching),
         memory_fraction=_fraction("memory_fraction", memory_fraction),
+        batch_policy=BatchPolicy(_choice("batch_policy", batch_policy, BatchPolicy)),
+        partial=Partial(_choice("partial", partial, Partial)),
+        deterministic=_flag("deterministic", deterministic) or False,
+        warmup=_flag("warmup", warmup) or False,
     )
 
 
@@ -223,6 +253,13 @@ def _count(name: str, value: object) -> int | None:
     if count < 0:
         raise ValueError(f"{name} must not be negative, given {count}")
     return count
+
+
+def _choice(name: str, value: object, members: type[Enum]) -> str:
+    known = [str(member.value) for member in members]
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, given {value!r}")
+    return str(members(value).value)
 
 
 def _flag(name: str, value: object) -> bool | None:

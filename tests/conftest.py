@@ -35,11 +35,11 @@ def recorder(request: pytest.FixtureRequest) -> RecordingDevice:
 
 @pytest.fixture
 def make_engine() -> Iterator[MakeEngine]:
-    """make_engine(device, plan=plain(), **options) -> an engine that is closed after the test."""
+    """make_engine(device, plan=plain(), **options) -> an engine, closed after the test; not warmed up unless asked."""
     made: list[tuple[Engine, RecordingDevice]] = []
 
     def make(device: RecordingDevice, plan: Any = None, **options: Any) -> Engine:
-        made.append((Engine(plan or plain(), device, validated(**options)), device))
+        made.append((Engine(plan or plain(), device, validated(**{"warmup": False, **options})), device))
         return made[-1][0]
 
     yield make

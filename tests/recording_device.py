@@ -47,6 +47,8 @@ class RecordingDevice:
     model: Model
     asynchronous: bool = False
     batch_limit: int | None = None
+    bucketed: bool = False
+    bits: bool = True
     stream_limit: int | None = None
     free_nbytes: int = 1 << 40
     row_nbytes: int = 1
@@ -91,6 +93,9 @@ class RecordingDevice:
         for extent in extents:
             activations *= extent
         return 1000, activations
+
+    def same_bits(self, plan: Plan) -> bool:
+        return self.bits
 
     def free_memory(self) -> int:
         return self.free_nbytes

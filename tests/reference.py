@@ -58,10 +58,10 @@ def random_array(generator: np.random.Generator, dtype: DType, shape: Sequence[i
     return generator.standard_normal(shape).astype(dtype)
 
 
-def run_graph(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """{output name: array} of `graph` on {input name: array}; the arrays' shapes bind the symbolic extents."""
+def run_graph(graph: Graph, inputs: Mapping[str, Any], **given: int) -> dict[str, Any]:
+    """{output name: array} of `graph` on {input name: array}; their shapes bind the extents that are not given."""
     arrays: dict[Value, Any] = {}
-    extents: Extents = {}
+    extents: Extents = {**given}
     for name, value in zip(graph.input_names, graph.inputs, strict=True):
         arrays[value] = np.asarray(inputs[name], value.dtype)
         bind(extents, value.type, arrays[value])

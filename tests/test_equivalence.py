@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.equivalence import BATCHES, DTYPES, Case, differences, matrix
 from tests.recording_device import MakeEngine, RecordingDevice, double, plain, plan_of, rows
-
-BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)
-DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 
 
 @pytest.mark.parametrize("timeout_ms", [0, 1])
@@ -57,3 +55,23 @@ def test_strings(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
     inputs = [np.array([[f"a{i}", "é" * i]], object) for i in range(10)]
     for x, y in zip(inputs, engine.map(inputs), strict=True):
         assert y.tolist() == [[text.upper() for text in x[0]]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_on_the_cpu(dtype: str) -> None:
+    """A slice of the matrix that `python -m tests.equivalence` goes through, with copied and with shared inputs."""
+    case = Case(
+        streams=2, requests=9, batch=4, timeout_ms=0.0, interval_ms=0.0, shared=dtype in "f2f8i1u4", dtype=dtype
+    )
+    assert not differences(case, deterministic=False)
+
+
+@pytest.mark.parametrize("requests", [3, 64])
+@pytest.mark.parametrize("batch", [1, 16, 256])
+def test_bits_on_the_cpu(requests: int, batch: int) -> None:
+    case = Case(streams=2, requests=requests, batch=batch, timeout_ms=1.0, interval_ms=0.0, shared=True, dtype="f4")
+    assert not differences(case, deterministic=True)
+
+
+def test_the_whole_matrix_is_openvinos() -> None:
+    assert len(matrix()) == 2 * 6 * 8 * 2 * 2 * 2 * 12

@@ -132,6 +132,7 @@ class CudaDevice:
 
     asynchronous = True
     batch_limit = None
+    bucketed = False
     stream_limit = None
 
     def __init__(
@@ -184,6 +185,9 @@ class CudaDevice:
         """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""
         program: Program = plan.program
         return program.weights_nbytes, zone_nbytes(program.segments[0], extents)
+
+    def same_bits(self, plan: Plan) -> bool:
+        return False
 
     def free_memory(self) -> int:
         with cupy.cuda.Device(self._ordinal):

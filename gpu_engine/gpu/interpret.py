@@ -107,6 +107,7 @@ class InterpretDevice:
 
     asynchronous = False
     batch_limit = None
+    bucketed = False
     stream_limit = None
 
     def __init__(self, ordinal: int | None = None, seed: int = 0, options: GpuOptions = DEFAULTS) -> None:
@@ -144,6 +145,9 @@ class InterpretDevice:
         """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""
         program: Program = plan.program
         return program.weights_nbytes, zone_nbytes(program.segments[0], extents)
+
+    def same_bits(self, plan: Plan) -> bool:
+        return False
 
     def free_memory(self) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

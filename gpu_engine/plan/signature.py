@@ -50,7 +50,8 @@ class Signature:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         batch = plan.batching.symbol
-        self._place = plan.symbols.index(batch) if batch is not None and not plan.batching.refused else None
+        self.place = plan.symbols.index(batch) if batch is not None and not plan.batching.refused else None
+        self._grouped = _is_grouped(plan, batch) if self.place is not None else ""
         output_dims = [dim for port in plan.output_ports for dim in port.shape]
         known = set().union(*map(symbols, output_dims)) <= set(plan.symbols)
         self._input_extents = evaluator([dim for port in plan.input_ports for dim in port.shape], plan.symbols)
@@ -66,10 +67,14 @@ class Signature:
         values = self._solve(shapes)
         extents = tuple(values[name] for name in self.plan.symbols)
         self._requirements.evaluate(extents)
-        if self._place is None:
+        if self.place is None:
             return Fit(self._family(extents, None), 1, extents)
-        key = extents[: self._place] + extents[self._place + 1 :]
-        return Fit(self._family(key, self._place), extents[self._place], extents)
+        key = extents[: self.place] + extents[self.place + 1 :]
+        return Fit(self._family(key, self.place), extents[self.place], extents)
+
+    def input_shapes(self, extents: Shape) -> tuple[Shape, ...]:
+        """The shapes of all inputs at these values of `plan.symbols`."""
+        return _cut(self._input_extents(*extents), self.plan.input_ports)
 
     def _family(self, key: Shape, place: int | None) -> Family:
         one_row = key if place is None else (*key[:place], 1, *key[place:])
@@ -84,7 +89,7 @@ class Signature:
         return Family(key, place, blocks, outputs)
 
     def _solve(self, shapes: Sequence[Shape]) -> dict[str, int]:
-        values: dict[str, int] = {}
+        values: dict[str, int] = {self._grouped: 1} if self._grouped else {}
         origins: dict[str, str] = {}
         open_dims: list[tuple[Dim, int, str]] = []
         for port, shape in zip(self.plan.input_ports, shapes, strict=True):
@@ -98,6 +103,12 @@ class Signature:
         if missing:
             raise InputError(f"the inputs' shapes do not determine {', '.join(missing)}")
         return values
+
+
+def _is_grouped(plan: Plan, batch: str | None) -> str:
+    """The batch symbol if shapes do not tell it, since a row takes an open extent of axis 0: then they are of one."""
+    extents = [port.shape[0] for port, carries in zip(plan.input_ports, plan.batching.inputs, strict=True) if carries]
+    return batch if batch is not None and all(len(symbols(extent)) > 1 for extent in extents) else ""
 
 
 def describe_shape(shape: Sequence[Dim]) -> str:

@@ -14,6 +14,7 @@ from gpu_engine.plan.plan import Plan
 from gpu_engine.plan.signature import Family, Fit, Signature
 from gpu_engine.runtime.arrays import Array, Ports, Wrap
 from gpu_engine.runtime.device import Device
+from gpu_engine.runtime.requests import array_rows
 from gpu_engine.runtime.sizing import Sizes, memory_cap
 
 _REMEMBERED = 4096
@@ -75,6 +76,43 @@ class Admission:
         family = admitted.fit.family
         return (family.key, *(_identity(a) for a, block in zip(arrays, family.blocks, strict=True) if not block))
 
+    def adopt(self, sizes: Sizes) -> None:
+        """From now on admit for these sizes."""
+        self._sizes = sizes
+        self._shares_inputs = sizes.shared and not all(self._plan.batching.inputs)
+        self._known.clear()
+
+    def limit(self, family: Family, rows: int) -> None:
+        """From now on at most so many rows of a family share an execution."""
+        self._limits[family.key] = rows
+
+    def limit_at(self, extents: tuple[int, ...]) -> int:
+        """The most rows that share an execution at these extents."""
+        place = self._signature.place
+        key = extents if place is None else (*extents[:place], *extents[place + 1 :])
+        return self._limits.get(key, self._sizes.batch.batch)
+
+    def rows(self, inputs: Any) -> tuple[Fit, list[list[Array]]]:
+        """What inputs mean, and what each of their rows brings; InputError as `admit`."""
+        arrays, _, admitted = self.admit(inputs)
+        blocks = admitted.fit.family.blocks
+        each = [
+            [array_rows(a, i, i + 1, b) for a, b in zip(arrays, blocks, strict=True)] for i in range(admitted.fit.rows)
+        ]
+        return admitted.fit, each
+
+    def fit_of_one(self) -> Fit:
+        """What one row is to a plan whose only extent is the batch."""
+        return self._signature.fit(self._signature.input_shapes((1,)))
+
+    def input_shapes(self, family: Family) -> tuple[tuple[int, ...], ...]:
+        """The inputs' shapes for one row of a family."""
+        return self._signature.input_shapes(family.extents(1))
+
+    def describe(self, family: Family) -> str:
+        """The inputs of one row, for people."""
+        return ", ".join(map(str, map(list, self.input_shapes(family))))
+
     def empty_outputs(self, fit: Fit) -> list[Array] | None:
         """Outputs of no rows, which need no launch; None where an output does not carry the batch."""
         if not self._empty_outputs or fit.family.output_shapes is None:
@@ -92,7 +130,7 @@ class Admission:
             return Admitted(fit, rows=1, limit=1, reason="full", key="as it is")
         limit = self._limits.get(fit.family.key)
         if limit is None:
-            limit = self._limits[fit.family.key] = self._row_limit(fit.family)
+            limit = self._limits[fit.family.key] = self.row_limit(fit.family, self._sizes.batch.batch)
         reason = "idle" if fit.rows < limit else "full" if fit.rows == limit else ""
         return Admitted(fit, fit.rows, limit, reason, None if self._shares_inputs else (fit.family.key,))
 
@@ -110,9 +148,9 @@ class Admission:
             )
         self._proven_nbytes, self.largest = nbytes, extents
 
-    def _row_limit(self, family: Family) -> int:
-        """The batch, or fewer rows where all slots together would not fit the free memory."""
-        batch, slots = self._sizes.batch.batch, self._sizes.streams * self._sizes.slots
+    def row_limit(self, family: Family, batch: int) -> int:
+        """`batch`, or fewer rows where all slots together would not fit the free memory."""
+        slots = self._sizes.streams * self._sizes.slots
         full = family.extents(batch)
         if self._device.memory(self._plan, full)[1] > self._proven_nbytes:
             one_row = family.extents(1)

@@ -82,6 +82,15 @@ class Device(Protocol):
         ...
 
     @property
+    def bucketed(self) -> bool:
+        """Whether executions should have few sizes, because each is prepared by itself: see `runtime.buckets`."""
+        ...
+
+    def same_bits(self, plan: Plan) -> bool:
+        """Whether a row's bits are known to be the same in executions of any number of rows."""
+        ...
+
+    @property
     def stream_limit(self) -> int | None:
         """The most streams worth opening (the cores of a CPU), None for no limit."""
         ...

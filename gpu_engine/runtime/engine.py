@@ -6,12 +6,12 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 from gpu_engine.errors import GpuEngineError, InputError, OutOfMemory, RequestTimeout
-from gpu_engine.options import Options, TimeoutAction, numa_nodes
+from gpu_engine.options import Options, Partial, TimeoutAction, numa_nodes
 from gpu_engine.plan.plan import Plan, Port
 from gpu_engine.runtime.admission import Admission, Admitted
 from gpu_engine.runtime.arrays import Array, Wrap
@@ -28,6 +28,7 @@ from gpu_engine.runtime.rooms import Rooms
 from gpu_engine.runtime.scheduler import Batcher
 from gpu_engine.runtime.sizing import BatchPlan, Limits, Sizes, capped, choose, memory_cap, resized
 from gpu_engine.runtime.statistics import Statistics
+from gpu_engine.runtime.tuning import Tuner
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Engine:
         options = options or Options()
         self._plan, self._device, self._options, self._name = plan, device, options, name
         self._reason = reason or device.reason
-        self._sizes = _sizes(plan, device, options)
-        self._admission = Admission(plan, device, self._sizes, options.memory_fraction)
+        sizes = _sizes(plan, device, options)
+        self._admission = Admission(plan, device, sizes, options.memory_fraction)
+        self._tuner = Tuner(plan, device, options, sizes, self._admission)
         self._rooms = Rooms()
         self._serve_callers = options.batch_timeout_ms == 0 or not self._sizes.shared
         self._policy, self._bounded = queue_policy(options), options.max_queue_size > 0
@@ -71,10 +73,20 @@ class Engine:
             max(1, options.priority_levels),
             options.timeout_action is TimeoutAction.DELAY,
         )
-        threads = options.threads or (options.all_threads and max(1, options.all_threads // self._sizes.streams))
-        streams = device.open(plan, self._sizes.streams, self._sizes.slots, threads)
-        self._pool = Pool(streams, batcher, self._sizes.batch.batch, plan.batching.outputs)
+        threads = options.threads or (options.all_threads and max(1, options.all_threads // sizes.streams))
+        streams = device.open(plan, sizes.streams, sizes.slots, threads)
+        self._buckets = self._tuner.bucketed(streams)
+        self._pool = Pool(self._buckets or streams, batcher, sizes.batch.batch, plan.batching.outputs)
+        self._pool.rounds.individual = options.partial is Partial.individual
         weakref.finalize(self, self._pool.abandon).atexit = False
+        if options.warmup and self._tuner.useful and self._tuner.known_extents:
+            self.warmup()
+        elif options.warmup and self._tuner.useful:
+            self._pool.rounds.prepare = self._tuner.prepare
+
+    @property
+    def _sizes(self) -> Sizes:
+        return self._tuner.sizes
 
     @property
     def device(self) -> str:
@@ -210,9 +222,28 @@ class Engine:
             for future in waiting:
                 future.cancel()
 
+    def warmup(self, inputs: Any = None) -> BatchPlan:
+        """Run rows singly and together, and time batches of 1, 2, 4, ... rows: what `explain_batching` then says.
+
+        Rows that differ beyond rounding switch batching off; unless `batch=` was given, the times decide how many rows
+        share an execution. `inputs`, of one row or several, stand for those to come; without them inputs are made up,
+        which takes a model of which only the batch is an open extent: others are measured as requests come. Waits for
+        a slot; raises what running the inputs raises.
+        """
+        tuner = self._tuner
+        if tuner.useful and (inputs is not None or tuner.known_extents):
+            fit, rows = (None, []) if inputs is None else self._admission.rows(inputs)
+            with self._pool.slot() as worker:
+                tuner.warm(worker, fit, rows)
+            if tuner.known_extents:
+                self._pool.resize(self.batch)
+        return self.explain_batching()
+
     def statistics(self) -> Statistics:
         """Counts and times since the engine was made."""
-        return self._pool.statistics()
+        found = self._pool.statistics()
+        padded = sum(stream.padded_rows for stream in self._buckets)
+        return replace(found, padded_rows=padded) if padded else found
 
     def explain_batching(self) -> BatchPlan:
         """How many rows share an execution, and why not more."""
@@ -372,6 +403,7 @@ def _sizes(plan: Plan, device: Device, options: Options) -> Sizes:
         streams=device.stream_limit,
         batch=device.batch_limit,
         asynchronous=device.asynchronous,
+        splits=options.deterministic and not device.same_bits(plan),
         refused=refused,
         refused_inputs=tuple(port.name for port, carries in named if not carries),
     )

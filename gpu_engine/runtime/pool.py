@@ -13,21 +13,24 @@ import functools
 import logging
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty
 
 from gpu_engine.errors import EngineClosed, ForkedEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
-from gpu_engine.runtime.execution import Lane, Worker, clock, execute, seconds_left
+from gpu_engine.runtime.execution import Lane, Worker, clock, seconds_left
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.requests import Request, fail_all
+from gpu_engine.runtime.rounds import Rounds
 from gpu_engine.runtime.scheduler import Batch, Batcher
 from gpu_engine.runtime.statistics import Statistics, queue_counts, summed
 from gpu_engine.runtime.vacancy import Vacancy
 
 _LOGGER = logging.getLogger(__name__)
 _EXIT_TIMEOUT_S = 5.0
+_POLL_S = 1e-3
 _CLOSED = "the engine was closed"
 EXPIRED = "Request timeout expired"
 _FORKED = "the engine was made before this process was forked: compile the model in the child"
@@ -39,7 +42,8 @@ class Pool:
     def __init__(
         self, streams: Sequence[Stream], batcher: Batcher[Request], batch: int, batched_outputs: Sequence[bool]
     ) -> None:
-        self.batcher, self._batch, self._batched_outputs = batcher, batch, tuple(batched_outputs)
+        self.batcher, self._batch = batcher, batch
+        self.rounds = Rounds(batcher, batched_outputs, lambda: self._refusal is not None)
         self._lanes = [Lane(stream) for stream in streams]
         slots = max(len(stream.slots) for stream in streams)
         self._workers = [Worker(lane, lane.stream.slots[i]) for i in range(slots) for lane in self._lanes]
@@ -68,6 +72,16 @@ class Pool:
             worker = self._idle.pop() if self._single else self._pick()
             worker.lane.begin(now)
             return worker
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[Worker]:
+        """An idle slot, waited for, for the calling thread; EngineClosed after close()."""
+        while (worker := self.borrow(clock())) is None:
+            time.sleep(_POLL_S)
+        try:
+            yield worker
+        finally:
+            self.give_back(worker)
 
     def give_back(self, worker: Worker) -> None:
         """End what `borrow` began."""
@@ -139,6 +153,10 @@ class Pool:
             self.batcher.timeout_s = timeout_s
             if self._timekeeper is not None:
                 self._timekeeper.tokens.put(None)
+
+    def resize(self, batch: int) -> None:
+        """From now on expect a slot to take so many rows at once."""
+        self._batch = batch
 
     def flush(self) -> None:
         """Let all that waits run now."""
@@ -227,7 +245,7 @@ class Pool:
             expired = self.batcher.pop_expired()
         fail_all(expired, RequestTimeout(EXPIRED))
         if batch is not None:
-            execute(worker, batch.parts, self._batched_outputs)
+            self.rounds.execute(worker, batch)
         return batch is not None
 
     def _make_locks(self) -> None:
@@ -304,7 +322,7 @@ class Pool:
             batch, wait_s = self._next(worker, ran)
             ran = batch is not None
             if batch is not None:
-                execute(worker, batch.parts, self._batched_outputs)
+                self.rounds.run(worker, batch)
             elif wait_s is None:
                 return
             else:

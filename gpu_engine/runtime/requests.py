@@ -114,6 +114,20 @@ def gather(parts: Sequence[Part], blocks: Sequence[int]) -> list[Array | list[Ar
     ]
 
 
+def gather_rows(parts: Sequence[Part], blocks: Sequence[int]) -> list[list[Array]]:
+    """What each row of all parts brings of each input; an input that all rows share is whole."""
+    return [
+        [array_rows(array, row, row + 1, block) for array, block in zip(request.arrays, blocks, strict=True)]
+        for request, start, stop in parts
+        for row in range(start, stop)
+    ]
+
+
+def array_rows(array: Array, start: int, stop: int, block: int) -> Array:
+    """Rows of an input, of which each takes `block` of axis 0; all of it if rows take none."""
+    return array[start * block : stop * block] if block else array
+
+
 def scatter(
     outputs: Sequence[Array], parts: Sequence[Part], rows: int, batched: Sequence[bool]
 ) -> Iterable[Sequence[Array]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 
-from gpu_engine.options import NUMA, Options, PerformanceMode, Scheduler
+from gpu_engine.options import NUMA, BatchPolicy, Options, PerformanceMode, Scheduler
 
 SLOTS_PER_STREAM = 2
 HEURISTIC_BATCH = 32
@@ -43,13 +43,15 @@ class Sizes:
 @dataclass(frozen=True)
 class Limits:
     """What bounds the choice: the device's `streams` and `batch` (None: nothing), whether its launches are
-    asynchronous, how many streams "auto" and "numa" mean, and why the graph refuses batching ("" if it does not)."""
+    asynchronous, whether requests of many rows must be cut even where none are joined, how many streams "auto" and
+    "numa" mean, and why the graph refuses batching ("" if it does not)."""
 
     auto_streams: int
     numa_nodes: int = 1
     streams: int | None = None
     batch: int | None = None
     asynchronous: bool = False
+    splits: bool = False
     refused: str = ""
     refused_inputs: tuple[str, ...] = ()
 
@@ -60,12 +62,11 @@ def choose(options: Options, limits: Limits) -> Sizes:
     streams = choose_streams(options, limits)
     in_flight = 1 if latency else SLOTS_PER_STREAM
     plan = choose_batch(options, limits, streams)
-    auto_batching = not latency or options.batch is not None if options.auto_batching is None else options.auto_batching
     return Sizes(
         streams=streams,
         slots=in_flight if limits.asynchronous else 1,
         batch=plan,
-        shared=auto_batching and not limits.refused,
+        shared=(is_shared(options) or limits.splits) and not limits.refused,
         optimal_requests=optimal_requests(plan.batch, streams, in_flight),
     )
 
@@ -76,6 +77,13 @@ def is_latency(options: Options) -> bool:
         return options.hint is PerformanceMode.LATENCY
     spoken = (options.streams, options.requests, options.batch, options.auto_batching)
     return not any(spoken) and options.scheduler in (None, Scheduler.single_stream)
+
+
+def is_shared(options: Options) -> bool:
+    """Whether requests may share executions where the graph lets them: as was said, else unless the hint is LATENCY."""
+    if options.auto_batching is None:
+        return not is_latency(options) or options.batch is not None
+    return options.auto_batching
 
 
 def choose_streams(options: Options, limits: Limits) -> int:
@@ -112,6 +120,13 @@ def _wanted_batch(options: Options, streams: int) -> tuple[int, str, str]:
         return options.batch, "user", f"batch={options.batch} was given"
     if options.auto_batching is False or (is_latency(options) and not options.auto_batching):
         return 1, "user", "every request runs as it is (latency hint, or batching switched off)"
+    if options.batch_policy is BatchPolicy.openvino:
+        batch = openvino_batch(HEURISTIC_BATCH, options.requests)
+        return (
+            batch,
+            "requests",
+            f"as OpenVINO, of {options.requests or 'unknown'} requests",
+        )
     if options.requests:
         batch = formula(options.requests, streams)
         return batch, "requests", f"{options.requests} requests // ({streams} streams * {SLOTS_PER_STREAM}) = {batch}"
@@ -121,6 +136,23 @@ def _wanted_batch(options: Options, streams: int) -> tuple[int, str, str]:
 def formula(requests: int, streams: int) -> int:
     """Rows per execution that keep `requests` requests on all slots: two in flight for each stream."""
     return max(1, requests // (streams * SLOTS_PER_STREAM))
+
+
+def openvino_batch(optimal: int, requests: int | None) -> int:
+    """What OpenVINO's BATCH device chooses: as many as there are requests, and 1 unless more than 2 come of it.
+
+    https://github.com/openvinotoolkit/openvino/blob/master/src/plugins/auto_batch/src/plugin.cpp
+    """
+    batch = min(optimal, requests) if requests else optimal
+    return batch if batch > 2 else 1
+
+
+def openvino_cap(batch: int, total: int, footprint: int) -> int:
+    """OpenVINO's own limit for `total` bytes, `footprint` at a batch of 1: a power of two where it bounds the batch."""
+    if footprint <= 0:
+        return batch
+    fits = (total - footprint) // footprint
+    return min(batch, 1 << (fits.bit_length() - 1)) if fits > 0 else 1
 
 
 def optimal_requests(batch: int, streams: int, in_flight: int = SLOTS_PER_STREAM) -> int:

@@ -1,4 +1,4 @@
-"""How many streams, slots and rows: the tables of the specification, row by row."""
+"""Section 3.2 of the specification, the batch size, row by row; with it the hints that decide streams and slots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_engine.options import validated
-from gpu_engine.runtime.sizing import BatchPlan, Limits, capped, choose, formula, memory_cap, optimal_requests, resized
+from gpu_engine.runtime.sizing import (
+    BatchPlan,
+    Limits,
+    capped,
+    choose,
+    formula,
+    memory_cap,
+    openvino_batch,
+    openvino_cap,
+    optimal_requests,
+    resized,
+)
+from tests.recording_device import MakeEngine, RecordingDevice, double
 
 GPU = Limits(auto_streams=2, asynchronous=True)
 CPU = Limits(auto_streams=2, streams=64, batch=8)
@@ -107,3 +119,47 @@ def test_streams_slots_and_hints(given_options: dict[str, Any], limits: Limits, 
 
 def test_numa_streams_count_the_nodes() -> None:
     assert choose(validated(streams="numa"), Limits(auto_streams=9, numa_nodes=3)).streams == 3
+
+
+@pytest.mark.parametrize(
+    ("optimal", "requests", "batch"), [(16, 12, 12), (8, 16, 8), (8, 2, 1), (8, None, 8), (2, 9, 1)]
+)
+def test_the_batch_of_openvino(optimal: int, requests: int | None, batch: int) -> None:
+    assert openvino_batch(optimal, requests) == batch
+
+
+@pytest.mark.parametrize(
+    ("batch", "total", "footprint", "expected"),
+    [
+        (12, 5000, 1000, 4),
+        (12, 40960000, 1024000, 12),
+        (24, 18000, 1000, 16),
+        (32, 180000, 1000, 32),
+        (8, 1000, 1000, 1),
+        (8, 0, 1000, 1),
+        (8, 5000, 0, 8),
+    ],
+)
+def test_the_memory_cap_of_openvino(batch: int, total: int, footprint: int, expected: int) -> None:
+    assert openvino_cap(batch, total, footprint) == expected
+
+
+def test_the_policy_is_an_option() -> None:
+    plan = choose(validated(requests=16, streams=2, batch_policy="openvino"), GPU).batch
+    assert (plan.batch, plan.limiting_factor) == (16, "requests")
+    assert choose(validated(requests=2, streams=2, batch_policy="openvino"), GPU).batch.batch == 1
+    assert choose(validated(requests=16, batch=3, batch_policy="openvino"), GPU).batch.batch == 3
+    with pytest.raises(ValueError, match="batch_policy must be one of formula, openvino, given 'ov'"):
+        validated(batch_policy="ov")
+
+
+def test_the_memory_cap_counts_every_arena(make_engine: MakeEngine) -> None:
+    """(free * fraction - weights) // (a row's activations * slots); the factor is recorded, before the device's."""
+    device = RecordingDevice(double, asynchronous=True, free_nbytes=10_000, row_nbytes=500)
+    engine = make_engine(device, streams=2, requests=64)
+    plan = engine.explain_batching()
+    assert plan.batch == int(10_000 * 0.9 - 1000) // (500 * 4) == 4
+    assert (plan.limiting_factor, engine.memory_plan().activations) == ("memory", 2000)
+    assert "= 16, limited to 4 by free memory" in plan.reason
+    small = RecordingDevice(double, free_nbytes=10_000, row_nbytes=500, batch_limit=2)
+    assert make_engine(small, streams=2, requests=64).explain_batching().limiting_factor == "device"

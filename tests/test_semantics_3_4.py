@@ -1,0 +1,159 @@
+"""Section 3.4 of the specification: what may share an execution, beside the proofs in tests/test_batchability.py.
+
+Models without a batch of their own, and models that mix the rows of theirs, run several requests apart from each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+import gpu_engine
+from gpu_engine.ir import dims, ops
+from gpu_engine.ir.dtypes import FLOAT32
+from gpu_engine.ir.graph import Graph, TensorType, verify
+from gpu_engine.ir.ops.array import Array
+from gpu_engine.passes.grouping import Ungroupable, grouped
+from gpu_engine.passes.pipeline import optimize
+from gpu_engine.plan.plan import Batching
+from gpu_engine.runtime.engine import Engine
+from tests.recording_device import F32, MakeEngine, RecordingDevice, plan_of, rows
+from tests.reference import graph_of, random_inputs, run_graph
+from tests.test_batchability import PORTS, PROVEN, REFUSED, sorted_array
+
+CASES = {**PROVEN, **{name: case[:2] for name, case in (*REFUSED.items(), *PORTS.items())}}
+APART = {
+    "product with an epilogue",
+    "quantised recurrence",
+    "an unknown operation",
+    "filters from the batch",
+    "rows by rows",
+    "resized rows",
+    "no axis",
+    "output without",
+}
+"""What has no form for several requests, or whose outputs do not depend on the inputs."""
+
+
+def assert_requests_apart(graph: Graph, groups: Graph, **extents: int) -> None:
+    """Three requests at once get what each gets alone."""
+    alone = [random_inputs(graph, seed, **extents) for seed in range(3)]
+    lone = {name: value for name, value in alone[0].items() if not value.ndim}
+    alone = [{**inputs, **lone} for inputs in alone]
+    expected = [run_graph(graph, inputs, **extents) for inputs in alone]
+    together = {name: np.concatenate([inputs[name] for inputs in alone]) for name in alone[0] if name not in lone}
+    for name, found in run_graph(groups, {**together, **lone}, requests=3, **extents).items():
+        wanted = np.concatenate([outputs[name] for outputs in expected])
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_requests_are_kept_apart_where_rows_are_not(name: str) -> None:
+    graph = graph_of(*CASES[name])
+    try:
+        groups, batching = grouped(graph)
+    except Ungroupable as error:
+        assert name in APART, str(error)
+        return
+    assert name not in APART
+    assert batching == Batching(
+        "requests", tuple(value.rank > 0 for value in graph.inputs), (True,) * len(graph.outputs)
+    )
+    symbols = {"N": 4, "S": 4, "M": 4}
+    assert_requests_apart(graph, verify(groups, "grouping"), **symbols)
+    assert_requests_apart(graph, optimize(groups), **symbols)
+
+
+def test_a_symbol_of_the_same_name_is_left_alone() -> None:
+    graph = graph_of({"x": (dims.symbol("requests"), 4)}, lambda b, x: b.emit(ops.Softmax(0), x))
+    assert grouped(graph)[1].symbol == "requests_"
+
+
+def test_the_node_that_cannot_is_named() -> None:
+    graph = graph_of({"x": (1, 4)}, lambda b, x: b.emit(Array(sorted_array, (TensorType(FLOAT32, (1, 4)),)), x))
+    with pytest.raises(Ungroupable, match=r"Test 'node' has no form that keeps several requests apart \(Array\)"):
+        grouped(graph)
+
+
+@pytest.mark.parametrize("extent", [2, 4])
+def test_a_fixed_batch_other_than_one_runs_as_it_is(extent: int) -> None:
+    with pytest.raises(Ungroupable, match="a fixed batch other than 1 runs as it is"):
+        grouped(graph_of({"x": (extent, 4)}, lambda b, x: b.emit(ops.Softmax(1), x)))
+
+
+def model(extent: int | str, mixes: bool = False) -> onnx.ModelProto:
+    """x [extent, 6] -> flattened and back, with or without the maximum of everything taken off -> y."""
+    nodes = [helper.make_node("Softmax", ["x"], ["p"], axis=1)]
+    if mixes:
+        nodes.append(helper.make_node("ReduceMax", ["p"], ["most"], keepdims=0))
+        nodes.append(helper.make_node("Sub", ["p", "most"], ["y"]))
+    else:
+        nodes.append(helper.make_node("Reshape", ["p", "shape"], ["y"]))
+    constants = [] if mixes else [helper.make_tensor("shape", onnx.TensorProto.INT64, [3], [1, 2, 3])]
+    ports = [
+        helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [extent, 6]),
+        helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [extent, 6] if mixes else [1, 2, 3]),
+    ]
+    graph = helper.make_graph(nodes, "fixed", ports[:1], ports[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def compiled(source: onnx.ModelProto, **options: Any) -> Engine:
+    engine = gpu_engine.compile(source, device="cpu", **options)
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def test_a_model_of_batch_one_shares_executions() -> None:
+    """Its reshape to a leading 1 moves no row, so any number of rows may stand there."""
+    inputs = [np.random.default_rng(i).standard_normal((1, 6), F32) for i in range(8)]
+    with compiled(model(1)) as alone, compiled(model(1), streams=1, batch=4, batch_timeout_ms=1000) as engine:
+        assert alone.inputs[0].shape == (1, 6), "latency: the model as it is"
+        futures = [engine.submit(x) for x in inputs]
+        for x, future in zip(inputs, futures, strict=True):
+            np.testing.assert_allclose(future.result(30), alone.run(x), rtol=1e-6)
+        assert engine.statistics().batch_sizes == {4: 2}
+        np.testing.assert_allclose(engine.run(np.concatenate(inputs)), np.concatenate([*map(alone.run, inputs)]))
+
+
+def test_requests_whose_rows_are_mixed_share_executions_if_they_have_as_many() -> None:
+    random = np.random.default_rng(0)
+    inputs = [random.standard_normal((count, 6)).astype(F32) for count in (1, 3, 1, 3, 1, 1)]
+    with compiled(model("N", mixes=True)) as alone:
+        assert "folds the rows of the batch into one" in alone.explain_batching().reason
+        expected = [alone.run(x) for x in inputs]
+    with compiled(model("N", mixes=True), streams=1, batch=4, batch_timeout_ms=10_000) as engine:
+        futures = [engine.submit(x) for x in inputs]
+        engine.flush()
+        for future, wanted in zip(futures, expected, strict=True):
+            np.testing.assert_array_equal(future.result(30), wanted)
+        assert engine.statistics().batch_sizes == {2: 1, 4: 1}
+
+
+def test_a_static_batch_of_two_is_refused_with_the_reason() -> None:
+    with compiled(model(2, mixes=True), streams=1, batch=4) as engine:
+        plan = engine.explain_batching()
+        assert (plan.batch, plan.limiting_factor) == (1, "graph")
+        assert plan.reason.endswith("has the fixed extent 2; and a fixed batch other than 1 runs as it is")
+        assert engine.run(np.ones((2, 6), F32)).shape == (2, 6)
+
+
+def test_warmup_names_rows_that_differ(make_engine: MakeEngine) -> None:
+    """The check that no reference makes: k random rows together and singly; then batching is off, with the reason."""
+    device = RecordingDevice(lambda x: [np.flip(x, axis=0)])
+    engine = make_engine(device, plan_of({"x": (F32, ("N", 4))}, {"y": (F32, ("N", 4))}), batch=3, warmup=True)
+    plan = engine.explain_batching()
+    assert (plan.batch, plan.limiting_factor) == (1, "graph") and "8 of 12 elements" in plan.reason
+    np.testing.assert_array_equal(engine.run(rows(5)), rows(5))
+
+
+def test_a_rounding_that_falls_the_other_way_is_no_mismatch(make_engine: MakeEngine) -> None:
+    def almost(x: Any) -> list[Any]:
+        return [x * (1 + 1e-7 * len(x))]
+
+    assert make_engine(RecordingDevice(almost), batch=4, warmup=True).batch == 4
