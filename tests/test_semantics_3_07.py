@@ -10,7 +10,7 @@ from cpu_fallback.cores import partition
 from gpu_engine.options import validated
 from gpu_engine.runtime.sizing import choose
 from tests.recording_device import MakeEngine, RecordingDevice, double
-from tests.test_sizing import CPU, GPU
+from tests.test_semantics_3_02 import CPU, GPU
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import gpu_engine
 from benchmarks.batching import closed_loop, open_loop, percentile
 from benchmarks.batching_cases import CASES, Case, mlp
 from gpu_engine.runtime.engine import Engine
-from tests.test_semantics_3_3 import product_model
+from tests.test_semantics_3_03 import product_model
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100, 101])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from benchmarks.skeletons import converted, filled, stripped
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import gpu_engine
+from benchmarks.skeletons import converted, filled, stripped
 
 
 def model_of() -> ModelProto:

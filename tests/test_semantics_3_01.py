@@ -1,4 +1,4 @@
-"""Section 3.1 of the specification: streams and slots; how many of each is in tests/test_semantics_3_2.py."""
+"""Section 3.1 of the specification: streams and slots; how many of each is in tests/test_semantics_3_02.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_engine.options import AUTO, NUMA, validated
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.sizing import Limits, choose
 from tests.recording_device import MakeEngine, RecordingDevice, double, occupy, plain, rows, until
-from tests.test_semantics_3_3 import product_model
+from tests.test_semantics_3_03 import product_model
 
 
 @pytest.mark.parametrize(
