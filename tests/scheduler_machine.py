@@ -225,7 +225,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         match batch.reason:
             case "full":
                 room = limit - batch.rows
-                assert not room or room < same[0].rows <= limit, "more rows fit"
+                delayed = bool(same) and same[0].level == self.levels
+                heads = same if delayed else same[:1]
+                assert not room or any(room < item.rows <= limit for item in heads), "more rows fit"
             case "shape":
                 assert left and not same
             case "flush":
