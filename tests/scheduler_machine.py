@@ -9,7 +9,6 @@ deadlines are kept, and only what is larger than a batch is cut.
 from __future__ import annotations
 
 import argparse
-import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -28,9 +27,15 @@ from hypothesis.stateful import (
 from gpu_engine.errors import QueueFull
 from gpu_engine.runtime.scheduler import Batch, Batcher
 
-LIMITS = {"a": 1, "b": 4, "c": 8}
+LIMITS = {"a": 2, "b": 4, "c": 8}
 SLOTS_PER_STREAM = 2
 LEVELS = 3
+ARRIVALS = st.tuples(
+    st.integers(0, 2),
+    st.sampled_from([1, 1, 1, 2, 3, 11]),
+    st.integers(0, LEVELS - 1),
+    st.sampled_from([None, 1, 2, 3, 9]),
+)
 
 
 @dataclass(eq=False)
@@ -65,50 +70,42 @@ class SchedulerMachine(RuleBasedStateMachine):
     """`items` are all requests so far, `parts` what ran of each, `slots` how many executions each stream has."""
 
     @initialize(
-        timeout_s=st.sampled_from([0.0, 3.0]),
-        max_size=st.sampled_from([0, 6]),
+        timeout_s=st.sampled_from([0.0, 3.0, 6.0]),
+        max_size=st.sampled_from([0, 0, 6]),
         levels=st.sampled_from([1, LEVELS]),
         delays=st.booleans(),
         streams=st.integers(1, 2),
+        keys=st.sampled_from(["abc", "c", "b"]),
     )
-    def open(self, timeout_s: float, max_size: int, levels: int, delays: bool, streams: int) -> None:
+    def open(self, timeout_s: float, max_size: int, levels: int, delays: bool, streams: int, keys: str) -> None:
         self.batcher: Batcher[Item] = Batcher(timeout_s, max_size, levels, delays)
-        self.levels, self.delays, self.now = levels, delays, 0.0
+        self.levels, self.delays, self.keys, self.now = levels, delays, keys, 0.0
         self.items: list[Item] = []
         self.parts: dict[Item, list[tuple[int, int]]] = defaultdict(list)
         self.first_of: dict[tuple[Hashable, int], int] = {}
         self.slots = [0] * streams
 
-    @rule(
-        key=st.sampled_from("abc"),
-        rows=st.integers(1, 11),
-        level=st.integers(0, LEVELS - 1),
-        patience=st.one_of(st.none(), st.integers(1, 9)),
-    )
-    def add(self, key: str, rows: int, level: int, patience: int | None) -> None:
-        level = level if self.levels > 1 else 0
-        item = Item(
-            len(self.items), rows, key, self.now, None if patience is None else self.now + patience, level, level
-        )
-        try:
-            self.batcher.add(item)
-        except QueueFull:
-            assert self.batcher.full() and self.batcher.size == self.batcher.max_size
-        else:
-            assert not self.batcher.max_size or self.batcher.size <= self.batcher.max_size
-            self.items.append(item)
+    @rule(arrivals=st.lists(ARRIVALS, min_size=1, max_size=3))
+    def add(self, arrivals: list[tuple[int, int, int, int | None]]) -> None:
+        for number, rows, level, patience in arrivals:
+            key, level = self.keys[number % len(self.keys)], min(level, self.levels - 1)
+            ends = None if patience is None else self.now + patience
+            item = Item(len(self.items), rows, key, self.now, ends, level, level)
+            try:
+                self.batcher.add(item)
+            except QueueFull:
+                assert self.batcher.full() and self.batcher.size == self.batcher.max_size
+            else:
+                assert not self.batcher.max_size or self.batcher.size <= self.batcher.max_size
+                self.items.append(item)
 
-    @precondition(lambda self: any(count < SLOTS_PER_STREAM for count in self.slots))
-    @rule(random=st.randoms(use_true_random=False))
-    def take(self, random: random.Random) -> None:
-        stream = random.choice([i for i, count in enumerate(self.slots) if count < SLOTS_PER_STREAM])
-        batch = self.take_and_check()
-        self.slots[stream] += batch is not None
-
-    @precondition(lambda self: any(self.slots))
-    @rule(random=st.randoms(use_true_random=False))
-    def finish(self, random: random.Random) -> None:
-        self.slots[random.choice([i for i, count in enumerate(self.slots) if count])] -= 1
+    @rule(stream=st.integers(0, 1), batches=st.integers(1, 6))
+    def take(self, stream: int, batches: int) -> None:
+        """The slots of a stream take batches, in turn; one that is in flight has to end first."""
+        stream %= len(self.slots)
+        for _ in range(batches):
+            self.slots[stream] -= self.slots[stream] == SLOTS_PER_STREAM
+            self.slots[stream] += self.take_and_check() is not None
 
     @precondition(lambda self: self.items)
     @rule(number=st.integers(0, 999))
@@ -118,24 +115,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         if waiting:
             waiting[number % len(waiting)].ended = True
 
-    @rule(seconds=st.integers(1, 5))
+    @rule(seconds=st.integers(1, 2))
     def wait(self, seconds: int) -> None:
         self.now += seconds
 
-    @rule()
+    @rule(what=st.sampled_from(["flush", "drop", "timeout"]), timeout_s=st.sampled_from([0.0, 1.0, 4.0]))
+    def disturb(self, what: str, timeout_s: float) -> None:
+        if what == "flush":
+            self.flush()
+        elif what == "timeout":
+            self.batcher.timeout_s = timeout_s
+        else:
+            self.batcher.drop_cancelled()
+            assert not any(item.ended and item.gone < item.rows for item in self.items)
+
     def flush(self) -> None:
         self.batcher.flush()
         for item in self.waiting():
             item.flushed = True
-
-    @rule()
-    def drop_cancelled(self) -> None:
-        self.batcher.drop_cancelled()
-        assert not any(item.ended and item.gone < item.rows for item in self.items)
-
-    @rule(timeout_s=st.sampled_from([0.0, 1.0, 4.0]))
-    def change_timeout(self, timeout_s: float) -> None:
-        self.batcher.timeout_s = timeout_s
 
     @invariant()
     def counts_agree(self) -> None:
@@ -228,7 +225,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         match batch.reason:
             case "full":
                 room = limit - batch.rows
-                assert not room or room < same[0].rows <= limit, "more rows fit"
+                delayed = bool(same) and same[0].level == self.levels
+                heads = same if delayed else same[:1]
+                assert not room or any(room < item.rows <= limit for item in heads), "more rows fit"
             case "shape":
                 assert left and not same
             case "flush":

@@ -19,7 +19,7 @@ from tests.test_scheduler import Item, filled, names, taken
 
 def test_3_12_the_state_machine() -> None:
     """A short run; `python -m tests.scheduler_machine --steps 10000` is a long one."""
-    scheduler_machine.run(examples=60, steps=30)
+    scheduler_machine.run(examples=80, steps=30)
 
 
 def ranked(*items: Item, timeout_s: float = 0.0, delays: bool = False) -> Batcher[Item]:

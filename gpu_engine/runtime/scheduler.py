@@ -133,13 +133,12 @@ class Batcher(Generic[R]):
                 self._purge(group, now)
                 if not self._closes(group, now):
                     return None
-            flushed = self._is_flushed(group)
             batch = self._cut(group, now)
             if not group.requests:
                 del self._groups[key]
             if batch.parts:
                 if batch.reason != "full":
-                    batch.reason = self._reason(flushed)
+                    batch.reason = self._reason(batch)
                 self.reasons[batch.reason] += 1
                 return batch
         return None
@@ -230,11 +229,11 @@ class Batcher(Generic[R]):
         full, shape = group.rows >= group.requests[0].limit, len(self._groups) > 1
         return full or shape or self._is_flushed(group) or now >= self._oldest(group) + self.timeout_s
 
-    def _reason(self, flushed: bool) -> str:
+    def _reason(self, batch: Batch[R]) -> str:
         """Why a batch that took its whole group closed below its limit."""
         if self._groups:
             return "shape"
-        if flushed:
+        if self._flushed and any(request.place < self._flushed for request, _, _ in batch.parts):
             return "flush"
         return "timeout" if self.timeout_s else "idle"
 
