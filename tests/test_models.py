@@ -1,7 +1,7 @@
 """Real models against ONNX Runtime, on inputs as their clients make them, over batches and shapes in a row.
 
 `python -m pytest -m "models or not models" tests/test_models.py` runs them all; the default leaves out the large ones.
-Requests share an execution where the catalogue says so: the rows must be on axis 0, left open, and independent.
+Requests share an execution where the catalogue says so: not where If, Loop or quantised recurrence meets their data.
 """
 
 from __future__ import annotations
@@ -173,3 +173,26 @@ def test_the_recognizer_reads() -> None:
     kept = [row[np.diff(row, prepend=-1) != 0] for row in best]
     texts = ["".join(alphabet[index] for index in row if index).strip() for row in kept]
     assert texts == list(SENTENCES)
+
+
+SAME_BITS = ("oww_embedding", "minilm_l6_int8", "magika_v3_3", "ppocrv4_rec", "mobilenetv2", "vit_tiny", "resnet18_qdq")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.models] if i else []) for i, name in enumerate(SAME_BITS)]
+)
+def test_bits_of_a_row_do_not_depend_on_its_batch(name: str) -> None:
+    """With `deterministic`, in every run of neighbours among seven rows, in both orders."""
+    model = MODELS[name]
+    path, shape = fetched(model), model.shapes[0]
+    rows = [{key: np.roll(array, i, axis=-1) for key, array in model.feed(*shape).items()} for i in range(7)]
+    options: dict[str, Any] = {"device": "cpu", "streams": 1, "batch": 8, "deterministic": True, "warmup": False}
+    with gpu_engine.compile(path, **options) as engine:
+        alone = [engine.run(row) for row in rows]
+        for count in range(2, 8):
+            for first in range(8 - count):
+                for chosen in (range(first, first + count), range(first + count - 1, first - 1, -1)):
+                    together = engine.run({key: np.concatenate([rows[i][key] for i in chosen]) for key in rows[0]})
+                    for key, found in together.items():
+                        expected = np.concatenate([alone[i][key] for i in chosen])
+                        assert found.tobytes() == expected.tobytes(), f"{key} of rows {list(chosen)}"

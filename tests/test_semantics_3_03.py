@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 
 import gpu_engine
 from cpu_fallback.device import CpuDevice
+from gpu_engine.errors import ExecutionError
 from gpu_engine.runtime import rounds as rounds_of_slots
 from gpu_engine.runtime.buckets import bucket, powers
 from gpu_engine.runtime.engine import Engine
@@ -214,7 +215,25 @@ def test_open_extents_are_measured_with_the_rows_of_requests(make_engine: MakeEn
     before = len(recorder.launches)
     [future.result(30) for future in [engine.submit(rows(i)) for i in range(8)]]
     assert [launch.rows for launch in recorder.launches[before:]] == [1] * 8
-    assert engine.warmup(np.zeros((1, 5), F32)).reason.endswith("at [1, 5]: 1")
+    for width in range(5, 12):
+        assert engine.warmup(np.zeros((1, width), F32)).reason.endswith(f"at [1, {width}]: 1")
+    assert engine.explain_batching().reason.count("measured") == 4, "the last few are told"
+
+
+def test_a_model_that_refuses_made_up_inputs_is_measured_with_requests(make_engine: MakeEngine) -> None:
+    def particular(x: Any) -> list[Any]:
+        if (x < 2).any():
+            raise ExecutionError("Gather 'g': an index is out of range")
+        return working(2e-3, 0.0)(x)
+
+    engine = make_engine(RecordingDevice(particular, batch_limit=8), streams=1, requests=16, warmup=True)
+    assert engine.batch == 8
+    with pytest.raises(ExecutionError, match="out of range"):
+        engine.warmup()
+    for _ in range(20):
+        futures = [engine.submit(rows(2 + i)) for i in range(3)]
+        [future.result(30) for future in futures]
+    assert engine.batch == 1
 
 
 def test_warmup_switches_off_batches_that_mix_rows(make_engine: MakeEngine) -> None:

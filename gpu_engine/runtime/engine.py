@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from gpu_engine.errors import GpuEngineError, InputError, OutOfMemory, RequestTimeout
-from gpu_engine.options import Options, Partial, TimeoutAction, numa_nodes
+from gpu_engine.options import Options, Partial, TimeoutAction
 from gpu_engine.plan.plan import Plan, Port
 from gpu_engine.runtime.admission import Admission, Admitted
 from gpu_engine.runtime.arrays import Array, Wrap
@@ -26,9 +27,11 @@ from gpu_engine.runtime.requests import Join, Request, fail_all
 from gpu_engine.runtime.reusable import ReusableRequest
 from gpu_engine.runtime.rooms import Rooms
 from gpu_engine.runtime.scheduler import Batcher
-from gpu_engine.runtime.sizing import BatchPlan, Limits, Sizes, capped, choose, memory_cap, resized
+from gpu_engine.runtime.sizing import BatchPlan, Sizes
 from gpu_engine.runtime.statistics import Statistics
-from gpu_engine.runtime.tuning import Tuner
+from gpu_engine.runtime.tuning import Tuner, sizes_of
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Engine:
         options = options or Options()
         self._plan, self._device, self._options, self._name = plan, device, options, name
         self._reason = reason or device.reason
-        sizes = _sizes(plan, device, options)
+        sizes = sizes_of(plan, device, options)
         self._admission = Admission(plan, device, sizes, options.memory_fraction)
         self._tuner = Tuner(plan, device, options, sizes, self._admission)
         self._rooms = Rooms()
@@ -79,9 +82,7 @@ class Engine:
         self._pool = Pool(self._buckets or streams, batcher, sizes.batch.batch, plan.batching.outputs)
         self._pool.rounds.individual = options.partial is Partial.individual
         weakref.finalize(self, self._pool.abandon).atexit = False
-        if options.warmup and self._tuner.useful and self._tuner.known_extents:
-            self.warmup()
-        elif options.warmup and self._tuner.useful:
+        if options.warmup and self._tuner.useful and not self._warmed():
             self._pool.rounds.prepare = self._tuner.prepare
 
     @property
@@ -239,6 +240,17 @@ class Engine:
                 self._pool.resize(self.batch)
         return self.explain_batching()
 
+    def _warmed(self) -> bool:
+        """Whether inputs could be made up to warm up with; else the first requests will do."""
+        if not self._tuner.known_extents:
+            return False
+        try:
+            self.warmup()
+        except GpuEngineError as error:
+            _LOGGER.info("made-up inputs do not warm up the model: %s", error)
+            return False
+        return True
+
     def statistics(self) -> Statistics:
         """Counts and times since the engine was made."""
         found = self._pool.statistics()
@@ -390,27 +402,3 @@ class Engine:
         except BaseException:
             future.cancel()
             raise
-
-
-def _sizes(plan: Plan, device: Device, options: Options) -> Sizes:
-    """Streams, slots and batch for a plan on a device, within its free memory as far as extents are known."""
-    batching = plan.batching
-    refused = batching.refused or ("" if batching.symbol else "no input carries a batch")
-    named = () if refused else zip(plan.input_ports, batching.inputs, strict=True)
-    limits = Limits(
-        auto_streams=device.auto_streams(),
-        numa_nodes=numa_nodes(),
-        streams=device.stream_limit,
-        batch=device.batch_limit,
-        asynchronous=device.asynchronous,
-        splits=options.deterministic and not device.same_bits(plan),
-        refused=refused,
-        refused_inputs=tuple(port.name for port, carries in named if not carries),
-    )
-    sizes = choose(options, limits)
-    if refused or plan.symbols != (batching.symbol,):
-        return sizes
-    weights, row_nbytes = device.memory(plan, (1,))
-    free = device.free_memory() * options.memory_fraction
-    cap = memory_cap(free, weights, row_nbytes, sizes.streams * sizes.slots)
-    return resized(sizes, capped(sizes.batch, cap))
