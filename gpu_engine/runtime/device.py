@@ -9,6 +9,7 @@ run while another thread stages and launches another slot of the same stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,24 @@ from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan
 
 Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class StepSpan:
+    """One time that a step of the plan ran, in seconds of `time.monotonic`."""
+
+    step: int
+    started_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What the steps of a launch took: seconds and runs of each in all, and the spans of those that were kept."""
+
+    spans: tuple[StepSpan, ...]
+    seconds: tuple[float, ...]
+    runs: tuple[int, ...]
 
 
 class Slot(Protocol):
@@ -37,6 +56,10 @@ class Slot(Protocol):
 
     def wait(self) -> Sequence[Array]:
         """Wait for the launch and return one array per output, valid until the next `stage`; raises its error."""
+        ...
+
+    def step_times(self) -> StepTimes | None:
+        """Of the launch that was waited for last, until the next `stage`; None unless the device is `timed`."""
         ...
 
 
@@ -83,6 +106,10 @@ class Device(Protocol):
 
     def auto_streams(self) -> int:
         """How many streams "auto" means."""
+        ...
+
+    def timed(self) -> Device:
+        """The same device, but slots that it opens tell what each step took. For profiles: steps are slower."""
         ...
 
     def lower(self, graph: Graph, batching: Batching) -> Plan: ...

@@ -18,6 +18,7 @@ from gpu_engine.runtime.arrays import Array, Wrap
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.execution import clock, run_alone
 from gpu_engine.runtime.future import Future
+from gpu_engine.runtime.observation import Observer
 from gpu_engine.runtime.pool import Pool
 from gpu_engine.runtime.requests import Join, Request
 from gpu_engine.runtime.rooms import Rooms
@@ -175,6 +176,10 @@ class Engine:
     def statistics(self) -> Statistics:
         """Counts and times since the engine was made."""
         return self._pool.statistics()
+
+    def observe(self, observer: Observer | None) -> None:
+        """From now on tell `observer` of every execution, or with None nobody. Executions get slower by its time."""
+        self._pool.observe(observer)
 
     def explain_batching(self) -> BatchPlan:
         """How many rows share an execution, and why not more."""

@@ -22,6 +22,7 @@ from gpu_engine.errors import EngineClosed, GpuEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
 from gpu_engine.runtime.execution import Lane, Worker, clock, execute
 from gpu_engine.runtime.future import Future
+from gpu_engine.runtime.observation import Observer, watch
 from gpu_engine.runtime.requests import Request
 from gpu_engine.runtime.scheduler import Batch, Batcher
 from gpu_engine.runtime.statistics import QueueCounts, Statistics, summed
@@ -110,6 +111,14 @@ class Pool:
         worker = self._by_thread.get(threading.get_ident())
         while worker is not None and not future.done() and self._serve_one(worker):
             pass
+
+    def observe(self, observer: Observer | None) -> None:
+        """See `Engine.observe`."""
+        for worker in self._workers:
+            stream = worker.lane.stream
+            place = next(i for i, slot in enumerate(stream.slots) if slot is worker.slot)
+            number = self._lanes.index(worker.lane)
+            worker.watch = None if observer is None else watch(observer, number, place, worker.slot)
 
     def statistics(self) -> Statistics:
         with self._mutex:
@@ -338,6 +347,7 @@ class Pool:
                 lane = self._open.pop()
                 for worker in self._workers:
                     if worker.lane is lane:
+                        worker.watch = None
                         del worker.slot
                 lane.stream.close()
 

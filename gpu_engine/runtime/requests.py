@@ -16,7 +16,10 @@ from gpu_engine.runtime.rooms import Rooms
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What one call asks for; the batcher reads `key`, `rows`, `limit`, `arrival` and `deadline`."""
+    """What one call asks for; the batcher reads `key`, `rows`, `limit`, `arrival` and `deadline`.
+
+    `number` is given by who observes executions.
+    """
 
     arrays: Sequence[Array]
     wrap: Wrap
@@ -29,6 +32,7 @@ class Request:
     future: Future[Any]
     join: Join | None = None
     claimed: bool = False
+    number: int | None = None
 
     def cancelled(self) -> bool:
         return self.future.cancelled()

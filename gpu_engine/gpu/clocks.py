@@ -1,0 +1,40 @@
+"""What each step of a launch took on a GPU: a mark behind every step, read once all of them have passed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gpu_engine.gpu.driver import Driver
+from gpu_engine.runtime.device import StepSpan, StepTimes
+
+
+class StepClocks:
+    """The marks of one slot; `times` are those of the launch that was waited for last."""
+
+    def __init__(self, driver: Driver, steps: int) -> None:
+        self._driver, self._steps = driver, steps
+        self._marks: list[Any] = []
+        self._ended: list[int] = []
+        self.times: StepTimes | None = None
+
+    def begin(self) -> None:
+        """The inputs are on their way; the first step follows."""
+        self._marks, self._ended, self.times = [self._driver.mark()], [], None
+
+    def ended(self, step: int) -> None:
+        """A step was started, and the next one follows it."""
+        self._marks.append(self._driver.mark())
+        self._ended.append(step)
+
+    def finish(self) -> None:
+        """Wait for the launch and read the marks; the last one has passed just now."""
+        self._driver.finish()
+        passed = self._driver.seconds(self._marks)
+        began_s = time.monotonic() - passed[-1]
+        seconds, runs, spans = [0.0] * self._steps, [0] * self._steps, []
+        for step, started, ended in zip(self._ended, passed, passed[1:], strict=False):
+            spans.append(StepSpan(step, began_s + started, began_s + ended))
+            seconds[step] += ended - started
+            runs[step] += 1
+        self.times = StepTimes(tuple(spans), tuple(seconds), tuple(runs))
