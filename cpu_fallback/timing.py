@@ -23,7 +23,7 @@ from gpu_engine.errors import DeviceError
 from gpu_engine.ir.dtypes import INT64
 from gpu_engine.plan.plan import Buffer, Plan, Step
 from gpu_engine.plan.words import Address
-from gpu_engine.runtime.device import StepSpan, StepTimes
+from gpu_engine.runtime.device import StepTimes
 
 MOST_SPANS = 4096
 """Steps of a run whose start and end are kept beyond the first of each; totals are kept of all."""
@@ -152,12 +152,8 @@ def read_journal(journal: Array, steps: int) -> StepTimes:
     words = journal.view(np.int64)
     totals = words[TOTALS // 8 : TOTALS // 8 + 2 * steps].reshape(-1, 2)
     spans = words[TOTALS // 8 + 2 * steps :].reshape(-1, 2)[: int(words[COUNT])]
-    started_s, found = int(words[BEGAN // 8]) * 1e-9 + shift_s, []
-    for number, nanoseconds in spans.tolist():
-        ended_s = nanoseconds * 1e-9 + shift_s
-        found.append(StepSpan(number, started_s, ended_s))
-        started_s = ended_s
-    return StepTimes(tuple(found), tuple((totals[:, 0] * 1e-9).tolist()), tuple(totals[:, 1].tolist()))
+    bounds_s = np.concatenate([words[BEGAN // 8 : BEGAN // 8 + 1], spans[:, 1]]) * 1e-9 + shift_s
+    return StepTimes(totals[:, 0] * 1e-9, totals[:, 1].copy(), spans[:, 0].copy(), bounds_s)
 
 
 class TimedStream:

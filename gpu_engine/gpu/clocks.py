@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
+
 from gpu_engine.gpu.driver import Driver
-from gpu_engine.runtime.device import StepSpan, StepTimes
+from gpu_engine.runtime.device import StepTimes
 
 
 class StepClocks:
@@ -31,10 +33,7 @@ class StepClocks:
         """Wait for the launch and read the marks; the last one has passed just now."""
         self._driver.finish()
         passed = self._driver.seconds(self._marks)
-        began_s = time.monotonic() - passed[-1]
-        seconds, runs, spans = [0.0] * self._steps, [0] * self._steps, []
-        for step, started, ended in zip(self._ended, passed, passed[1:], strict=False):
-            spans.append(StepSpan(step, began_s + started, began_s + ended))
-            seconds[step] += ended - started
-            runs[step] += 1
-        self.times = StepTimes(tuple(spans), tuple(seconds), tuple(runs))
+        bounds_s = np.array(passed) + (time.monotonic() - passed[-1])
+        step = np.array(self._ended, np.int64)
+        seconds = np.bincount(step, np.diff(bounds_s), self._steps)
+        self.times = StepTimes(seconds, np.bincount(step, minlength=self._steps), step, bounds_s)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import ExecutionError, GpuEngineError
+from gpu_engine.gpu.clocks import StepClocks
 from gpu_engine.gpu.control import Body, controls, run_bodies
 from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, Pieces, host_array
 from gpu_engine.gpu.launches import ArrayCall, BodyCall, Launch
-from gpu_engine.gpu.clocks import StepClocks
 from gpu_engine.gpu.program import Bound, Program, Segment, bind, located
 from gpu_engine.ir.dtypes import STRING
 from gpu_engine.plan.execution import extents_after, step_failure

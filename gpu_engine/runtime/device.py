@@ -21,22 +21,18 @@ from gpu_engine.plan.plan import Batching, Plan
 Array = NDArray[np.generic]
 
 
-@dataclass(frozen=True, slots=True)
-class StepSpan:
-    """One time that a step of the plan ran, in seconds of `time.monotonic`."""
-
-    step: int
-    started_s: float
-    ended_s: float
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepTimes:
-    """What the steps of a launch took: seconds and runs of each in all, and the spans of those that were kept."""
+    """What the steps of a launch took.
 
-    spans: tuple[StepSpan, ...]
-    seconds: tuple[float, ...]
-    runs: tuple[int, ...]
+    `seconds` and `runs` [steps] are the totals of each. Of the runs that were kept, in order, `step` [runs] says which
+    step it was; each began at `bounds_s[i]` and ended at `bounds_s[i + 1]`, in seconds of `time.monotonic`.
+    """
+
+    seconds: NDArray[np.float64]
+    runs: NDArray[np.int64]
+    step: NDArray[np.int64]
+    bounds_s: NDArray[np.float64]
 
 
 class Slot(Protocol):

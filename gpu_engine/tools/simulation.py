@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from gpu_engine.options import validated
 from gpu_engine.runtime.sizing import SLOTS_PER_STREAM, Limits, Sizes, choose
+from gpu_engine.tools.files import console
 from gpu_engine.tools.virtual_time import Cost, Costs, Load, Outcome, Queue, percentile, simulate
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9, 100.0)
@@ -138,9 +138,9 @@ def run_simulation(
 
 
 def _print(found: dict[str, Any]) -> None:
-    console, busy = Console(), found["busy"]
+    out, busy = console(), found["busy"]
     offered = f", {found['offered_per_s']:,.0f} a second offered" if found["offered_per_s"] else ""
-    console.print(
+    out.print(
         f"{found['streams']} streams x {found['slots']} slots, batch {found['batch']} ({found['batch_reason']})\n"
         f"{found['requests']:,} requests{offered}: {found['completed']:,} completed, {found['rejected']:,} rejected, "
         f"{found['expired']:,} expired, {found['cancelled']:,} cancelled\n"
@@ -155,7 +155,7 @@ def _print(found: dict[str, Any]) -> None:
     reasons = Table("closed because", *found["close_reasons"])
     reasons.add_row("batches", *(f"{count:,}" for count in found["close_reasons"].values()))
     for table in (latencies, reasons, _histogram(found["batches"], found["executions"])):
-        console.print(table)
+        out.print(table)
 
 
 def _histogram(batches: dict[int, int], executions: int) -> Table:
