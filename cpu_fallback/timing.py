@@ -153,7 +153,9 @@ def read_journal(journal: Array, steps: int) -> StepTimes:
     totals = words[TOTALS // 8 : TOTALS // 8 + 2 * steps].reshape(-1, 2)
     spans = words[TOTALS // 8 + 2 * steps :].reshape(-1, 2)[: int(words[COUNT])]
     bounds_s = np.concatenate([words[BEGAN // 8 : BEGAN // 8 + 1], spans[:, 1]]) * 1e-9 + shift_s
-    return StepTimes(totals[:, 0] * 1e-9, totals[:, 1].copy(), spans[:, 0].copy(), bounds_s)
+    return StepTimes(
+        np.multiply(totals[:, 0], 1e-9, dtype=np.float64), totals[:, 1].copy(), spans[:, 0].copy(), bounds_s
+    )
 
 
 class TimedStream:

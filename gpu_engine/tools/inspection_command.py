@@ -119,9 +119,8 @@ def _print_memory(out: Console, facts: Facts, top: int | None) -> None:
     for row in memory["buffers"][:top]:
         life = "" if row["first_step"] is None else f"{row['first_step']} to {row['last_step']}"
         shares = f"{row['shares_with']} others" if row["shares_with"] else ""
-        buffers.add_row(
-            Text(row["type"]), f"{row['nbytes']:,}", row["zone"], f"{row['offset']:,}", life, shares, Text(row["made_by"])
-        )  # fmt: skip
+        numbers = f"{row['nbytes']:,}", row["zone"], f"{row['offset']:,}"
+        buffers.add_row(Text(row["type"]), *numbers, life, shares, Text(row["made_by"]))
     weights = Table("weight", "bytes", "read by")
     for row in memory["weights"][:top]:
         weights.add_row(Text(row["type"]), f"{row['nbytes']:,}", Text("\n".join(row["read_by"])))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpu_engine.errors import InputError
+from gpu_engine.errors import InputError, OutOfMemory
 from gpu_engine.frontend.importer import import_model
 from gpu_engine.frontend.model import Model, ModelNode
 from gpu_engine.frontend.reader import SpecificationFunctions, read
@@ -22,8 +22,8 @@ from gpu_engine.passes.batchability import prove
 from gpu_engine.passes.pipeline import optimize
 from gpu_engine.plan.plan import Batching, Plan, Step
 
-TYPICAL = 64
-"""What extents other than the batch are unless they are given."""
+TYPICAL = (64, 512, 256, 16, 1024, 1)
+"""What extents other than the batch are unless they are given: the first number that the model takes."""
 
 Lower = Callable[[Graph, Batching], Plan]
 Extents = Mapping[str, int]
@@ -109,14 +109,26 @@ def parse_extents(texts: Sequence[str]) -> dict[str, int]:
 
 
 def extents_of(plan: Plan, given: Extents) -> dict[str, int]:
-    """A value for every symbol of the inputs: the given one, else 1 for the batch and TYPICAL for others. InputError
-    for a name that no extent of the plan has."""
+    """A value for every symbol of the inputs: the given one, else 1 for the batch and one of TYPICAL for all others.
+    InputError for a name that no extent of the plan has."""
     known = {name for buffer in plan.buffers for dim in buffer.shape for name in symbols(dim)} | {*plan.symbols}
     for name in given:
         if name not in known:
             raise InputError(f"the model has no extent {name!r}; it has {', '.join(sorted(known)) or 'none'}")
-    default = {name: 1 if name == plan.batching.symbol else TYPICAL for name in plan.symbols}
-    return default | dict(given)
+    choices = [
+        {name: 1 if name == plan.batching.symbol else extent for name in plan.symbols} | dict(given)
+        for extent in TYPICAL
+    ]
+    return next((choice for choice in choices if _takes(plan, choice)), choices[0])
+
+
+def _takes(plan: Plan, extents: Extents) -> bool:
+    """Whether binding the plan to these extents contradicts nothing that is known before it runs."""
+    try:
+        plan.program.segments[0].numbers.evaluate([extents[name] for name in plan.symbols])
+    except (InputError, OutOfMemory):
+        return False
+    return True
 
 
 def known(dim: Dim, extents: Extents) -> int | None:
