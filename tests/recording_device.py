@@ -66,6 +66,9 @@ class RecordingDevice:
     def auto_streams(self) -> int:
         return 2
 
+    def timed(self) -> RecordingDevice:
+        return self
+
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         raise NotImplementedError("tests write plans by hand")
 
@@ -172,6 +175,9 @@ class RecordingSlot:
         if self.error is not None:
             raise self.error
         return self.outputs
+
+    def step_times(self) -> None:
+        """Made-up models have no steps."""
 
 
 def plan_of(

@@ -18,7 +18,7 @@ from gpu_engine.tools.files import console
 from gpu_engine.tools.virtual_time import Cost, Costs, Load, Outcome, Queue, percentile, simulate
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9, 100.0)
-UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 _TERM = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(s|ms|us|ns)")
 
 
@@ -45,7 +45,7 @@ def parse_cost(text: str) -> Cost:
     terms = [_TERM.fullmatch(term.strip()) for term in text.split("+")]
     if len(terms) > 2 or None in terms:
         raise ValueError(f"a cost is written like 2ms+50us (of a batch, and of each row), given {text!r}")
-    seconds = [float(term[1]) * UNITS[term[2]] for term in terms if term is not None]
+    seconds = [float(term[1]) / PER_SECOND[term[2]] for term in terms if term is not None]
     return Cost(*seconds)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from gpu_engine.errors import InputError, OutOfMemory
 from gpu_engine.frontend.importer import import_model
 from gpu_engine.frontend.model import Model, ModelNode
-from gpu_engine.frontend.reader import SpecificationFunctions, read
+from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
 from gpu_engine.gpu.bundle import is_bundle, read_bundle
 from gpu_engine.ir.dims import Dim, substitute, symbols
 from gpu_engine.ir.dtypes import BOOL, STRING, is_integer
@@ -39,9 +38,9 @@ class Stages:
     plan: Plan
 
 
-def read_named(path: Path) -> Model:
+def read_named(source: ModelSource) -> Model:
     """The model of a file or bundle; nodes without a name have that of their first output."""
-    model = read(read_bundle(path).model() if is_bundle(path) else path)
+    model = read(read_bundle(source).model() if is_bundle(source) else source)
     nodes = tuple(
         node if node.name or not node.outputs else replace(node, name=node.outputs[0]) for node in model.graph.nodes
     )

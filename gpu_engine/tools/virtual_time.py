@@ -58,7 +58,7 @@ class Queue:
 class Load:
     """Requests by number: when each arrives (not before the one ahead of it), its rows and its key.
 
-    With `clients` the arrivals do not count: so many callers have one request each in the queue or in flight.
+    With `clients` the times do not count: so many callers have one request each, and send the next at its end.
     `timeout_s` is how long a request waits at most, `leaves_s` (by number) after how long its caller cancels it.
     """
 
