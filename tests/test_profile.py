@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from typer.testing import CliRunner
 
@@ -76,6 +78,13 @@ def test_the_profile_prints_a_table(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "Conv '/layer" in result.stdout and "executions of 2.0 rows" in result.stdout
     assert CliRunner().invoke(app, [*arguments, "--extent", "height=3"]).exception is not None
+
+
+def test_inputs_that_were_made_up_say_so(tmp_path: Path) -> None:
+    text = "g (int64[N, M] x) => (float[N, M, 1] y) <float[1, 1] w = {1}> { y = Gather (w, x) }"
+    onnx.save(model_of(text), tmp_path / "model.onnx")
+    result = CliRunner().invoke(app, ["profile", str(tmp_path / "model.onnx"), "--device", "cpu", "--extent", "M=3"])
+    assert re.search(r"outside \[-1, 0\].*made up \(N=1, M=3\).*--input", str(result.exception))
 
 
 def check_trace(events: Sequence[Event]) -> None:

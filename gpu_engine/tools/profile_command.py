@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpu_engine.compiler import open_device
+from gpu_engine.errors import ExecutionError, InputError
 from gpu_engine.options import parse_device, validated
 from gpu_engine.runtime.statistics import Statistics
 from gpu_engine.tools.files import console, named_inputs
@@ -40,12 +41,20 @@ def run_profile(
     opened, reason = open_device(parse_device(device))
     stages = stages_of(read_named(model), opened.lower)
     options = validated(streams=int(streams) if streams.isdecimal() else streams, batch=batch, threads=threads)
+    extents = extents_of(stages.plan, parse_extents(extent or ()))
     arrays = (
         named_inputs(inputs, [port.name for port in stages.plan.input_ports])
         if inputs
-        else example_inputs(stages.plan, extents_of(stages.plan, parse_extents(extent or ())))
+        else example_inputs(stages.plan, extents)
     )
-    found = profile(stages, opened, options, reason, arrays, in_flight, seconds)
+    try:
+        found = profile(stages, opened, options, reason, arrays, in_flight, seconds)
+    except (InputError, ExecutionError) as error:
+        if inputs:
+            raise
+        made = ", ".join(f"{name}={value}" for name, value in extents.items())
+        hint = f"the inputs were made up ({made or 'of known extents'}); --extent and --input give others"
+        raise InputError(f"{error}; {hint}") from error
     rows = step_rows(found)
     facts = profile_facts(model, f"{opened.name} ({reason})", found, rows)
     if trace is not None:

@@ -108,16 +108,14 @@ def parse_extents(texts: Sequence[str]) -> dict[str, int]:
 
 
 def extents_of(plan: Plan, given: Extents) -> dict[str, int]:
-    """A value for every symbol of the inputs: the given one, else 1 for the batch and one of TYPICAL for all others.
-    InputError for a name that no extent of the plan has."""
+    """A value for every symbol of the inputs: the given one, else 1 for axis 0 of an input of several axes, which is
+    the batch as a rule, and one of TYPICAL for all others. InputError for a name that no extent of the plan has."""
     known = {name for buffer in plan.buffers for dim in buffer.shape for name in symbols(dim)} | {*plan.symbols}
     for name in given:
         if name not in known:
             raise InputError(f"the model has no extent {name!r}; it has {', '.join(sorted(known)) or 'none'}")
-    choices = [
-        {name: 1 if name == plan.batching.symbol else extent for name in plan.symbols} | dict(given)
-        for extent in TYPICAL
-    ]
+    single = {plan.batching.symbol}.union(*(symbols(port.shape[0]) for port in plan.input_ports if len(port.shape) > 1))
+    choices = [{name: 1 if name in single else extent for name in plan.symbols} | dict(given) for extent in TYPICAL]
     return next((choice for choice in choices if _takes(plan, choice)), choices[0])
 
 
