@@ -162,7 +162,7 @@ class TimedStream:
     """A stream of a timed plan. See `runtime.device.Stream`."""
 
     def __init__(self, stream: CpuStream, steps: int) -> None:
-        self._stream = stream
+        self._stream, self.threads = stream, stream.threads
         self.slots = [TimedSlot(slot, steps) for slot in stream.slots]
 
     def enter(self) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from cpu_fallback.device import CpuDevice
 from cpu_fallback.team import can_have_teams
+from gpu_engine.errors import EngineClosed
 from gpu_engine.gpu.interpret import InterpretDevice
 from gpu_engine.ir.dims import Dim, substitute, symbol
 from gpu_engine.ir.ops import Attention, Conv, ConvTranspose, Map, MatMul
@@ -265,6 +266,10 @@ def test_observers_hear_of_parts_of_all_kinds(make_engine: MakeEngine, recorder:
     assert Counter(found[-1][1] for found in spans) == {1: 3, 2: 1, 6: 1}
     assert all(a[1] == b[0] for found in spans for a, b in pairwise(found))
     assert {execution.slot for execution in seen} <= {0, 1}
+    engine.close()
+    engine.observe(None)
+    with pytest.raises(EngineClosed):
+        engine.observe(seen.append)
 
 
 def test_only_successes_are_observed(make_engine: MakeEngine) -> None:

@@ -178,7 +178,11 @@ class Engine:
         return self._pool.statistics()
 
     def observe(self, observer: Observer | None) -> None:
-        """From now on tell `observer` of every execution, or with None nobody. Executions get slower by its time."""
+        """From now on tell `observer` of every execution, or with None nobody; EngineClosed after close().
+
+        The thread that ran the execution calls it before the results go out: executions get slower by its time, and
+        fail if it raises.
+        """
         self._pool.observe(observer)
 
     def explain_batching(self) -> BatchPlan:

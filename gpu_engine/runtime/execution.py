@@ -78,8 +78,8 @@ def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float,
         counters.failed += 1
         raise _typed(error) from error.__cause__
     copied = clock()
-    if worker.watch is not None:
-        worker.watch(None, fit.rows, fit.extents, Moments(started, staged, computed, copied))
+    if (watch := worker.watch) is not None:
+        watch(None, fit.rows, fit.extents, Moments(started, staged, computed, copied))
     counters.copy_out_s += copied - computed
     counters.sizes[fit.rows] += 1
     counters.alone[reason] += 1
@@ -120,8 +120,8 @@ def _run(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[bool])
         for part, piece in zip(parts, pieces, strict=True)
     ]
     copied = clock()
-    if worker.watch is not None:
-        worker.watch(parts, first.fit.rows if whole else rows, extents, Moments(started, staged, computed, copied))
+    if (watch := worker.watch) is not None:
+        watch(parts, first.fit.rows if whole else rows, extents, Moments(started, staged, computed, copied))
     counters.copy_out_s += copied - computed
     counters.sizes[first.fit.rows if whole else rows] += 1
     counters.queue_s += sum([started - request.arrival for request, start, _ in parts if not start])

@@ -43,6 +43,7 @@ class Pool:
         self.batcher, self._batch, self._batched_outputs = batcher, batch, tuple(batched_outputs)
         self._lanes = [Lane(stream) for stream in streams]
         slots = max(len(stream.slots) for stream in streams)
+        # Slot by slot: `observe` relies on it.
         self._workers = [Worker(lane, lane.stream.slots[i]) for i in range(slots) for lane in self._lanes]
         self._idle = self._workers[::-1]
         self._single = slots == 1
@@ -114,11 +115,12 @@ class Pool:
 
     def observe(self, observer: Observer | None) -> None:
         """See `Engine.observe`."""
-        for worker in self._workers:
-            stream = worker.lane.stream
-            place = next(i for i, slot in enumerate(stream.slots) if slot is worker.slot)
-            number = self._lanes.index(worker.lane)
-            worker.watch = None if observer is None else watch(observer, number, place, worker.slot)
+        with self._mutex:
+            if observer is not None and self._refusal is not None:
+                raise EngineClosed(self._refusal)
+            for number, worker in enumerate(self._workers):
+                place, stream = divmod(number, len(self._lanes))
+                worker.watch = None if observer is None else watch(observer, stream, place, worker.slot)
 
     def statistics(self) -> Statistics:
         with self._mutex:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,20 @@ from rich.text import Text
 from gpu_engine.compiler import open_device
 from gpu_engine.errors import ExecutionError, InputError
 from gpu_engine.options import parse_device, validated
+from gpu_engine.plan.plan import Plan
 from gpu_engine.runtime.statistics import Statistics
-from gpu_engine.tools.files import console, named_inputs
+from gpu_engine.tools.files import Array, console, named_inputs
 from gpu_engine.tools.profiling import Profile, StepRow, profile, step_rows, unaccounted_s
-from gpu_engine.tools.stages import example_inputs, extents_of, kernel_name, parse_extents, read_named, short, stages_of
+from gpu_engine.tools.stages import (
+    Extents,
+    example_inputs,
+    extents_of,
+    kernel_name,
+    parse_extents,
+    read_named,
+    short,
+    stages_of,
+)
 from gpu_engine.tools.trace import trace_events, write_trace
 
 
@@ -41,20 +52,11 @@ def run_profile(
     opened, reason = open_device(parse_device(device))
     stages = stages_of(read_named(model), opened.lower)
     options = validated(streams=int(streams) if streams.isdecimal() else streams, batch=batch, threads=threads)
-    extents = extents_of(stages.plan, parse_extents(extent or ()))
-    arrays = (
-        named_inputs(inputs, [port.name for port in stages.plan.input_ports])
-        if inputs
-        else example_inputs(stages.plan, extents)
-    )
+    arrays, made = _inputs(stages.plan, inputs or (), parse_extents(extent or ()))
     try:
         found = profile(stages, opened, options, reason, arrays, in_flight, seconds)
     except (InputError, ExecutionError) as error:
-        if inputs:
-            raise
-        made = ", ".join(f"{name}={value}" for name, value in extents.items())
-        hint = f"the inputs were made up ({made or 'of known extents'}); --extent and --input give others"
-        raise InputError(f"{error}; {hint}") from error
+        raise (InputError(f"{error}; {made}") if made else error) from error
     rows = step_rows(found)
     facts = profile_facts(model, f"{opened.name} ({reason})", found, rows)
     if trace is not None:
@@ -67,6 +69,15 @@ def run_profile(
     _print(facts, rows, top)
     if trace is not None:
         print(f"{trace}: the last {len(found.record.executions):,} executions; open it at https://ui.perfetto.dev")
+
+
+def _inputs(plan: Plan, files: Sequence[str], given: Extents) -> tuple[dict[str, Array], str]:
+    """Inputs from files, or made up for the plan; then also what to say if it does not take them."""
+    if files:
+        return named_inputs(files, [port.name for port in plan.input_ports]), ""
+    extents = extents_of(plan, given)
+    text = ", ".join(f"{name}={value}" for name, value in extents.items()) or "of known extents"
+    return example_inputs(plan, extents), f"the inputs were made up ({text}); --extent and --input give others"
 
 
 def profile_facts(model: Path, device: str, found: Profile, rows: list[StepRow]) -> dict[str, Any]:

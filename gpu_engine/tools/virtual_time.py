@@ -77,7 +77,8 @@ class Clock:
 
 @dataclass(slots=True, eq=False)
 class VirtualRequest:
-    """See `scheduler.Waiting`. `taken` rows were put into batches, `left` did not come back yet."""
+    """See `scheduler.Waiting`, whose batcher may keep its `level`, `gone` and `place` here. `taken` rows were put into
+    batches, `left` did not come back yet."""
 
     number: int
     key: int
@@ -90,6 +91,9 @@ class VirtualRequest:
     left: int
     taken: int = 0
     claimed: bool = False
+    level: int = 0
+    gone: int = 0
+    place: int = 0
 
     def cancelled(self) -> bool:
         return not self.claimed and self.clock.now >= self.leaves
