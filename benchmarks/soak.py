@@ -44,11 +44,13 @@ class Client:
     """One thread's share: what ended how, and what was wrong."""
 
     number: int
+    progress: Progress
     outcomes: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     latencies: dict[str, Latencies] = field(default_factory=dict)
 
     def note(self, subject: Subject, kind: str, outcome: str, seconds: float | None = None) -> None:
+        self.progress.beat(self.number)
         self.outcomes[subject.name, kind, outcome] += 1
         if seconds is not None:
             self.latencies.setdefault(subject.name, Latencies()).add(seconds)
@@ -60,11 +62,10 @@ class Client:
         self.note(subject, kind, "wrong" if wrong else "right", seconds)
 
 
-def serve(client: Client, subjects: Sequence[Subject], seed: int, stop: threading.Event, progress: Progress) -> None:
+def serve(client: Client, subjects: Sequence[Subject], seed: int, stop: threading.Event) -> None:
     """Send requests until told to stop; whatever is raised that may not be is a violation."""
     choose = random.Random(1000 * seed + client.number)
     while not stop.is_set():
-        progress.beat(client.number)
         subject, kind = choose.choice(subjects), choose.choices(KINDS, WEIGHTS)[0]
         try:
             ACTIONS[kind](client, subject, choose)
@@ -94,7 +95,10 @@ def submit(client: Client, subject: Subject, choose: random.Random) -> None:
 def burst(client: Client, subject: Subject, choose: random.Random) -> None:
     """Several at once, of all shapes; answers belong to their own requests."""
     cases = [choose.choice(subject.small) for _ in range(8)]
-    futures = [subject.engine.submit(case.inputs, block=True) for case in cases]
+    futures = []
+    for case in cases:
+        futures.append(subject.engine.submit(case.inputs, block=True))
+        client.progress.beat(client.number)
     for case, future in zip(cases, futures, strict=True):
         client.check(subject, "burst", case, future.result(4 * STALL_S))
 
@@ -198,9 +202,11 @@ class Report:
 def soak(seconds: float, count: int, seed: int, subjects: Sequence[Subject], stall_s: float = STALL_S) -> Report:
     """So many clients for so many seconds on engines that stay open; a hang ends the process."""
     warm_up_s = min(WARM_UP_S, seconds / 3)
-    clients, stop, progress = [Client(number) for number in range(count)], threading.Event(), Progress(count)
+    period_s, stop = min(0.25, seconds / 50), threading.Event()
+    progress = Progress(count, period_s)
+    clients = [Client(number, progress) for number in range(count)]
     threads = [
-        threading.Thread(target=serve, args=(client, subjects, seed, stop, progress), name=f"client {client.number}")
+        threading.Thread(target=serve, args=(client, subjects, seed, stop), name=f"client {client.number}")
         for client in clients
     ]
     process, samples, began = psutil.Process(), [], time.monotonic()
@@ -208,26 +214,32 @@ def soak(seconds: float, count: int, seed: int, subjects: Sequence[Subject], sta
         thread.start()
     while (passed := time.monotonic() - began) < seconds and all(thread.is_alive() for thread in threads):
         samples.append(Resources.now(process, passed))
-        _end_if_stalled(progress, threads, stall_s)
-        time.sleep(min(0.25, seconds / 50))
+        _end_if_stalled(progress, threads, subjects, stall_s)
+        time.sleep(period_s)
     stop.set()
-    ends = time.monotonic() + stall_s + 4 * STALL_S
     for thread in threads:
         while thread.is_alive():
-            thread.join(0.5)
-            if time.monotonic() > ends:
-                _end_if_stalled(progress, threads, 0.0)
+            thread.join(period_s)
+            _end_if_stalled(progress, threads, subjects, stall_s)
     violations = [text for client in clients for text in client.violations]
     violations += growth(samples, warm_up_s) + _miscounted(clients, subjects)
     return Report(time.monotonic() - began, clients, samples, warm_up_s, violations)
 
 
-def _end_if_stalled(progress: Progress, threads: Sequence[threading.Thread], stall_s: float) -> None:
+def _end_if_stalled(
+    progress: Progress, threads: Sequence[threading.Thread], subjects: Sequence[Subject], stall_s: float
+) -> None:
     """Print every stack and leave: threads that hang cannot be ended otherwise."""
+    progress.tick()
     late = [number for number in progress.stalled(stall_s) if threads[number].is_alive()]
     if late:
         print(f"HANG: clients {late} made no progress for {stall_s:g} s", flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback_later(10, exit=True, file=sys.__stderr__)
+        for subject in subjects:
+            counts = subject.engine.statistics()
+            print(f"  {subject.name}: {counts.waiting} waiting, {counts.execution_count:,} executions", flush=True)
+        faulthandler.cancel_dump_traceback_later()
         os._exit(1)
 
 

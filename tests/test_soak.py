@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -39,7 +40,7 @@ def test_seconds_of_soak_find_nothing(subjects: Sequence[Subject], capsys: pytes
 def test_a_wrong_answer_is_found(subjects: Sequence[Subject]) -> None:
     subject = subjects[0]
     small = tuple(dataclasses.replace(case, outputs=(case.outputs[0] + np.float32(0.01),)) for case in subject.small)
-    client = Client(0)
+    client = Client(0, Progress(1, 0.1))
     soaking.run(client, dataclasses.replace(subject, small=small), random.Random(0))
     (text,) = client.violations
     assert text.startswith("mlp, run: y: off by 0.01") and client.outcomes["mlp", "run", "wrong"] == 1
@@ -49,9 +50,9 @@ def test_a_wrong_answer_is_found(subjects: Sequence[Subject]) -> None:
 
 def test_another_ones_error_is_found(subjects: Sequence[Subject]) -> None:
     poison = tuple(dataclasses.replace(case, inputs=case.poisoned()) for case in subjects[1].small)
-    stop, client = threading.Event(), Client(0)
+    stop, client = threading.Event(), Client(0, Progress(1, 0.1))
     hurt = dataclasses.replace(subjects[1], small=poison, large=poison)
-    thread = threading.Thread(target=soaking.serve, args=(client, [hurt], 0, stop, Progress(1)))
+    thread = threading.Thread(target=soaking.serve, args=(client, [hurt], 0, stop))
     thread.start()
     thread.join(60)
     assert not thread.is_alive() and len(client.violations) >= soaking.MOST_VIOLATIONS
@@ -59,13 +60,15 @@ def test_another_ones_error_is_found(subjects: Sequence[Subject]) -> None:
 
 
 def test_miscounts_are_found(subjects: Sequence[Subject]) -> None:
-    client = Client(0)
+    client = Client(0, Progress(1, 0.1))
     client.note(subjects[0], "hurried", "expired")
     (text,) = soaking._miscounted([client], subjects)
     assert text == "mlp: 0 expired, its clients saw 1"
 
 
-def test_a_hang_ends_the_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_hang_ends_the_process(
+    subjects: Sequence[Subject], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     class Ended(Exception):
         pass
 
@@ -77,17 +80,21 @@ def test_a_hang_ends_the_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.
     threads = [threading.Thread(target=held.wait, args=(60,)) for _ in range(2)]
     for thread in threads:
         thread.start()
-    progress = Progress(2)
-    soaking._end_if_stalled(progress, threads, 50.0)
+    progress = Progress(2, 0.05)
+    time.sleep(0.4)
+    soaking._end_if_stalled(progress, threads, subjects, 0.2)
+    time.sleep(0.06)
+    progress.tick()
     progress.beat(1)
     with pytest.raises(Ended, match="1"):
-        soaking._end_if_stalled(progress, threads, -1.0)
+        soaking._end_if_stalled(progress, threads, subjects, 0.05)
     held.set()
     for thread in threads:
         thread.join()
-    soaking._end_if_stalled(progress, threads, -1.0)
+    soaking._end_if_stalled(progress, threads, subjects, 0.05)
     shown = capfd.readouterr()
-    assert "HANG: clients [0, 1]" in shown.out and "test_soak.py" in shown.err
+    assert "HANG: clients [0] made" in shown.out and "mlp: 0 waiting" in shown.out
+    assert "soak.py" in shown.err
 
 
 def test_growth_is_measured_after_the_warm_up() -> None:
