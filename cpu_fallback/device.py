@@ -19,6 +19,8 @@ from cpu_fallback.native import LIBRARY, host
 from cpu_fallback.object_cache import object_cache
 from cpu_fallback.program import Program, with_program, zone_sizes
 from cpu_fallback.stream import CpuStream
+from cpu_fallback.timing import TimedStream
+from cpu_fallback.timing import timed as timed_plan
 from cpu_fallback.turned_attention import turn_attention
 from cpu_fallback.wide_floats import widen_floats
 from gpu_engine.errors import DeviceError
@@ -40,10 +42,10 @@ class CpuDevice:
     batch_limit = 8
     bucketed = False
 
-    def __init__(self, ordinal: int | None = None, deterministic: bool = False) -> None:
+    def __init__(self, ordinal: int | None = None, deterministic: bool = False, *, timed: bool = False) -> None:
         if ordinal not in (None, 0):
             raise DeviceError(f"there is one CPU device, cpu:0; cpu:{ordinal} does not exist")
-        self._cores, self._even = cores.usable_cores(), deterministic
+        self._cores, self._even, self._timed = cores.usable_cores(), deterministic, timed
         self._from_cache = False
 
     @property
@@ -85,14 +87,19 @@ class CpuDevice:
         self._from_cache = LIBRARY.compiled == before
         return plan
 
-    def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream]:
+    def timed(self) -> CpuDevice:
+        """See `runtime.device.Device`."""
+        return CpuDevice(deterministic=self._even, timed=True)
+
+    def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream | TimedStream]:
         """Streams on disjoint cores; `threads` of each stream where given, else one for each of its cores."""
         shares = cores.partition(self._cores.numbers, streams)
         most = max(map(len, shares))
         if threads is not None and threads > most:
             warnings.warn(f"threads exceeds the cores of a stream - capping to {most}", RuntimeWarning, stacklevel=2)
         arrays = any(not segment.only_native for segment in plan.program.segments)
-        return [
+        steps, plan = len(plan.steps), timed_plan(plan) if self._timed else plan
+        opened = [
             CpuStream(
                 plan,
                 slots,
@@ -102,6 +109,7 @@ class CpuDevice:
             )
             for share in shares
         ]
+        return [TimedStream(stream, steps) for stream in opened] if self._timed else opened
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
         """(weights, activations of one slot) in bytes; the arenas count, although slots of one stream share them.

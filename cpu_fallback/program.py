@@ -77,7 +77,11 @@ class Program:
 
 def with_program(plan: Plan) -> Plan:
     """A plan whose steps are `Native` and `ArrayCall`, prepared; compiles the kernels that are new."""
-    plan = sunk(plan)
+    return prepared(sunk(plan))
+
+
+def prepared(plan: Plan) -> Plan:
+    """A plan whose steps stay where they are, prepared."""
     return replace(plan, program=_build_program(plan))
 
 

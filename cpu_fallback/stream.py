@@ -23,6 +23,7 @@ from gpu_engine.errors import GpuEngineError, OutOfMemory
 from gpu_engine.plan.execution import extents_after, step_failure
 from gpu_engine.plan.memory import ALIGNMENT
 from gpu_engine.plan.plan import Plan
+from gpu_engine.runtime.device import StepTimes
 
 CACHED_BINDINGS = 32
 CHECKED_NBYTES = 1 << 20
@@ -110,6 +111,10 @@ class CpuSlot:
             finally:
                 del error  # its traceback holds this frame
         return self._outputs
+
+    def step_times(self) -> StepTimes | None:
+        """See `runtime.device.Slot`: this plan has no clocks."""
+        return None
 
     def _run(self, bound: Bound) -> None:
         """Segment after segment: what one gives binds the next."""

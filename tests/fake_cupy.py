@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import time
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -70,6 +71,21 @@ class Entered:
 
     def synchronize(self) -> None:
         """Everything has happened by then."""
+
+
+class Event:
+    """A moment on a stream, where everything happens at once."""
+
+    def __init__(self) -> None:
+        self.at_s = float("nan")
+
+    def record(self, stream: Entered) -> None:
+        assert isinstance(stream, Entered)
+        self.at_s = time.perf_counter()
+
+
+def elapsed_ms(start: Event, end: Event) -> float:
+    return (end.at_s - start.at_s) * 1e3
 
 
 class Module:
@@ -145,7 +161,7 @@ def fake_cupy(log: list[tuple[Any, ...]], devices: int = 1) -> dict[str, ModuleT
     )
     cuda = _module(
         "cupy.cuda", alloc=alloc, Device=Entered, Stream=Entered, memory=memory, function=function, driver=driver,
-        runtime=runtime,
+        runtime=runtime, Event=Event, get_elapsed_time=elapsed_ms,
     )  # fmt: skip
     cupy = _module("cupy", cuda=cuda, ndarray=Array, asnumpy=lambda source, stream: np.array(source))
     for name in dir(np):

@@ -81,6 +81,9 @@ class RecordingDevice:
             "USES_THREADS": True,
         }
 
+    def timed(self) -> RecordingDevice:
+        return self
+
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         raise NotImplementedError("tests write plans by hand")
 
@@ -190,6 +193,9 @@ class RecordingSlot:
         if self.error is not None:
             raise self.error
         return self.outputs
+
+    def step_times(self) -> None:
+        """Made-up models have no steps."""
 
 
 def plan_of(

@@ -96,7 +96,7 @@ def test_errors_are_messages_with_exit_code_1(tmp_path: Path) -> None:
     for arguments, word in (
         (("inspect", tmp_path / "absent.onnx"), "absent.onnx"),
         (("inspect", tmp_path / "random.onnx"), "InvalidModel"),
-        (("inspect", unknown_operator(tmp_path / "unknown.onnx")), "Nonsense"),
+        (("run", unknown_operator(tmp_path / "unknown.onnx"), "-i", tmp_path / "wrong.npy"), "Nonsense"),
         (("run", FOLDER / "digits.onnx", "-i", tmp_path / "wrong.npy"), "InputError"),
         (("inspect", FOLDER / "digits.onnx", "--device", "toaster"), "toaster"),
     ):

@@ -16,7 +16,11 @@ pytest.importorskip("triton")
 import gpu_engine
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.shim_runner import has_compiler
+from gpu_engine.options import validated
+from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import KERNEL_COMPILER, load
+from gpu_engine.runtime.observation import Execution
+from gpu_engine.tools.stages import read_named, stages_of
 from tests import fake_cupy
 
 Log = list[tuple[Any, ...]]
@@ -116,6 +120,20 @@ def test_a_known_shape_allocates_nothing(log: Log) -> None:
         before = [entry[0] for entry in log].count("alloc")
         engine.run([x])
         assert [entry[0] for entry in log].count("alloc") == before
+
+
+def test_a_timed_gpu_tells_what_each_step_took(log: Log) -> None:
+    device = load("gpu_engine.gpu.cuda:CudaDevice")(0, "fp32", fake_cupy.binary_source)
+    stages = stages_of(read_named(network()), device.lower)
+    seen: list[Execution] = []
+    with Engine(stages.plan, device.timed(), validated()) as engine:
+        engine.observe(seen.append)
+        engine.run([np.zeros((5, 6), np.float32)])
+    times, moments = seen[0].steps, seen[0].moments
+    assert times is not None and times.runs.tolist() == [1] * len(stages.plan.steps)
+    np.testing.assert_allclose(np.diff(times.bounds_s).sum(), times.seconds.sum())
+    assert times.seconds.min() > 0 and times.bounds_s[-1] <= moments.computed_s
+    assert moments.staged_s < times.bounds_s[0]
 
 
 def test_no_driver_is_said_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

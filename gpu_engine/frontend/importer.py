@@ -205,8 +205,8 @@ def _declared_extent(extent: DimText, fallback: str) -> Dim:
     return parsed
 
 
-def refuse_unsupported(model: Model, bodies: FunctionBodies) -> None:
-    """UnsupportedModel naming every operator of the model that nothing here can run."""
+def missing_operators(model: Model, bodies: FunctionBodies) -> Counter[tuple[str, str, int]]:
+    """How many nodes call for each (domain, operator, opset, 0 if not imported) that nothing here can run."""
     missing: Counter[tuple[str, str, int]] = Counter()
 
     def visit(nodes: Sequence[ModelNode], opsets: Mapping[str, int]) -> None:
@@ -225,7 +225,12 @@ def refuse_unsupported(model: Model, bodies: FunctionBodies) -> None:
     visit(model.graph.nodes, model.opsets)
     for function in model.functions.values():
         visit(function.nodes, function.opsets or model.opsets)
-    if missing:
+    return missing
+
+
+def refuse_unsupported(model: Model, bodies: FunctionBodies) -> None:
+    """UnsupportedModel naming every operator of the model that nothing here can run."""
+    if missing := missing_operators(model, bodies):
         listed = ", ".join(
             f"{domain or 'ai.onnx'}::{name} (opset {version or 'not imported'}) x {count}"
             for (domain, name, version), count in sorted(missing.items())

@@ -123,6 +123,14 @@ class CudaDriver:
     def discard(self, piece: Piece) -> None:
         """Nobody looks."""
 
+    def mark(self) -> Any:
+        event = cupy.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def seconds(self, marks: Sequence[Any]) -> list[float]:
+        return [cupy.cuda.get_elapsed_time(marks[0], mark) / 1e3 for mark in marks]
+
     def finish(self) -> None:
         self._stream.synchronize()
 
@@ -141,8 +149,9 @@ class CudaDevice:
         precision: str = "fp32",
         source: BinarySource | None = None,
         built: bool = False,
+        timed: bool = False,
     ) -> None:
-        self._ordinal = ordinal or 0
+        self._ordinal, self._timed = ordinal or 0, timed
         self._count = _device_count()
         if self._ordinal >= self._count:
             raise DeviceError(f"cuda:{self._ordinal} does not exist: {self._count} GPU(s) are there")
@@ -171,6 +180,10 @@ class CudaDevice:
     def auto_streams(self) -> int:
         return 2
 
+    def timed(self) -> CudaDevice:
+        """See `runtime.device.Device`."""
+        return CudaDevice(self._ordinal, self._options.precision, self._source, self._built, timed=True)
+
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         return gpu_plan(graph, batching, self._options, self.free_memory() // GROWTH)
 
@@ -179,7 +192,7 @@ class CudaDevice:
         with drivers[0].active():
             weights = Weights(plan, drivers[0])
         drivers[0].finish()
-        return [GpuStream(plan, slots, one, weights) for one in drivers]
+        return [GpuStream(plan, slots, one, weights, self._timed) for one in drivers]
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
         """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""

@@ -76,6 +76,14 @@ class Driver(Protocol):
         """What lies here is not needed any more."""
         ...
 
+    def mark(self) -> Any:
+        """A point behind everything that was started."""
+        ...
+
+    def seconds(self, marks: Sequence[Any]) -> list[float]:
+        """From the first mark to each, once everything before them has finished."""
+        ...
+
     def finish(self) -> None:
         """Wait for everything that was started; its error, if it had one."""
         ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -98,6 +99,12 @@ class Interpreter:
         address, nbytes = piece
         ctypes.memset(address, POISON, nbytes)
 
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, marks: Sequence[float]) -> list[float]:
+        return [mark - marks[0] for mark in marks]
+
     def finish(self) -> None:
         """Everything has happened by then."""
 
@@ -110,10 +117,12 @@ class InterpretDevice:
     bucketed = False
     stream_limit = None
 
-    def __init__(self, ordinal: int | None = None, seed: int = 0, options: GpuOptions = DEFAULTS) -> None:
+    def __init__(
+        self, ordinal: int | None = None, seed: int = 0, options: GpuOptions = DEFAULTS, timed: bool = False
+    ) -> None:
         if ordinal not in (None, 0):
             raise DeviceError(f"there is one interpreter; interpret:{ordinal} does not exist")
-        self._driver, self._options = Interpreter(seed), options
+        self._driver, self._options, self._timed = Interpreter(seed), options, timed
 
     @property
     def name(self) -> str:
@@ -134,12 +143,16 @@ class InterpretDevice:
     def auto_streams(self) -> int:
         return 1
 
+    def timed(self) -> InterpretDevice:
+        """See `runtime.device.Device`."""
+        return InterpretDevice(options=self._options, timed=True)
+
     def lower(self, graph: Graph, batching: Batching) -> Plan:
         return gpu_plan(graph, batching, self._options, self.free_memory() // GROWTH)
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
         weights = Weights(plan, self._driver)
-        return [GpuStream(plan, slots, self._driver, weights) for _ in range(streams)]
+        return [GpuStream(plan, slots, self._driver, weights, self._timed) for _ in range(streams)]
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
         """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.errors import ExecutionError, GpuEngineError
+from gpu_engine.gpu.clocks import StepClocks
 from gpu_engine.gpu.control import Body, controls, run_bodies
 from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, Pieces, host_array
 from gpu_engine.gpu.launches import ArrayCall, BodyCall, Launch
@@ -19,6 +20,7 @@ from gpu_engine.ir.dtypes import STRING
 from gpu_engine.plan.execution import extents_after, step_failure
 from gpu_engine.plan.plan import Plan, Step, constant_of, root
 from gpu_engine.plan.zones import Ints
+from gpu_engine.runtime.device import StepTimes
 
 CACHED_BINDINGS = 32
 
@@ -70,8 +72,9 @@ class Area:
 class GpuSlot:
     """Room for one batch in flight. See `runtime.device.Slot`."""
 
-    def __init__(self, plan: Plan, driver: Driver, weights: Weights) -> None:
+    def __init__(self, plan: Plan, driver: Driver, weights: Weights, timed: bool = False) -> None:
         self._plan, self._driver, self._weights = plan, driver, weights
+        self._clocks = StepClocks(driver, len(plan.steps)) if timed else None
         self._program: Program = plan.program
         self._moves, self._seen = [0], 0
         self._areas = [(Area(driver, self._moves), Area(driver, self._moves)) for _ in self._program.segments]
@@ -121,7 +124,13 @@ class GpuSlot:
             finally:
                 del error  # its traceback holds this frame
         with self._driver.active():
+            if self._clocks is not None:
+                self._clocks.finish()
             return [self.output(i) for i in range(len(self._plan.outputs))]
+
+    def step_times(self) -> StepTimes | None:
+        """See `runtime.device.Slot`."""
+        return None if self._clocks is None else self._clocks.times
 
     def output(self, position: int) -> HostArray:
         """An output of the last launch, in the host's memory."""
@@ -131,6 +140,8 @@ class GpuSlot:
         chain = [bound]
         for buffer, source in zip(self._plan.inputs, inputs, strict=True):
             self._write(buffer, source, chain)
+        if self._clocks is not None:
+            self._clocks.begin()
         for index, segment in enumerate(self._program.segments):
             results = self._run(segment, chain)
             if segment.binds is not None:
@@ -152,6 +163,8 @@ class GpuSlot:
                 self._launch(segment, i, step, step.kernel, chain)
             else:
                 results = self._call(segment, i, step, step.kernel, chain)
+            if self._clocks is not None:
+                self._clocks.ended(i)
             for buffer in segment.dying[i]:
                 memory, offset, nbytes = bound.located[buffer]
                 self._driver.discard((memory.address + offset, nbytes))
@@ -290,8 +303,8 @@ class GpuStream:
 
     threads = 1
 
-    def __init__(self, plan: Plan, slots: int, driver: Driver, weights: Weights) -> None:
-        self.slots = [GpuSlot(plan, driver, weights) for _ in range(slots)]
+    def __init__(self, plan: Plan, slots: int, driver: Driver, weights: Weights, timed: bool = False) -> None:
+        self.slots = [GpuSlot(plan, driver, weights, timed) for _ in range(slots)]
 
     def enter(self) -> None:
         """No thread of a GPU's stream is tied to a core."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from gpu_engine.plan.plan import Plan
 from gpu_engine.runtime.arrays import Array
-from gpu_engine.runtime.device import Slot, Stream
+from gpu_engine.runtime.device import Slot, StepTimes, Stream
 
 Extents = tuple[int, ...]
 Sizes = Callable[[Extents], Sequence[int]]
@@ -56,6 +56,9 @@ class BucketSlot:
 
     def wait(self) -> Sequence[Array]:
         return self._cut(self._slot.wait(), self._batching.outputs)
+
+    def step_times(self) -> StepTimes | None:
+        return self._slot.step_times()
 
     def _cut(self, arrays: Sequence[Array], batched: Sequence[bool]) -> Sequence[Array]:
         """The arrays without the rows that were added."""

@@ -9,6 +9,7 @@ run while another thread stages and launches another slot of the same stream.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,20 @@ from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan
 
 Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTimes:
+    """What the steps of a launch took.
+
+    `seconds` and `runs` [steps] are the totals of each. Of the runs that were kept, in order, `step` [runs] says which
+    step it was; each began at `bounds_s[i]` and ended at `bounds_s[i + 1]`, in seconds of `time.monotonic`.
+    """
+
+    seconds: NDArray[np.float64]
+    runs: NDArray[np.int64]
+    step: NDArray[np.int64]
+    bounds_s: NDArray[np.float64]
 
 
 class Slot(Protocol):
@@ -37,6 +52,10 @@ class Slot(Protocol):
 
     def wait(self) -> Sequence[Array]:
         """Wait for the launch and return one array per output, valid until the next `stage`; raises its error."""
+        ...
+
+    def step_times(self) -> StepTimes | None:
+        """Of the launch that was waited for last, until the next `stage`; None unless the device is `timed`."""
         ...
 
 
@@ -103,6 +122,10 @@ class Device(Protocol):
         """What OpenVINO's properties say of the device: FULL_DEVICE_NAME, DEVICE_ARCHITECTURE, DEVICE_UUID,
         OPTIMIZATION_CAPABILITIES, INFERENCE_PRECISION_HINT, ENABLE_CPU_PINNING, CACHE_DIR, LOADED_FROM_CACHE (of what
         was lowered last), and USES_THREADS, whether it computes with threads of the host."""
+        ...
+
+    def timed(self) -> Device:
+        """The same device, but slots that it opens tell what each step took. For profiles: steps are slower."""
         ...
 
     def lower(self, graph: Graph, batching: Batching) -> Plan: ...

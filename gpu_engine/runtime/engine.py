@@ -20,6 +20,7 @@ from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.execution import clock, run_alone
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.late import ADMIT_ASYNC, STREAM, load
+from gpu_engine.runtime.observation import Observer
 from gpu_engine.runtime.policy import queue_policy
 from gpu_engine.runtime.pool import Pool
 from gpu_engine.runtime.properties import Facts, checked_change, read_property
@@ -256,6 +257,14 @@ class Engine:
         found = self._pool.statistics()
         padded = sum(stream.padded_rows for stream in self._buckets)
         return replace(found, padded_rows=padded) if padded else found
+
+    def observe(self, observer: Observer | None) -> None:
+        """From now on tell `observer` of every execution, or with None nobody; EngineClosed after close().
+
+        The thread that ran the execution calls it before the results go out: executions get slower by its time, and
+        fail if it raises.
+        """
+        self._pool.observe(observer)
 
     def explain_batching(self) -> BatchPlan:
         """How many rows share an execution, and why not more."""

@@ -14,6 +14,7 @@ from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.plan.signature import Fit
 from gpu_engine.runtime.arrays import Array
 from gpu_engine.runtime.device import Slot, Stream
+from gpu_engine.runtime.observation import Moments, Watch
 from gpu_engine.runtime.requests import Part, Request, gather, scatter
 from gpu_engine.runtime.scheduler import Batch
 from gpu_engine.runtime.statistics import Counters
@@ -58,10 +59,10 @@ class Worker:
     """A slot, what it did, and the thread that serves it.
 
     Whoever took the worker out of the pool's idle list owns the slot: its own thread, woken by a token while `called`
-    is set, or a caller of run(). `batch` is what the thread runs at the moment.
+    is set, or a caller of run(). `batch` is what the thread runs at the moment; `watch` is told of every execution.
     """
 
-    __slots__ = ("batch", "called", "counters", "lane", "slot", "thread", "tokens")
+    __slots__ = ("batch", "called", "counters", "lane", "slot", "thread", "tokens", "watch")
 
     def __init__(self, lane: Lane, slot: Slot) -> None:
         self.lane, self.slot, self.counters = lane, slot, Counters()
@@ -69,18 +70,22 @@ class Worker:
         self.thread: threading.Thread | None = None
         self.called = False
         self.batch: Batch[Request] | None = None
+        self.watch: Watch | None = None
 
 
 def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float, reason: str) -> list[Array]:
     """Run one set of inputs on the calling thread, which owns the worker's slot; raises what the device raises."""
     counters = worker.counters
     try:
-        outputs, computed = _launch(worker, fit.extents, arrays, started)
+        outputs, staged, computed = _launch(worker, fit.extents, arrays, started)
         result = [output.copy() for output in outputs]
     except Exception as error:
         counters.failed += 1
         raise _typed(error) from error.__cause__
-    counters.copy_out_s += clock() - computed
+    copied = clock()
+    if (watch := worker.watch) is not None:
+        watch(None, fit.rows, fit.extents, Moments(started, staged, computed, copied))
+    counters.copy_out_s += copied - computed
     counters.sizes[fit.rows] += 1
     counters.alone[reason] += 1
     return result
@@ -113,13 +118,16 @@ def _run(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[bool])
     rows = sum([stop - start for _, start, stop in parts])
     whole = len(parts) == 1 and stop - start == first.rows
     extents = first.fit.extents if whole else first.fit.family.extents(rows)
-    outputs, computed = _launch(worker, extents, gather(parts, first.fit.family.blocks), started)
+    outputs, staged, computed = _launch(worker, extents, gather(parts, first.fit.family.blocks), started)
     pieces = scatter(outputs, parts, rows, batched_outputs)
     results = [
         part[0].wrap(piece) if part[0].join is None else _joined(part, piece)
         for part, piece in zip(parts, pieces, strict=True)
     ]
-    counters.copy_out_s += clock() - computed
+    copied = clock()
+    if (watch := worker.watch) is not None:
+        watch(parts, first.fit.rows if whole else rows, extents, Moments(started, staged, computed, copied))
+    counters.copy_out_s += copied - computed
     counters.sizes[first.fit.rows if whole else rows] += 1
     counters.queue_s += sum([started - request.arrival for request, start, _ in parts if not start])
     return results
@@ -127,8 +135,8 @@ def _run(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[bool])
 
 def _launch(
     worker: Worker, extents: tuple[int, ...], sources: Sequence[Array | list[Array]], started: float
-) -> tuple[Sequence[Array], float]:
-    """Stage, fill, launch and wait: the outputs, valid until the slot is staged again, and the time."""
+) -> tuple[Sequence[Array], float, float]:
+    """Stage, fill, launch and wait: the outputs, valid until the slot is staged again, when all was staged, and now."""
     counters, slot = worker.counters, worker.slot
     with worker.lane.lock:
         for target, source in zip(slot.stage(extents), sources):  # noqa: B905 - admission counted them
@@ -141,7 +149,7 @@ def _launch(
     outputs, computed = slot.wait(), clock()
     counters.copy_in_s += packed - started
     counters.compute_s += computed - packed
-    return outputs, computed
+    return outputs, packed, computed
 
 
 def _joined(part: Part, outputs: Sequence[Array]) -> Any:

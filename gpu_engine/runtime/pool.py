@@ -22,6 +22,7 @@ from gpu_engine.errors import EngineClosed, ForkedEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
 from gpu_engine.runtime.execution import Lane, Worker, clock, seconds_left
 from gpu_engine.runtime.future import Future
+from gpu_engine.runtime.observation import Observer, watch
 from gpu_engine.runtime.requests import Request, fail_all
 from gpu_engine.runtime.rounds import Rounds
 from gpu_engine.runtime.scheduler import Batch, Batcher
@@ -46,6 +47,7 @@ class Pool:
         self.rounds = Rounds(batcher, batched_outputs, lambda: self._refusal is not None)
         self._lanes = [Lane(stream) for stream in streams]
         slots = max(len(stream.slots) for stream in streams)
+        # Slot by slot: `observe` relies on it.
         self._workers = [Worker(lane, lane.stream.slots[i]) for i in range(slots) for lane in self._lanes]
         self._idle = self._workers[::-1]
         self._single = slots == 1
@@ -173,6 +175,15 @@ class Pool:
         while worker is not None and not done() and self._serve_one(worker):
             pass
         return worker is not None
+
+    def observe(self, observer: Observer | None) -> None:
+        """See `Engine.observe`."""
+        with self._mutex:
+            if observer is not None and self._refusal is not None:
+                raise EngineClosed(self._refusal)
+            for number, worker in enumerate(self._workers):
+                place, stream = divmod(number, len(self._lanes))
+                worker.watch = None if observer is None else watch(observer, stream, place, worker.slot)
 
     def statistics(self) -> Statistics:
         with self._mutex:
@@ -398,6 +409,7 @@ class Pool:
                 lane = self._open.pop()
                 for worker in self._workers:
                     if worker.lane is lane:
+                        worker.watch = None
                         del worker.slot
                 lane.stream.close()
 

@@ -17,7 +17,10 @@ from gpu_engine.runtime.rooms import Rooms
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What one call asks for; for what the batcher reads and writes see `scheduler.Waiting`."""
+    """What one call asks for; for what the batcher reads and writes see `scheduler.Waiting`.
+
+    `number` is given by who observes executions.
+    """
 
     arrays: Sequence[Array]
     wrap: Wrap
@@ -33,6 +36,7 @@ class Request:
     gone: int = 0
     place: int = -1
     claimed: bool = False
+    number: int | None = None
 
     def cancelled(self) -> bool:
         """See `scheduler.Waiting.cancelled`."""

@@ -1,4 +1,4 @@
-"""The command line: `gpu-engine demo`, `run`, `build`, `inspect` and `ops`."""
+"""The command line: `gpu-engine demo`, `run`, `build`, `inspect`, `profile`, `simulate` and `ops`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from gpu_engine.gpu import bundle
 from gpu_engine.tools import bundles, operators
 from gpu_engine.tools.demo import Advance, Report, run_demo
 from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
-from gpu_engine.tools.inspection import describe
+from gpu_engine.tools.inspection_command import run_inspection
+from gpu_engine.tools.profile_command import run_profile
+from gpu_engine.tools.simulation import run_simulation
 
 app = typer.Typer(
     help="Run ONNX models for throughput.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -28,6 +30,10 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')]
 Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
+
+app.command("inspect")(run_inspection)
+app.command("profile")(run_profile)
+app.command("simulate")(run_simulation)
 
 
 def main() -> None:
@@ -89,16 +95,6 @@ def run(
         print(f"{name}: {describe_value(value)}")
     if output is not None:
         write_outputs(outputs, output)
-
-
-@app.command()
-def inspect(
-    model: Model,
-    device: Device = "auto",
-    graph: Annotated[bool, typer.Option("--graph", help="Also print the optimized graph.")] = False,
-) -> None:
-    """Show a model's inputs, outputs, batching and the steps of its plan."""
-    print(describe(model, device, graph))
 
 
 @app.command()

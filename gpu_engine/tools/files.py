@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 Array = NDArray[Any]
 Arrays = Array | list[Array] | dict[str, Array]
+FILE_WIDTH = 160
 
 
 def read_inputs(specs: Sequence[str]) -> Arrays:
@@ -37,6 +40,17 @@ def read_inputs(specs: Sequence[str]) -> Arrays:
     return named or (unnamed[0] if len(unnamed) == 1 else unnamed)
 
 
+def named_inputs(specs: Sequence[str], names: Sequence[str]) -> dict[str, Array]:
+    """As `read_inputs`, by name: unnamed files are in the order of `names`. ValueError if their number differs."""
+    found = read_inputs(specs)
+    if isinstance(found, dict):
+        return found
+    arrays = found if isinstance(found, list) else [found]
+    if len(arrays) != len(names):
+        raise ValueError(f"{len(arrays)} files for {len(names)} inputs: {', '.join(names)}")
+    return dict(zip(names, arrays, strict=True))
+
+
 def named_outputs(outputs: Any) -> dict[str, Any]:
     """What `Engine.run` returned, by name; "0", "1", ... where it came without names."""
     if isinstance(outputs, Mapping):
@@ -56,6 +70,11 @@ def describe_value(value: Any) -> str:
     if value.dtype.kind not in "fiub":
         return kind
     return f"{kind} from {value.min():.6g} to {value.max():.6g}, mean {value.mean():.6g}"
+
+
+def console() -> Console:
+    """The standard output; wide where it is no terminal, so that tables in files are not cut."""
+    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
 def write_outputs(outputs: Mapping[str, Any], path: Path) -> None:
