@@ -36,9 +36,7 @@ class Tuner:
         self._plan, self._admission = plan, admission
         self.measures = options.batch is None and sizes.batch.batch > 1
         one_size = options.deterministic and not device.same_bits(plan)
-        most = device.batch_limit
-        raised = most is not None and self.measures and not options.batch_timeout_ms
-        self._most = most if raised and most is not None else sizes.batch.batch
+        self._most = sizes.batch.batch
         self._bucketing = (powers if device.bucketed else None) if not one_size else lambda batch: (batch,)
         self._clock = perf_counter if device.asynchronous else thread_time
         self._reason = sizes.batch.reason
