@@ -36,6 +36,19 @@ def test_run_async(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
     assert run(main()) == [2 * i + 1 for i in range(40)]
 
 
+def test_await(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
+    engine = make_engine(recorder, streams=2, batch=4)
+
+    async def main() -> list[Any]:
+        return list(await asyncio.gather(*(asyncio.wrap_future(engine.submit(rows(i))) for i in range(20))))
+
+    async def direct() -> Any:
+        return await engine.submit(rows(3))
+
+    assert [result[0, 0] for result in asyncio.run(main())] == [i * 2 + 1 for i in range(20)]
+    assert asyncio.run(direct())[0, 0] == 7
+
+
 def test_errors_are_raised_where_awaited(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
     recorder.model = poisoned(double)
     engine = make_engine(recorder, streams=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Iterator
@@ -76,19 +75,6 @@ def test_map_keeps_the_order_and_reads_ahead_a_little(recorder: RecordingDevice,
         np.testing.assert_array_equal(result, rows(i) * 2 + 1)
         ahead = max(ahead, len(read) - i)
     assert len(read) == 100 and ahead <= 2 * engine.optimal_requests
-
-
-def test_await(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
-    engine = make_engine(recorder, streams=2, batch=4)
-
-    async def main() -> list[Any]:
-        return list(await asyncio.gather(*(asyncio.wrap_future(engine.submit(rows(i))) for i in range(20))))
-
-    async def direct() -> Any:
-        return await engine.submit(rows(3))
-
-    assert [result[0, 0] for result in asyncio.run(main())] == [i * 2 + 1 for i in range(20)]
-    assert asyncio.run(direct())[0, 0] == 7
 
 
 def test_callbacks_may_use_the_engine(recorder: RecordingDevice, make_engine: MakeEngine) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gpu_engine.errors import ExecutionError, InputError, OutOfMemory, QueueFull, RequestTimeout
+from gpu_engine.errors import ExecutionError, InputError, OutOfMemory
 from tests.recording_device import (
     F32,
     MakeEngine,
@@ -132,53 +130,6 @@ def test_memory_running_out_halves_the_batch(recorder: RecordingDevice, make_eng
     engine = make_engine(recorder, streams=1, batch=8)
     results = list(engine.map(rows(i) for i in range(8)))
     np.testing.assert_array_equal(np.concatenate(results), rows(*range(8)) * 2 + 1)
-
-
-def test_a_full_queue_refuses_or_blocks(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
-    engine = make_engine(recorder, streams=1, batch=1, max_queue_size=2)
-    futures = occupy(engine, recorder, rows(7))
-    futures += [engine.submit(rows(7)) for _ in range(2)]
-    with pytest.raises(QueueFull, match="Exceeds maximum queue size"):
-        engine.submit(rows(9))
-    with pytest.raises(RequestTimeout, match="while the queue was full"):
-        engine.submit(rows(9), block=True, timeout=0.01)
-    assert engine.statistics().rejected == 1
-    thread = threading.Thread(target=lambda: futures.append(engine.submit(rows(7), block=True)))
-    thread.start()
-    recorder.release()
-    thread.join(30)
-    assert len(futures) == (5 if recorder.asynchronous else 4)
-    assert all(future.result(30)[0, 0] == 15 for future in futures)
-
-
-def test_map_and_a_bounded_queue(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
-    engine = make_engine(recorder, streams=2, batch=4, max_queue_size=3)
-    assert [result[0, 0] for result in engine.map(rows(i) for i in range(50))] == [i * 2 + 1 for i in range(50)]
-
-
-def test_requests_expire_in_the_queue(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
-    engine = make_engine(recorder, streams=1, batch=1)
-    first = occupy(engine, recorder, rows(0))
-    late, patient = engine.submit(rows(8), timeout=1e-9), engine.submit(rows(9), timeout=60)
-    recorder.release()
-    with pytest.raises(RequestTimeout, match="Request timeout expired"):
-        late.result(30)
-    assert patient.result(30)[0, 0] == 19 and all(future.result(30) is not None for future in first)
-    assert engine.statistics().expired == 1
-    with pytest.raises(ValueError, match="timeout"):
-        engine.submit(rows(1), timeout=-1)
-
-
-def test_cancel_before_dispatch_and_after(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
-    engine = make_engine(recorder, streams=1, batch=4)
-    running = occupy(engine, recorder, rows(0))
-    waiting = [engine.submit(rows(i)) for i in range(4)]
-    assert waiting[1].cancel() and waiting[1].cancelled() and not running[0].cancel()
-    recorder.release()
-    assert [waiting[i].result(30)[0, 0] for i in (0, 2, 3)] == [1, 5, 7]
-    assert running[0].result(30)[0, 0] == 1
-    assert concurrent.futures.wait(waiting, 30).not_done == set()
-    assert engine.statistics().cancelled == 1 and recorder.launches[-1].rows == 3
 
 
 def test_map_raises_at_the_place_of_the_error(recorder: RecordingDevice, make_engine: MakeEngine) -> None:

@@ -182,24 +182,6 @@ def test_3_12_delay_in_an_engine(recorder: RecordingDevice, make_engine: MakeEng
     assert (counts.delayed, counts.expired, counts.failed) == (1, 0, 0)
 
 
-def test_3_12_rejected_requests_fail_with_the_specified_words(
-    recorder: RecordingDevice, make_engine: MakeEngine
-) -> None:
-    engine = make_engine(recorder, streams=1, batch=1, max_queue_size=1)
-    first = occupy(engine, recorder, rows(0))
-    late = engine.submit(rows(8), timeout=1e-9)
-    with pytest.raises(QueueFull, match="Exceeds maximum queue size"):
-        engine.submit(rows(9))
-    recorder.release()
-    with pytest.raises(RequestTimeout, match=r"^Request timeout expired$"):
-        late.result(30)
-    assert all(future.result(30) is not None for future in first)
-    counts = engine.statistics()
-    assert (counts.rejected, counts.expired) == (1, 1)
-    with pytest.raises(ValueError, match="timeout"):
-        engine.submit(rows(1), timeout=-1)
-
-
 def test_3_12_what_leaves_does_not_count_as_rows() -> None:
     """A cancelled request that would not fit closes nothing, and neither does an expired one."""
     for gone in (Item(2, rows=3, ended=True), Item(2, rows=3, deadline=1.0)):
@@ -207,14 +189,6 @@ def test_3_12_what_leaves_does_not_count_as_rows() -> None:
         assert taken(batcher, 5.0) == ([(1, 0, 2), (3, 0, 2)], "full")
     both = filled(Item(1, deadline=1.0, ended=True))
     assert both.take(5.0) is None and (both.cancelled, both.expired) == (1, 0)
-
-
-def test_3_12_nothing_is_cancelled_once_dispatched(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
-    engine = make_engine(recorder, streams=1, batch=2)
-    (running, *_) = occupy(engine, recorder, rows(3))
-    assert not running.cancel() and running.running()
-    recorder.release()
-    assert running.result(30)[0, 0] == 7
 
 
 def test_3_12_a_cancelled_request_frees_its_place_at_once(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
@@ -268,3 +242,50 @@ def test_3_12_map_reports_a_full_queue_at_its_place(recorder: RecordingDevice, m
     with pytest.raises(RequestTimeout):
         next(results)
     until(lambda: engine.statistics().waiting == 0)
+
+
+def test_3_12_a_full_queue_refuses_or_blocks(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
+    engine = make_engine(recorder, streams=1, batch=1, max_queue_size=2)
+    futures = occupy(engine, recorder, rows(7))
+    futures += [engine.submit(rows(7)) for _ in range(2)]
+    with pytest.raises(QueueFull, match="Exceeds maximum queue size"):
+        engine.submit(rows(9))
+    with pytest.raises(RequestTimeout, match="while the queue was full"):
+        engine.submit(rows(9), block=True, timeout=0.01)
+    assert engine.statistics().rejected == 1
+    thread = threading.Thread(target=lambda: futures.append(engine.submit(rows(7), block=True)))
+    thread.start()
+    recorder.release()
+    thread.join(30)
+    assert len(futures) == (5 if recorder.asynchronous else 4)
+    assert all(future.result(30)[0, 0] == 15 for future in futures)
+
+
+def test_3_12_map_and_a_bounded_queue(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
+    engine = make_engine(recorder, streams=2, batch=4, max_queue_size=3)
+    assert [result[0, 0] for result in engine.map(rows(i) for i in range(50))] == [i * 2 + 1 for i in range(50)]
+
+
+def test_3_12_requests_expire_in_the_queue(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
+    engine = make_engine(recorder, streams=1, batch=1)
+    first = occupy(engine, recorder, rows(0))
+    late, patient = engine.submit(rows(8), timeout=1e-9), engine.submit(rows(9), timeout=60)
+    recorder.release()
+    with pytest.raises(RequestTimeout, match="Request timeout expired"):
+        late.result(30)
+    assert patient.result(30)[0, 0] == 19 and all(future.result(30) is not None for future in first)
+    assert engine.statistics().expired == 1
+    with pytest.raises(ValueError, match="timeout"):
+        engine.submit(rows(1), timeout=-1)
+
+
+def test_3_12_cancel_before_dispatch_and_after(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
+    engine = make_engine(recorder, streams=1, batch=4)
+    running = occupy(engine, recorder, rows(0))
+    waiting = [engine.submit(rows(i)) for i in range(4)]
+    assert waiting[1].cancel() and waiting[1].cancelled() and not running[0].cancel()
+    recorder.release()
+    assert [waiting[i].result(30)[0, 0] for i in (0, 2, 3)] == [1, 5, 7]
+    assert running[0].result(30)[0, 0] == 1
+    assert concurrent.futures.wait(waiting, 30).not_done == set()
+    assert engine.statistics().cancelled == 1 and recorder.launches[-1].rows == 3

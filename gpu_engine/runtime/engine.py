@@ -71,6 +71,7 @@ class Engine:
         self._rooms = Rooms()
         self._serve_callers = options.batch_timeout_ms == 0 or not self._sizes.shared
         self._policy, self._bounded = queue_policy(options), options.max_queue_size > 0
+        self._usual = self._policy.timeout_s, self._policy.level
         batcher: Batcher[Request] = Batcher(
             options.batch_timeout_ms / 1000,
             options.max_queue_size,
@@ -177,7 +178,10 @@ class Engine:
         are checked first, so InputError and OutOfMemory are raised here.
         """
         request = self._request(*self._admission.admit(inputs), timeout, priority)
-        self._queue((request,), block)
+        if request.fit.rows:
+            self._pool.admit((request,), block)
+        else:
+            self._queue((request,), block)
         return request.future
 
     async def run_async(
@@ -335,13 +339,17 @@ class Engine:
         priority: int | None = None,
         future: Future[Any] | None = None,
     ) -> Request:
-        now, fit, rows, limit, policy = clock(), admitted.fit, admitted.rows, admitted.limit, self._policy
-        timeout_s = policy.timeout_s if timeout is None else policy.timeout(timeout)
-        level = policy.level if priority is None else policy.level_of(priority)
+        now, fit, rows, limit = clock(), admitted.fit, admitted.rows, admitted.limit
+        timeout_s, level = self._usual
+        if timeout is not None:
+            timeout_s = self._policy.timeout(timeout)
+        if priority is not None:
+            level = self._policy.level_of(priority)
         deadline = now + timeout_s if timeout_s else None
         join = Join(rows, self._plan.batching.outputs, self._rooms) if rows > limit else None
         key = admitted.key or self._admission.key(arrays, admitted)
-        future = Future() if future is None else future
+        if future is None:
+            future = Future()
         if self._bounded:
             future.on_cancel = self._pool.leave
         return Request(arrays, wrap, fit, rows, limit, key, now, deadline, future, join, level)

@@ -254,6 +254,8 @@ class Pool:
             self.batcher.flush()
             batch = self.batcher.take(clock())
             expired = self.batcher.pop_expired()
+            if self.batcher.max_size:
+                self._vacancy.announce()
         fail_all(expired, RequestTimeout(EXPIRED))
         if batch is not None:
             self.rounds.execute(worker, batch)
