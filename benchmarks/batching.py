@@ -29,6 +29,8 @@ from gpu_engine.runtime.engine import Engine
 
 LOAD = 0.7
 P99_LIMIT = 3.0
+ROUNDS = 4
+"""So many requests of every caller make a turn, or its last ones, which run with fewer beside them, would weigh in."""
 Found = list[tuple[int, Any]]
 
 
@@ -76,9 +78,11 @@ def compete(case: Case, callers: int, turns: int, turn_s: float, open_s: float) 
         gpu_engine.compile(case.model(), device="cpu", streams="auto", auto_batching=False) as off,
     ):
         assert isinstance(on, Engine) and isinstance(off, Engine)
+        on.warmup(feeds[0])
         expected = [off.run(feed) for feed in feeds]
         for engine in (on, off):
-            closed_loop(engine, feeds, turn_s / 2)
+            rate, found = closed_loop(engine, feeds, turn_s / 2)
+        turn_s = max(turn_s, ROUNDS * callers / rate)
         before = on.statistics()
         for _ in range(turns):
             for engine, rates, by_cpu in ((on, result.on, result.on_cpu), (off, result.off, result.off_cpu)):

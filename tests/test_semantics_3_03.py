@@ -168,7 +168,7 @@ def working(row_s: float, call_s: float) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("row_s", "call_s", "batch"), [(2e-3, 0.0, 1), (1e-5, 2e-3, 8)])
+@pytest.mark.parametrize(("row_s", "call_s", "batch"), [(5e-3, 0.0, 1), (1e-5, 2e-3, 8)])
 def test_warmup_measures_and_uses_what_a_batch_costs(
     make_engine: MakeEngine, row_s: float, call_s: float, batch: int
 ) -> None:
@@ -186,7 +186,7 @@ def test_warmup_measures_and_uses_what_a_batch_costs(
 
 
 def test_an_explicit_batch_is_never_changed_and_a_timeout_never_raises_it(make_engine: MakeEngine) -> None:
-    slow = RecordingDevice(working(2e-3, 0.0), batch_limit=8)
+    slow = RecordingDevice(working(5e-3, 0.0), batch_limit=8)
     engine = make_engine(slow, streams=1, batch=16, warmup=True)
     assert (engine.batch, engine.explain_batching().limiting_factor) == (16, "user")
     calls = RecordingDevice(working(1e-5, 2e-3), batch_limit=8)
@@ -194,7 +194,7 @@ def test_an_explicit_batch_is_never_changed_and_a_timeout_never_raises_it(make_e
 
 
 def test_warmup_can_be_switched_off_and_asked_for(make_engine: MakeEngine) -> None:
-    recorder = RecordingDevice(working(2e-3, 0.0), batch_limit=8)
+    recorder = RecordingDevice(working(5e-3, 0.0), batch_limit=8)
     engine = make_engine(recorder, streams=2, requests=16, warmup=False)
     assert not recorder.launches and engine.batch == 4
     assert engine.warmup().batch == engine.batch == 1
@@ -203,7 +203,7 @@ def test_warmup_can_be_switched_off_and_asked_for(make_engine: MakeEngine) -> No
 
 
 def test_open_extents_are_measured_with_the_rows_of_requests(make_engine: MakeEngine) -> None:
-    recorder = RecordingDevice(working(2e-3, 0.0), batch_limit=8)
+    recorder = RecordingDevice(working(5e-3, 0.0), batch_limit=8)
     plan = plan_of({"x": (F32, ("N", "w"))}, {"y": (F32, ("N", "w"))})
     engine = make_engine(recorder, plan, streams=1, requests=16, warmup=True)
     assert not recorder.launches
@@ -224,7 +224,7 @@ def test_a_model_that_refuses_made_up_inputs_is_measured_with_requests(make_engi
     def particular(x: Any) -> list[Any]:
         if (x < 2).any():
             raise ExecutionError("Gather 'g': an index is out of range")
-        return working(2e-3, 0.0)(x)
+        return working(5e-3, 0.0)(x)
 
     engine = make_engine(RecordingDevice(particular, batch_limit=8), streams=1, requests=16, warmup=True)
     assert engine.batch == 8

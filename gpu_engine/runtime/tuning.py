@@ -91,6 +91,7 @@ class Tuner:
 
     def _adopt(self, family: Family, found: Measured) -> None:
         with self._lock:
+            self._seen[family.key] = FREQUENT
             plan, only = self.sizes.batch, self.known_extents
             if found.mismatch:
                 reason = f"batching is switched off, because warm-up found that {found.mismatch}"
