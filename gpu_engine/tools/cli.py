@@ -1,4 +1,4 @@
-"""The command line: `gpu-engine demo`, `run`, `build`, `inspect` and `ops`."""
+"""The command line: `gpu-engine demo`, `run`, `bench`, `tune`, `build`, `inspect` and `ops`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.text import Text
 import gpu_engine
 from gpu_engine.gpu import bundle
 from gpu_engine.tools import bundles, operators
+from gpu_engine.tools.bench_command import Config, bench
 from gpu_engine.tools.demo import Advance, Report, run_demo
 from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
 from gpu_engine.tools.inspection import describe
@@ -81,14 +82,18 @@ def run(
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz file.")] = None,
     device: Device = "auto",
+    config: Config = None,
 ) -> None:
     """Run a model once on arrays from files."""
-    with gpu_engine.compile(model, device=device) as engine:
+    with gpu_engine.compile(model, device=device, config=config) as engine:
         outputs = named_outputs(engine.run(read_inputs(inputs)))
     for name, value in outputs.items():
         print(f"{name}: {describe_value(value)}")
     if output is not None:
         write_outputs(outputs, output)
+
+
+app.command()(bench)
 
 
 @app.command()
