@@ -22,6 +22,7 @@ from gpu_engine.tools.bench_command import Config, bench
 from gpu_engine.tools.demo import Advance, Report, run_demo
 from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
 from gpu_engine.tools.inspection import describe
+from gpu_engine.tools.tune_command import tune
 
 app = typer.Typer(
     help="Run ONNX models for throughput.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -94,6 +95,7 @@ def run(
 
 
 app.command()(bench)
+app.command()(tune)
 
 
 @app.command()

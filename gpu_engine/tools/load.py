@@ -19,6 +19,9 @@ from gpu_engine.tools.measures import Times, is_steady
 MOST_WAITING = 20_000
 """An open loop ends where so many requests wait: the rate is far above what is served."""
 
+WARM_ROUNDS = 5
+"""A window of the warm-up holds at least so many times what is in flight, so that whole batches do not shake it."""
+
 Done = tuple[int, float]
 """(number of a request, when it finished)"""
 
@@ -39,7 +42,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Course:
-    """How long to measure: `seconds`, or `queries` where they are given.
+    """How long to measure: `seconds` and at least `least` queries, or `queries` where they are given.
 
     Before that a warm-up of at least `warmup_s` seconds goes on until windows of `window_s` are steady, for as long as
     the measurement at most; 0: none.
@@ -48,6 +51,7 @@ class Course:
     seconds: float
     warmup_s: float = 0.0
     queries: int | None = None
+    least: int = 0
 
     @property
     def window_s(self) -> float:
@@ -126,7 +130,7 @@ def closed_loop(target: Target, in_flight: int, course: Course) -> Taken:
 
 
 def _is_over(count: int, in_flight: int, elapsed_s: float, course: Course) -> bool:
-    return elapsed_s >= course.seconds and count % in_flight == 0
+    return elapsed_s >= course.seconds and count >= course.least and count % in_flight == 0
 
 
 def _closed(target: Target, in_flight: int) -> Generator[tuple[float, float], None, None]:
@@ -161,7 +165,7 @@ def _warm_up(stream: Iterator[tuple[float, float]], in_flight: int, course: Cour
     count = 0
     for _, finished in stream:
         count += 1
-        if finished - opened < course.window_s or count < in_flight:
+        if finished - opened < course.window_s or count < WARM_ROUNDS * in_flight:
             continue
         rates.append(count / (finished - opened))
         opened, count = finished, 0
