@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,29 +78,21 @@ def _results_table(title: str, results: Sequence[Result], names: Mapping[Result,
     grid = Table("", title=title or None, title_justify="left", box=SIMPLE_HEAD)
     for each in results:
         grid.add_column(names[each], justify="right")
-    rows: dict[str, Callable[[Result], str]] = {
-        "queries": lambda each: f"{each.queries:,}",
-        "items/s": lambda each: f"{each.items_per_s:,.1f}",
-        "latency, mean (ms)": lambda each: _number(each.latency.mean_ms),
-    }
+    grid.add_row("queries", *(f"{each.queries:,}" for each in results))
+    grid.add_row("items/s", *(f"{each.items_per_s:,.1f}" for each in results))
+    grid.add_row("latency, mean (ms)", *(_number(each.latency.mean_ms) for each in results))
     for percent in sorted({percent for each in results for percent in each.latency.percentiles_ms}):
-        rows[f"p{percent:g}"] = lambda each, percent=percent: _number(each.latency.percentiles_ms.get(percent))
-    rows["max"] = lambda each: _number(each.latency.max_ms)
+        grid.add_row(f"p{percent:g}", *(_number(each.latency.percentiles_ms.get(percent)) for each in results))
+    grid.add_row("max", *(_number(each.latency.max_ms) for each in results))
     if any(each.engine != OURS for each in results):
-        rows[f"{OURS} is"] = lambda each: _ratio(each, results)
-    for name, cell in rows.items():
-        grid.add_row(name, *map(cell, results))
+        grid.add_row(f"times as good ({results[0].metric})", *(_ratio(each, results) for each in results))
     return grid
 
 
 def _load(found: Result) -> str:
     if found.scenario == "closed":
         return f"closed, {found.in_flight} in flight"
-    return (
-        f"{found.scenario}, {found.rate:,.4g}/s"
-        if found.rate is not None and found.in_flight is None
-        else found.scenario
-    )
+    return found.scenario if found.rate is None else f"{found.scenario}, {found.rate:,.4g}/s"
 
 
 def _number(value: float | None) -> str:
@@ -108,12 +100,12 @@ def _number(value: float | None) -> str:
 
 
 def _ratio(found: Result, results: Sequence[Result]) -> str:
-    """How many times as good ours is by the scenario's figure of merit."""
+    """How many times as good ours is as this one, by the scenario's figure of merit."""
     ours = next(each for each in results if each.scenario == found.scenario and each.engine == OURS)
     if found is ours or not found.figure or not ours.figure:
         return ""
     times = found.figure / ours.figure if found.unit == "ms" else ours.figure / found.figure
-    return f"{times:.2f} x as good"
+    return f"{times:.2f}"
 
 
 def work_table(found: Result) -> Table:

@@ -130,21 +130,15 @@ def exhaustive(space: Space, measure: Measure, bound_ms: float | None) -> Found:
 
 
 def search(space: Space, measure: Measure, bound_ms: float | None) -> Found:
-    """Climb the lanes that fill the device, with more and more streams until two lanes in turn bring nothing; then the
-    best of them with fewer threads. The best points are measured again, and the means decide."""
+    """Climb the lanes that fill the device, with more and more streams, then the best of them with fewer threads, as
+    long as that brings something. The best points are measured again, and the means decide."""
     climb = _Climb(measure, bound_ms)
-    full = [
-        lane for lane in space.lanes if lane[0] not in (before[0] for before in space.lanes[: space.lanes.index(lane)])
-    ]
-    start, barren = 0, 0
-    for lane in full:
-        before = climb.best_rate()
+    start = 0
+    for lane in space.full:
         start = climb.run(space.ladder(lane), start)
-        barren = 0 if climb.best_rate() > before * GROWTH else barren + 1
-        if barren == PATIENCE:
-            break
-    streams = best(climb.measured, bound_ms).point.streams
-    for lane in [lane for lane in space.partial if lane[0] == streams]:
+    point = best(climb.measured, bound_ms).point
+    start = space.ladder(point.lane).index(point)
+    for lane in [lane for lane in space.partial if lane[0] == point.streams]:
         before = climb.best_rate()
         climb.run(space.ladder(lane), start)
         if climb.best_rate() <= before:
@@ -169,7 +163,7 @@ class _Climb:
         if keeps(taken[start], self.bound_ms):
             self._up(ladder, start, taken)
         else:
-            self.ends[ladder[0].lane] = f"batch {ladder[start].batch} misses the bound"
+            self.ends[ladder[0].lane] = _misses(ladder[start])
         if best([*taken.values()], self.bound_ms) is taken[start]:
             self._down(ladder, start, taken)
         chosen = best([*taken.values()], self.bound_ms)
@@ -180,7 +174,7 @@ class _Climb:
         for rung in range(start + 1, len(ladder)):
             taken[rung] = self._take(ladder[rung])
             if not keeps(taken[rung], self.bound_ms):
-                end = f"batch {ladder[rung].batch} misses the bound"
+                end = _misses(ladder[rung])
                 break
             barren = 0 if taken[rung].items_per_s > top * GROWTH else barren + 1
             top = max(top, taken[rung].items_per_s)
@@ -244,6 +238,10 @@ def reasons(found: Found) -> list[str]:
         share_less = 1 - rival.items_per_s / chosen.items_per_s
         sentences.append(f"The best with others ({rival.point}) gives {share_less:.1%} less, {rival.items_per_s:,.4g}.")
     return sentences
+
+
+def _misses(point: Point) -> str:
+    return f"batch {point.batch} with {point.in_flight} in flight misses the bound"
 
 
 def _count(number: int, noun: str) -> str:

@@ -60,7 +60,7 @@ class Tuned:
 def tune(tuning: Tuning, tell: Tell) -> Tuned:
     """Measure until the point is found; raises what compile() and requests raise."""
     kept = {name: value for name, value in _said(tuning).items() if name not in TUNED}
-    where = _space(tuning, kept)
+    where, device = _space(tuning, kept)
     count = 0
 
     def measure(point: Point) -> Measured:
@@ -70,7 +70,8 @@ def tune(tuning: Tuning, tell: Tell) -> Tuned:
         return measure_point(tuning, kept, point)
 
     found = (exhaustive if tuning.exhaustive else search)(where, measure, tuning.bound_ms)
-    return Tuned(tuning, found, where, kept | _options(found.chosen.point), environment())
+    options = {"device": device, **kept, **_options(found.chosen.point)}
+    return Tuned(tuning, found, where, options, environment())
 
 
 def _said(tuning: Tuning) -> dict[str, Any]:
@@ -80,12 +81,13 @@ def _said(tuning: Tuning) -> dict[str, Any]:
     return stored | {name: value for name, value in given.items() if (name, value) != ("device", "auto")}
 
 
-def _space(tuning: Tuning, kept: Mapping[str, Any]) -> Space:
-    """The batches that the model and the memory allow, on the cores that there are."""
+def _space(tuning: Tuning, kept: Mapping[str, Any]) -> tuple[Space, str]:
+    """The batches that the model and the memory allow, on the cores that there are; and the device."""
     subject = open_subject(tuning.model, {**kept, "streams": 1, "batch": tuning.most_batch}, tuning.request)
     subject.close()
-    host = subject.engine.device.startswith("cpu")
-    return space(len(usable_cores().numbers) if host else None, subject.engine.batch)
+    device = subject.engine.device.split()[0]
+    cores = len(usable_cores().numbers) if device == "cpu" else None
+    return space(cores, subject.engine.batch), device
 
 
 def _options(point: Point) -> dict[str, Any]:
