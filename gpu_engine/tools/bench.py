@@ -31,7 +31,7 @@ from gpu_engine.tools.peers import Contender, Mode, peer
 from gpu_engine.tools.results import Result, Work, result
 from gpu_engine.tools.scenarios import OPEN_LOOP_SHARE, Scenario, find_peak
 from gpu_engine.tools.subject import OURS, Request, Subject, open_subject
-from gpu_engine.tools.targets import Submitted
+from gpu_engine.tools.targets import Awaited, Submitted
 
 ROUNDS = 3
 """Turns that each contender gets where there are several."""
@@ -198,7 +198,7 @@ def keeps(taken: Taken, percent: float, bound_ms: float) -> bool:
 
 def _work(subject: Subject, before: Statistics, contender: Contender) -> Work:
     after, target = subject.engine.statistics(), contender.target
-    sending = target.sending_s if isinstance(target, Submitted) else []
+    sending = target.sending_s if isinstance(target, Submitted | Awaited) else []
     return Work(
         compile_s=subject.compile_s,
         first_s=subject.first_s,

@@ -6,9 +6,10 @@ server that stalls may not hide the requests that nobody could send meanwhile ("
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -111,69 +112,72 @@ def closed_loop(target: Target, in_flight: int, course: Course) -> Taken:
 
     The number of queries measured is a multiple of `in_flight`.
     """
-    stream = _closed(target, in_flight)
+    flight = _Flight(target, [0.0] * in_flight, [*range(in_flight)])
     try:
-        warm = _warm_up(stream, in_flight, course)
-        start = last = target.now()
-        began, finished = [], []
-        wanted = None if course.queries is None else math.ceil(course.queries / in_flight) * in_flight
-        for sent, done in stream:
-            began.append(sent)
-            finished.append(done)
-            last = max(last, done)
-            if len(began) == wanted or (wanted is None and _is_over(len(began), in_flight, last - start, course)):
-                break
+        warm = _warm_up(flight, in_flight, course)
+        start = target.now()
+        if course.queries is None:
+            samples = flight.turn(start + course.seconds, course.least)
+        else:
+            samples = flight.turn(start, course.queries)
     finally:
-        stream.close()
-    ends = np.array(finished)
-    return Taken(start, last, np.sort(ends), ends - np.array(began), warm=warm)
+        flight.land()
+    began, finished = np.array(samples).T
+    return Taken(start, float(finished.max()), np.sort(finished), finished - began, warm=warm)
 
 
-def _is_over(count: int, in_flight: int, elapsed_s: float, course: Course) -> bool:
-    return elapsed_s >= course.seconds and count >= course.least and count % in_flight == 0
+@dataclass
+class _Flight:
+    """Queries in flight by number: when each was sent, and the numbers that are not in flight."""
 
+    target: Target
+    sent: list[float]
+    free: list[int]
 
-def _closed(target: Target, in_flight: int) -> Generator[tuple[float, float], None, None]:
-    """(sent, finished) of every query, for ever; closing it waits for those in flight."""
-    sent = [0.0] * in_flight
-    flying = 0
-    try:
-        for number in range(in_flight):
-            sent[number] = target.now()
-            target.send(number)
-            flying += 1
+    def turn(self, until: float, least: int) -> list[tuple[float, float]]:
+        """(sent, finished) of the queries that finish until then, at least so many and a multiple of those in flight.
+
+        As few calls as can be for each query: whatever the generator does is missing in a throughput.
+        """
+        target, sent, in_flight = self.target, self.sent, len(self.sent)
+        now, send, receive = target.now, target.send, target.receive
+        found: list[tuple[float, float]] = []
+        while self.free:
+            number = self.free.pop()
+            sent[number] = now()
+            send(number)
         while True:
-            done = target.receive()
-            assert done is not None
-            flying -= 1
-            number, finished = done
-            yield sent[number], finished
-            sent[number] = target.now()
-            target.send(number)
-            flying += 1
-    finally:
-        for _ in range(flying):
-            target.receive()
+            try:
+                number, finished = receive()  # type: ignore[misc]
+            except BaseException:
+                self.free.append(0)
+                raise
+            found.append((sent[number], finished))
+            if finished >= until and len(found) >= least and not len(found) % in_flight:
+                self.free.append(number)
+                return found
+            sent[number] = now()
+            send(number)
+
+    def land(self) -> None:
+        """Wait for what is in flight; its errors say nothing new."""
+        for _ in range(len(self.sent) - len(self.free)):
+            with contextlib.suppress(Exception):
+                self.target.receive()
 
 
-def _warm_up(stream: Iterator[tuple[float, float]], in_flight: int, course: Course) -> bool:
-    """Read queries until the warm-up is over; whether it ended with steady windows (or was not asked for)."""
+def _warm_up(flight: _Flight, in_flight: int, course: Course) -> bool:
+    """Windows until the warm-up is over; whether it ended with steady ones (or was not asked for)."""
     if not course.warmup_s:
         return True
-    first = opened = next(stream)[1]
+    first = opened = flight.target.now()
     rates: list[float] = []
-    count = 0
-    for _, finished in stream:
-        count += 1
-        if finished - opened < course.window_s or count < WARM_ROUNDS * in_flight:
-            continue
-        rates.append(count / (finished - opened))
-        opened, count = finished, 0
-        if finished - first >= course.warmup_s:
-            if is_steady(rates):
-                return True
-            if finished - first >= course.warmup_s + course.seconds:
-                break
+    while opened < first + course.warmup_s + course.seconds:
+        samples = flight.turn(opened + course.window_s, WARM_ROUNDS * in_flight)
+        rates.append(len(samples) / (samples[-1][1] - opened))
+        opened = samples[-1][1]
+        if opened >= first + course.warmup_s and is_steady(rates):
+            return True
     return False
 
 

@@ -27,16 +27,18 @@ class Closable(Target, Protocol):
 
 @dataclass(frozen=True)
 class Mode:
-    """How many cores there are, how many requests a caller keeps in flight, and whether its load is an open loop."""
+    """How many cores there are, how many requests a caller keeps in flight, whether its load is an open loop, and
+    whether even one request at a time goes through the engine's queue."""
 
     cores: int
     in_flight: int
     open: bool = False
+    queue: bool = False
 
     @property
     def latency(self) -> bool:
         """Whether one request at a time is to have all cores."""
-        return self.in_flight == 1 and not self.open
+        return self.in_flight == 1 and not self.open and not self.queue
 
 
 @dataclass(frozen=True)

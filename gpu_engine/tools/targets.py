@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -13,6 +14,8 @@ from typing import Any
 from gpu_engine.tools.load import Done
 
 clock = time.perf_counter
+TIMED = 10_000
+"""So many calls of submit() are timed."""
 Outcome = tuple[int, float, BaseException | None]
 
 
@@ -62,6 +65,35 @@ class Submitted:
 
     def _finish(self, number: int, future: Future[Any]) -> None:
         self._arrivals.put(number, future.exception())
+
+
+class Awaited:
+    """A target that submits `feed` and waits for the futures in their order, as a short program does.
+
+    For requests so quick that a callback for each would be seen in their throughput, in closed loops only.
+    """
+
+    def __init__(self, submit: Callable[[Any], Future[Any]], feed: Any) -> None:
+        self._submit, self._feed = submit, feed
+        self._flying: deque[tuple[int, Future[Any]]] = deque()
+        self.sending_s: list[float] = []
+        self.now = clock
+
+    def send(self, number: int) -> None:
+        if len(self.sending_s) < TIMED:
+            begun = clock()
+            self._flying.append((number, self._submit(self._feed)))
+            self.sending_s.append(clock() - begun)
+        else:
+            self._flying.append((number, self._submit(self._feed)))
+
+    def receive(self, until: float | None = None) -> Done | None:
+        number, future = self._flying.popleft()
+        future.result(None if until is None else max(0.0, until - clock()))
+        return number, clock()
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 class Called:

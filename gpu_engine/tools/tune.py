@@ -100,7 +100,7 @@ def measure_point(tuning: Tuning, kept: Mapping[str, Any], point: Point) -> Meas
     subject = open_subject(tuning.model, {**kept, **_options(point)}, tuning.request)
     try:
         in_flight = max(1, point.in_flight // subject.rows)
-        target = subject.target(Mode(cores=0, in_flight=in_flight, open=True))
+        target = subject.target(Mode(cores=0, in_flight=in_flight, queue=True))
         course = Course(tuning.seconds, tuning.seconds / 4, least=LEAST_QUERIES)
         taken = closed_loop(target, in_flight, course)
         latency = latency_of(taken.latencies_s, (50.0, tuning.percent))
