@@ -86,7 +86,7 @@ def settings(engine: Engine, in_flight: int, rows: int) -> Settings:
 def processor() -> str:
     """The processor's name as the system tells it, and as LLVM does."""
     path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else None
+    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
     return f"{found[1].strip()} ({host().cpu})" if found else host().cpu
 
 

@@ -142,22 +142,22 @@ class _Flight:
         target, sent, in_flight = self.target, self.sent, len(self.sent)
         now, send, receive = target.now, target.send, target.receive
         found: list[tuple[float, float]] = []
-        while self.free:
-            number = self.free.pop()
-            sent[number] = now()
-            send(number)
-        while True:
-            try:
+        try:
+            while self.free:
+                number = self.free.pop()
+                sent[number] = now()
+                send(number)
+            while True:
                 number, finished = receive()  # type: ignore[misc]
-            except BaseException:
-                self.free.append(0)
-                raise
-            found.append((sent[number], finished))
-            if finished >= until and len(found) >= least and not len(found) % in_flight:
-                self.free.append(number)
-                return found
-            sent[number] = now()
-            send(number)
+                found.append((sent[number], finished))
+                if finished >= until and len(found) >= least and not len(found) % in_flight:
+                    self.free.append(number)
+                    return found
+                sent[number] = now()
+                send(number)
+        except BaseException:
+            self.free.append(0)  # what failed is in flight no more, be it that it was received or not sent
+            raise
 
     def land(self) -> None:
         """Wait for what is in flight; its errors say nothing new."""
