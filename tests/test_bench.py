@@ -70,6 +70,11 @@ def test_rows_are_items_and_queries_are_a_multiple_of_what_is_in_flight() -> Non
     assert closed.queries == 9 and closed.items == 36 and closed.settings is not None and closed.settings.rows == 4
 
 
+def test_a_configuration_says_what_is_in_flight() -> None:
+    (closed,) = bench("closed", options={"config": {"device": "cpu", "streams": 1, "batch": 2, "requests": 3}})
+    assert closed.in_flight == 3 and closed.settings is not None and closed.settings.batch == 2
+
+
 def test_inputs_come_from_files(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8), np.float32))
     (single,) = bench("SingleStream", request=Request(inputs=[str(tmp_path / "x.npy")]))

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, FloatRect, Locator, Page, sync_playwrig
 
 from gpu_engine.tools.axes import linear_axis, log_axis
 from gpu_engine.tools.report import chart, page
-from tests.tuning import tuned
+from tests.tuning import Costs, tuned
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chromium-headless-shell")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -122,8 +122,18 @@ def test_nothing_is_cut_off(shown: Page) -> None:
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in map(box_of, tips))
     texts = "[...document.querySelectorAll('p, td, th, dt, dd, li, .tick')]"
     assert min(shown.evaluate(f"{texts}.map(each => parseFloat(getComputedStyle(each).fontSize))")) >= 12
+    assert all(box_of(tick)["x"] >= 0 for tick in shown.locator(".tick.y").all())
     ticks = [box_of(tick) for tick in shown.locator(".tick.x").all()]
     assert all(one["x"] + one["width"] < other["x"] for one, other in itertools.pairwise(ticks))
+
+
+def test_long_numbers_have_room(browser: Browser) -> None:
+    window = browser.new_page(viewport={"width": 400, "height": 900})
+    window.set_content(page(tuned(0.06, Costs(call_ms=0.004, row_ms=0.0001))))
+    top = window.locator(".tick.y").last
+    assert top.inner_text() == "40,000,000" and box_of(top)["x"] >= 0
+    assert window.evaluate("document.documentElement.scrollWidth") <= 400
+    window.close()
 
 
 def test_points_are_reached_by_keyboard(shown: Page) -> None:

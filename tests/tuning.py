@@ -42,10 +42,10 @@ class Costs:
         return Measured(point, rate, batch_ms * waiting, batch_ms * waiting * 1.2, point.batch)
 
 
-def tuned(bound_ms: float | None = 60.0, cores: int = 8, most_batch: int = 32) -> Tuned:
+def tuned(bound_ms: float | None = 60.0, costs: Costs | None = None) -> Tuned:
     """What a search over the formula finds."""
-    where: Space = space(cores, most_batch)
-    found: Found = search(where, Costs(), bound_ms)
+    where: Space = space(8, 32)
+    found: Found = search(where, costs or Costs(), bound_ms)
     tuning = Tuning(Path("a_model.onnx"), bound_ms=bound_ms)
     point = found.chosen.point
     options = {"device": "cpu", "streams": point.streams, "threads": point.threads, "batch": point.batch}

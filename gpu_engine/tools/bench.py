@@ -97,7 +97,7 @@ def measure(bench: Bench, scenario: Scenario, rate: float | None, tell: Tell) ->
         alone = scenario.in_flight == 1 and scenario.size == 1
         subject = open_subject(bench.model, options_for(bench, alone), bench.request)
         opened.callback(subject.close)
-        in_flight = scenario.in_flight or bench.in_flight or max(1, subject.engine.optimal_requests // subject.rows)
+        in_flight = scenario.in_flight or _in_flight(bench, subject)
         mode = Mode(len(usable_cores().numbers), in_flight * scenario.size, scenario.load != "closed")
         contenders = [subject.contender(mode)]
         for name in bench.peers:
@@ -107,14 +107,20 @@ def measure(bench: Bench, scenario: Scenario, rate: float | None, tell: Tell) ->
         return _race(bench, scenario, rate, contenders, subject, in_flight, tell)
 
 
+def _in_flight(bench: Bench, subject: Subject) -> int:
+    """As given, or as a configuration says, or what keeps every slot busy."""
+    stored = read_configuration(bench.options.get("config") or {})
+    return bench.in_flight or stored.get("requests") or max(1, subject.engine.optimal_requests // subject.rows)
+
+
 def options_for(bench: Bench, alone: bool) -> dict[str, Any]:
     """Options of compile() as given; where nothing was said, a load of several requests asks for throughput."""
     given = {name: value for name, value in bench.options.items() if value is not None}
-    said = {*given, *read_configuration(given.get("config", {}))}
     if alone:
         return given
     if bench.in_flight:
         return {"requests": bench.in_flight, **given}
+    said = {*given, *read_configuration(given.get("config", {}))}
     return given if said & {*SPOKEN} else {**given, "hint": "THROUGHPUT"}
 
 
