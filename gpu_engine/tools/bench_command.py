@@ -40,7 +40,7 @@ def hint_of(text: str | None) -> str | None:
 
 def bench(
     model: Model,
-    more_peers: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more_peers: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="PEER")] = None,
     device: Device = "auto",
     config: Config = None,
     streams: Annotated[
@@ -82,7 +82,7 @@ def bench(
     seed: Seed = 0,
     compare: Annotated[
         list[str] | None,
-        typer.Option("--compare", help=f"A peer in the same run: {', '.join(PEERS)}; may be repeated."),
+        typer.Option("--compare", metavar="PEER ...", help=f"In the same run, in turns: {', '.join(PEERS)}."),
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write a line for each result to this file.")] = None,
