@@ -112,6 +112,11 @@ def test_only_what_was_due_after_the_warm_up_is_counted() -> None:
     assert taken.start_s == 102.0 and len(taken.latencies_s) == 30 and taken.seconds == pytest.approx(3.0, abs=0.11)
 
 
+def test_at_least_one_query_is_counted() -> None:
+    taken = open_loop(Server(1, lambda _: 0.001), itertools.repeat(7.0), Course(1.0, warmup_s=8.0))
+    assert len(taken.latencies_s) == 1 and taken.stop_s == 114.0
+
+
 def test_unfinished_requests_count_as_waiting_so_far() -> None:
     taken = open_loop(Server(1, lambda _: 1.0), itertools.repeat(0.101), Course(2.0))
     assert taken.unfinished > 10 and len(taken.latencies_s) == 19

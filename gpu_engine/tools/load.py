@@ -193,8 +193,8 @@ def poisson_gaps(rate: float, seed: int) -> Iterator[float]:
 def open_loop(target: Target, gaps: Iterator[float], course: Course) -> Taken:
     """Send a query after each gap, whether or not earlier ones have finished, then wait for those in flight.
 
-    Counted are the queries that were meant to be sent in the `course.seconds` after the warm-up. Those still unfinished
-    as long again after the last are given up.
+    Counted are the queries that were meant to be sent in the `course.seconds` after the warm-up, or the first one after
+    that. Those still unfinished as long again after the last are given up.
     """
     due = begin = target.now()
     start, stop = begin + course.warmup_s, begin + course.warmup_s + course.seconds
@@ -203,14 +203,14 @@ def open_loop(target: Target, gaps: Iterator[float], course: Course) -> Taken:
     finished: dict[int, float] = {}
     for gap in gaps:
         due += gap
-        if due >= stop or len(meant) - len(finished) >= MOST_WAITING:
+        if (due >= stop and meant and meant[-1] >= start) or len(meant) - len(finished) >= MOST_WAITING:
             break
         _receive_until(target, due, finished, len(meant))
         lags.append(max(0.0, target.now() - due))
         meant.append(due)
         target.send(len(meant) - 1)
     overloaded = due < stop
-    stop = min(due, stop)
+    stop = min(due, max(stop, meant[-1]))
     _receive_until(target, max(target.now(), stop) + course.seconds, finished, len(meant), drain=True)
     given_up = target.now()
     counted = [number for number, at in enumerate(meant) if at >= start]
