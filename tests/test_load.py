@@ -79,6 +79,11 @@ def test_a_warm_up_that_never_gets_steady_ends_and_says_so() -> None:
     assert not taken.warm and taken.start_s <= 100 + 2 * 2.5
 
 
+def test_a_warm_up_ends_in_time_however_few_have_finished() -> None:
+    taken = closed_loop(Server(1, lambda _: 1.0), 10, Course(1.0, warmup_s=20.0, least=1))
+    assert not taken.warm and taken.start_s == pytest.approx(130.0)
+
+
 def test_errors_end_the_load_after_what_is_in_flight() -> None:
     class Failing(Server):
         def receive(self, until: float | None = None) -> Done | None:

@@ -134,8 +134,9 @@ class _Flight:
     sent: list[float]
     free: list[int]
 
-    def turn(self, until: float, least: int) -> list[tuple[float, float]]:
-        """(sent, finished) of the queries that finish until then, at least so many and a multiple of those in flight.
+    def turn(self, until: float, least: int, limit: float = math.inf) -> list[tuple[float, float]]:
+        """(sent, finished) of the queries that finish until then, at least so many and a multiple of those in flight;
+        after the limit however few there are.
 
         As few calls as can be for each query: whatever the generator does is missing in a throughput.
         """
@@ -150,7 +151,8 @@ class _Flight:
             while True:
                 number, finished = receive()  # type: ignore[misc]
                 found.append((sent[number], finished))
-                if finished >= until and len(found) >= least and not len(found) % in_flight:
+                enough = finished >= until and (len(found) >= least or finished >= limit)
+                if enough and not len(found) % in_flight:
                     self.free.append(number)
                     return found
                 sent[number] = now()
@@ -172,8 +174,9 @@ def _warm_up(flight: _Flight, in_flight: int, course: Course) -> bool:
         return True
     first = opened = flight.target.now()
     rates: list[float] = []
-    while opened < first + course.warmup_s + course.seconds:
-        samples = flight.turn(opened + course.window_s, WARM_ROUNDS * in_flight)
+    limit = first + course.warmup_s + course.seconds
+    while opened < limit:
+        samples = flight.turn(min(opened + course.window_s, limit), WARM_ROUNDS * in_flight, limit)
         rates.append(len(samples) / (samples[-1][1] - opened))
         opened = samples[-1][1]
         if opened >= first + course.warmup_s and is_steady(rates):
