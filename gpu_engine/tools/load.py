@@ -108,7 +108,7 @@ class Grouped:
 
 
 def closed_loop(target: Target, in_flight: int, course: Course) -> Taken:
-    """Keep `in_flight` queries in flight: whenever one finishes, the next is sent.
+    """Keep `in_flight` queries in flight: whenever one finishes, the next is due, and its latency counts from then.
 
     The number of queries measured is a multiple of `in_flight`.
     """
@@ -128,34 +128,34 @@ def closed_loop(target: Target, in_flight: int, course: Course) -> Taken:
 
 @dataclass
 class _Flight:
-    """Queries in flight by number: when each was sent, and the numbers that are not in flight."""
+    """Queries in flight by number: when each was due, and the numbers that are not in flight."""
 
     target: Target
-    sent: list[float]
+    due: list[float]
     free: list[int]
 
     def turn(self, until: float, least: int, limit: float = math.inf) -> list[tuple[float, float]]:
-        """(sent, finished) of the queries that finish until then, at least so many and a multiple of those in flight;
+        """(due, finished) of the queries that finish until then, at least so many and a multiple of those in flight;
         after the limit however few there are.
 
         As few calls as can be for each query: whatever the generator does is missing in a throughput.
         """
-        target, sent, in_flight = self.target, self.sent, len(self.sent)
-        now, send, receive = target.now, target.send, target.receive
+        target, due, in_flight = self.target, self.due, len(self.due)
+        send, receive = target.send, target.receive
         found: list[tuple[float, float]] = []
         try:
             while self.free:
                 number = self.free.pop()
-                sent[number] = now()
+                due[number] = target.now()
                 send(number)
             while True:
                 number, finished = receive()  # type: ignore[misc]
-                found.append((sent[number], finished))
+                found.append((due[number], finished))
                 enough = finished >= until and (len(found) >= least or finished >= limit)
                 if enough and not len(found) % in_flight:
                     self.free.append(number)
                     return found
-                sent[number] = now()
+                due[number] = finished
                 send(number)
         except BaseException:
             self.free.append(0)  # what failed is in flight no more, be it that it was received or not sent
@@ -163,7 +163,7 @@ class _Flight:
 
     def land(self) -> None:
         """Wait for what is in flight; its errors say nothing new."""
-        for _ in range(len(self.sent) - len(self.free)):
+        for _ in range(len(self.due) - len(self.free)):
             with contextlib.suppress(Exception):
                 self.target.receive()
 
