@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +36,7 @@ from benchmarks.peer_report import CPU, THROUGHPUT, Comparison, Row
 from benchmarks.real_model import RealModel, Tolerance
 from cpu_fallback.cores import usable_cores
 from cpu_fallback.native import host
+from gpu_engine.tools.environment import processor
 
 RESULTS, TRIALS = ROOT / "benchmarks" / "results", ROOT / ".cache" / "results"
 CPU_SAMPLE_S, WALL_SAMPLE_S = 2e-3, 30e-3
@@ -52,12 +52,6 @@ class Case:
     feed: Feed
     expected: Outputs
     flops: int | None
-
-
-def processor() -> str:
-    """The processor's name as the system tells it."""
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"{found[1].strip()} ({host().cpu})" if found else host().cpu
 
 
 def prepared(model: RealModel) -> Case:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from gpu_engine.configuration import Configuration, completed
 from gpu_engine.errors import DependsOnValues, DeviceError, GpuEngineError, OutOfMemory, UnsupportedModel
 from gpu_engine.frontend.importer import caller_inputs, import_model, is_open, refuse_unsupported
 from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
@@ -44,6 +46,7 @@ _LOGGER = logging.getLogger(__name__)
 def compile(
     model: ModelSource,
     *,
+    config: Configuration | None = None,
     device: str = "auto",
     fallback: str | None = None,
     streams: int | str | None = None,
@@ -72,6 +75,8 @@ def compile(
     A model whose inputs are sequences, optionals or tensors of unknown rank, or decide by value what there is to
     compile, gets a StructuredEngine.
 
+    config            a TOML file (or a mapping) of these options, as `gpu-engine tune` writes it: it says those that
+                      the call leaves at their defaults
     device            "auto" (cuda if it is usable, else cpu), "cpu", "cuda", "cuda:1"; "GPU(8)" also fixes the batch
     fallback          "cpu": run there if the device asked for is not usable, instead of raising DeviceError
 
@@ -86,6 +91,9 @@ def compile(
     The other options are those of `options.Options`. Raises ModelError, DeviceError, TypeError or ValueError for an
     option.
     """
+    if config is not None:
+        called = {name: value for name, value in locals().items() if name not in ("model", "config")}
+        return compile(model, **completed(called, compile_defaults(), config))
     choice = parse_device(device)
     properties = properties or {}
     given = validated(
@@ -131,6 +139,12 @@ def compile(
     except DependsOnValues as error:
         _LOGGER.warning("the model is compiled for every value of its small integer inputs: %s", error)
         return StructuredEngine(open_inputs, build, by_value=True)
+
+
+def compile_defaults() -> dict[str, Any]:
+    """{name: default} of the options that a call of compile(), or a configuration, may give."""
+    parameters = inspect.signature(compile).parameters
+    return {name: each.default for name, each in parameters.items() if name not in ("model", "config")}
 
 
 def _batched(imported: Graph, share: bool) -> tuple[Graph, Batching]:

@@ -50,6 +50,8 @@ THIRD_PARTIES = {
     "cupy": ("gpu_engine.gpu.cuda",),
     "typer": ("gpu_engine.tools",),
     "rich": ("gpu_engine.tools",),
+    "jinja2": ("gpu_engine.tools",),
+    "tomlkit": ("gpu_engine.tools",),
 }
 # Where an import may happen inside a function, and why.
 LATE = {

@@ -1,4 +1,4 @@
-"""The command line: `gpu-engine demo`, `run`, `build`, `inspect`, `profile`, `simulate` and `ops`."""
+"""The command line: `gpu-engine demo`, `run`, `bench`, `tune`, `build`, `inspect`, `profile`, `simulate` and `ops`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from rich.text import Text
 import gpu_engine
 from gpu_engine.gpu import bundle
 from gpu_engine.tools import bundles, operators
+from gpu_engine.tools.bench_command import Config, bench
 from gpu_engine.tools.demo import Advance, Report, run_demo
 from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
 from gpu_engine.tools.inspection_command import run_inspection
 from gpu_engine.tools.profile_command import run_profile
 from gpu_engine.tools.simulation import run_simulation
+from gpu_engine.tools.tune_command import tune
 
 app = typer.Typer(
     help="Run ONNX models for throughput.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -87,14 +89,19 @@ def run(
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz file.")] = None,
     device: Device = "auto",
+    config: Config = None,
 ) -> None:
     """Run a model once on arrays from files."""
-    with gpu_engine.compile(model, device=device) as engine:
+    with gpu_engine.compile(model, device=device, config=config) as engine:
         outputs = named_outputs(engine.run(read_inputs(inputs)))
     for name, value in outputs.items():
         print(f"{name}: {describe_value(value)}")
     if output is not None:
         write_outputs(outputs, output)
+
+
+app.command()(bench)
+app.command()(tune)
 
 
 @app.command()
