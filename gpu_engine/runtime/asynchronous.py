@@ -10,8 +10,9 @@ from itertools import islice
 from typing import Any
 
 from gpu_engine.errors import RequestTimeout
+from gpu_engine.runtime.endings import EXPIRED
 from gpu_engine.runtime.execution import seconds_left
-from gpu_engine.runtime.pool import EXPIRED, Pool
+from gpu_engine.runtime.pool import Pool
 from gpu_engine.runtime.requests import Request
 
 Submit = Callable[[Any], Awaitable["Future[Any]"]]

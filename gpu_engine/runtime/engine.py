@@ -7,12 +7,12 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from gpu_engine.errors import GpuEngineError, InputError, OutOfMemory, RequestTimeout
-from gpu_engine.options import Options, Partial, TimeoutAction
+from gpu_engine.options import Options, Partial
 from gpu_engine.plan.plan import Plan, Port
 from gpu_engine.runtime.admission import Admission, Admitted
 from gpu_engine.runtime.arrays import Array, Wrap
@@ -21,31 +21,17 @@ from gpu_engine.runtime.execution import clock, run_alone
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.late import ADMIT_ASYNC, STREAM, load
 from gpu_engine.runtime.observation import Observer
-from gpu_engine.runtime.policy import queue_policy
+from gpu_engine.runtime.policy import new_batcher, queue_policy
 from gpu_engine.runtime.pool import Pool
 from gpu_engine.runtime.properties import Facts, checked_change, read_property
 from gpu_engine.runtime.requests import Join, Request, fail_all
 from gpu_engine.runtime.reusable import ReusableRequest
 from gpu_engine.runtime.rooms import Rooms
-from gpu_engine.runtime.scheduler import Batcher
-from gpu_engine.runtime.sizing import BatchPlan, Sizes
+from gpu_engine.runtime.sizing import BatchPlan, MemoryPlan, Sizes, threads_of
 from gpu_engine.runtime.statistics import Statistics
 from gpu_engine.runtime.tuning import Tuner, sizes_of
 
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes: weights once, activations for each of all slots."""
-
-    weights: int
-    activations: int
-    slots: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.activations * self.slots
 
 
 class Engine:
@@ -72,16 +58,9 @@ class Engine:
         self._serve_callers = options.batch_timeout_ms == 0 or not self._sizes.shared
         self._policy, self._bounded = queue_policy(options), options.max_queue_size > 0
         self._usual = self._policy.timeout_s, self._policy.level
-        batcher: Batcher[Request] = Batcher(
-            options.batch_timeout_ms / 1000,
-            options.max_queue_size,
-            max(1, options.priority_levels),
-            options.timeout_action is TimeoutAction.DELAY,
-        )
-        threads = options.threads or (options.all_threads and max(1, options.all_threads // sizes.streams))
-        streams = device.open(plan, sizes.streams, sizes.slots, threads)
+        streams = device.open(plan, sizes.streams, sizes.slots, threads_of(options, sizes.streams))
         self._buckets = self._tuner.bucketed(streams)
-        self._pool = Pool(self._buckets or streams, batcher, sizes.batch.batch, plan.batching.outputs)
+        self._pool = Pool(self._buckets or streams, new_batcher(options), sizes.batch.batch, plan.batching.outputs)
         self._pool.rounds.individual = options.partial is Partial.individual
         weakref.finalize(self, self._pool.abandon).atexit = False
         if options.warmup and self._tuner.useful and not self._warmed():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -20,6 +20,8 @@ from gpu_engine.runtime.scheduler import Batch
 from gpu_engine.runtime.statistics import Counters
 
 clock = time.monotonic
+POLL_S = 1e-3
+"""Between looks for an idle slot, where no thread tells."""
 
 
 def seconds_left(ends: float | None) -> float | None:
@@ -49,6 +51,14 @@ class Lane:
         self.in_flight -= 1
         if not self.in_flight:
             self.busy_s += now - self.since
+
+    def release(self, workers: Iterable[Worker]) -> None:
+        """Close the stream, whose slots no worker has any more."""
+        for worker in workers:
+            if worker.lane is self:
+                worker.watch = None
+                del worker.slot
+        self.stream.close()
 
     def busy_until(self, now: float) -> float:
         """Seconds with an execution in flight."""

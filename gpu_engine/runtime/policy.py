@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpu_engine.options import Options, seconds
+from gpu_engine.options import Options, TimeoutAction, seconds
+from gpu_engine.runtime.requests import Request
+from gpu_engine.runtime.scheduler import Batcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +41,11 @@ def queue_policy(options: Options) -> QueuePolicy:
     """The policy that options ask for. A request without a priority has the middle one, the higher of two."""
     levels = options.priority_levels
     return QueuePolicy(levels, options.default_timeout, options.allow_override, max(0, levels - 1) // 2)
+
+
+def new_batcher(options: Options) -> Batcher[Request]:
+    """The queue that options ask for."""
+    delays = options.timeout_action is TimeoutAction.DELAY
+    return Batcher(
+        options.batch_timeout_ms / 1000, options.max_queue_size, max(1, options.priority_levels), delays
+    )  # fmt: skip

@@ -7,20 +7,17 @@ the next. A slot has one owner at a time: the idle list, its thread, or a caller
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import logging
-import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty
 
 from gpu_engine.errors import EngineClosed, ForkedEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
-from gpu_engine.runtime.execution import Lane, Worker, clock, seconds_left
+from gpu_engine.runtime.endings import CLOSED, EXPIRED, FORKED, watch_endings
+from gpu_engine.runtime.execution import POLL_S, Lane, Worker, clock, seconds_left
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.observation import Observer, watch
 from gpu_engine.runtime.requests import Request, fail_all
@@ -30,11 +27,6 @@ from gpu_engine.runtime.statistics import Statistics, queue_counts, summed
 from gpu_engine.runtime.vacancy import Vacancy
 
 _LOGGER = logging.getLogger(__name__)
-_EXIT_TIMEOUT_S = 5.0
-_POLL_S = 1e-3
-_CLOSED = "the engine was closed"
-EXPIRED = "Request timeout expired"
-_FORKED = "the engine was made before this process was forked: compile the model in the child"
 
 
 class Pool:
@@ -59,10 +51,7 @@ class Pool:
         self._open = list(self._lanes)
         self._started = self._stopped = self._abandoned = self._forked = False
         self._make_locks()
-        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
-        atexit.register(self._at_exit)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=functools.partial(_forget_threads, weakref.ref(self)))
+        self._forget_exit = watch_endings(self)
 
     def borrow(self, now: float) -> Worker | None:
         """An idle slot for the calling thread if nothing waits, else None; EngineClosed after close()."""
@@ -79,7 +68,7 @@ class Pool:
     def slot(self) -> Iterator[Worker]:
         """An idle slot, waited for, for the calling thread; EngineClosed after close()."""
         while (worker := self.borrow(clock())) is None:
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         try:
             yield worker
         finally:
@@ -202,9 +191,9 @@ class Pool:
         """
         ends = None if timeout_s is None else clock() + timeout_s
         worker = self._by_thread.get(threading.get_ident())
-        atexit.unregister(self._at_exit)
+        self._forget_exit()
         with self._mutex:
-            self._refusal = self._refusal or _CLOSED
+            self._refusal = self._refusal or CLOSED
             if self._forked:
                 return
             self._vacancy.announce()
@@ -216,12 +205,12 @@ class Pool:
                 self._call_workers()
                 self._quiet.wait_for(lambda: self._is_quiet() and not self.batcher.size, seconds_left(ends))
             waiting = self.batcher.clear()
-        fail_all(waiting, EngineClosed(_CLOSED))
+        fail_all(waiting, EngineClosed(CLOSED))
         with self._mutex:
             quiet = worker is not None or self._quiet.wait_for(self._is_quiet, seconds_left(ends))
             late = [] if quiet else self._in_flight()
             self._stopped = True
-        fail_all(late, EngineClosed(f"{_CLOSED} and this request did not finish in time"))
+        fail_all(late, EngineClosed(f"{CLOSED} and this request did not finish in time"))
         for each in self._workers:
             each.tokens.put(None)
         for each in self._workers:
@@ -232,7 +221,7 @@ class Pool:
     def abandon(self) -> None:
         """Close without taking a lock or waiting, for the garbage collector, which runs anywhere."""
         self._abandoned = True
-        atexit.unregister(self._at_exit)
+        self._forget_exit()
         for worker in self._workers:
             worker.tokens.put(None)
         if not self._started and not self._forked:
@@ -240,13 +229,13 @@ class Pool:
 
     def after_fork(self) -> None:
         """In the child of a fork no thread serves the slots: fail what waits, refuse what comes."""
-        self._forked, self._refusal = True, _FORKED
+        self._forked, self._refusal = True, FORKED
         self._make_locks()
         self._by_thread.clear()
         requests = [*self.batcher.clear(), *self._in_flight()]
         for request in requests:
             request.future.forget_lock()
-        fail_all(requests, ForkedEngineError(_FORKED))
+        fail_all(requests, ForkedEngineError(FORKED))
 
     def _serve_one(self, worker: Worker) -> bool:
         """Run the next batch on the slot of the worker whose thread this is; False if none waits."""
@@ -398,7 +387,7 @@ class Pool:
 
     def _fail_abandoned(self) -> None:
         with self._mutex:
-            self._refusal = _CLOSED
+            self._refusal = CLOSED
             waiting = self.batcher.clear()
         fail_all(waiting, EngineClosed("the engine was dropped before the request ran"))
 
@@ -408,22 +397,4 @@ class Pool:
             return
         while self._open:
             with contextlib.suppress(IndexError):
-                lane = self._open.pop()
-                for worker in self._workers:
-                    if worker.lane is lane:
-                        worker.watch = None
-                        del worker.slot
-                lane.stream.close()
-
-
-def _close_at_exit(pool: weakref.ref[Pool]) -> None:
-    """Threads must be gone before the interpreter is: a kernel that returns later would find its memory unmapped."""
-    alive = pool()
-    if alive is not None:
-        alive.close(drain=False, timeout_s=_EXIT_TIMEOUT_S)
-
-
-def _forget_threads(pool: weakref.ref[Pool]) -> None:
-    alive = pool()
-    if alive is not None:
-        alive.after_fork()
+                self._open.pop().release(self._workers)

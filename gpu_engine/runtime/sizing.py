@@ -27,6 +27,19 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes: weights once, activations for each of all slots."""
+
+    weights: int
+    activations: int
+    slots: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations * self.slots
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What an engine opens: `slots` per stream that execute or are in flight, `shared` if requests are batched.
 
@@ -69,6 +82,11 @@ def choose(options: Options, limits: Limits) -> Sizes:
         shared=(is_shared(options) or limits.splits) and not limits.refused,
         optimal_requests=optimal_requests(plan.batch, streams, in_flight),
     )
+
+
+def threads_of(options: Options, streams: int) -> int | None:
+    """Cores for each of the streams, as was said for one or for all of them; None: the device's choice."""
+    return options.threads or (options.all_threads and max(1, options.all_threads // streams))
 
 
 def is_latency(options: Options) -> bool:
