@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
-from gpu_engine.gpu.driver import HostArray, Piece, Pieces
+from gpu_engine.gpu.driver import HostArray, Piece, Touched
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, gpu_plan
@@ -106,7 +106,7 @@ class CudaDriver:
         loaded: Loaded,
         grid: tuple[int, int, int],
         packed: NDArray[np.uint64],
-        pieces: Callable[[], tuple[Pieces, Pieces]],
+        touched: Callable[[], Touched],
     ) -> None:
         binary = loaded.binary
         if binary.scratch_nbytes:

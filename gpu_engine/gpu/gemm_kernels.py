@@ -1,8 +1,8 @@
 """Kernels of matrix products: tiles of sums in registers, what is summed over in steps, the epilogue on the sums.
 
 Programs of tiles that share columns follow each other, `group_m` rows of tiles at a time, so that factors are found in
-the L2 cache. Where tiles are too few for a GPU what is summed over is cut into parts: partial sums go to scratch, and
-a second kernel adds them, always in the same order, and applies the epilogue.
+the L2 cache. Where tiles are too few for a GPU what is summed over is cut into parts, each a program of its own; the
+last of a tile's to arrive adds them up, always in the same order, and applies the epilogue.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from gpu_engine.gpu.gemm_steps import Step
 from gpu_engine.gpu.launches import is_multiple
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.printing import computing
-from gpu_engine.gpu.text import KernelText, power_of_two
+from gpu_engine.gpu.split_sums import last_part, shared_buffers
+from gpu_engine.gpu.text import KernelText
 from gpu_engine.gpu.tiles import Choice, GemmTile
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
@@ -82,20 +83,18 @@ def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choic
     share = _selected(product.m, choice)
     if share == 0:
         return
-    used = {node.value for node in expr.walk(product.root) if node.op == "arg"}
-    operands = tuple(product.operands[i - 1].buffer for i in sorted(used - {0}))
-    factors = (product.a.buffer, product.b.buffer)
+    tile, programs = choice.tile, _programs(product, choice.tile) * share
     text = KernelText(lowering, f"{product.name}_{step.name}")
     walks = _write_sums(text, product, step, choice)
     if choice.splits == 1:
-        _write_result(text, product, walks, _block(choice.tile))
-        _launch(text, product, choice, share, (*factors, *operands), (product.out,))
+        _write_result(text, product, walks, tile)
+        _launch(text, product, choice, programs)
         return
-    partial = lowering.buffer(step.sums, (choice.splits * share, *product.shape))
-    where, mask = _whole(text, partial, walks, product.shape, _block(choice.tile))
-    text.store(partial, f"tl.program_id(1) * {number(text, dims.product(product.shape))} + {where}", "sums", mask)
-    _launch(text, product, choice, share, factors, (partial,))
-    _emit_total(lowering, product, step, partial, choice.splits, share, operands)
+    block = (tile.block_m, tile.block_n)
+    parts, counters = shared_buffers(lowering, step.sums, programs, choice.splits, block)
+    with last_part(text, parts, counters, choice.splits, block, inside(walks)):
+        _write_result(text, product, walks, tile)
+    _launch(text, product, choice, programs, (parts, counters), (counters,))
 
 
 def _whole(text: KernelText, buffer: int, walks: Sequence[Walk], shape: Shape, block: str) -> tuple[str, str | None]:
@@ -104,15 +103,11 @@ def _whole(text: KernelText, buffer: int, walks: Sequence[Walk], shape: Shape, b
     return f"{where} + tl.zeros({block}, tl.int32)", inside(walks)
 
 
-def _block(tile: GemmTile) -> str:
-    return f"({tile.block_m}, {tile.block_n})"
-
-
-def _write_result(text: KernelText, product: Product, walks: Sequence[Walk], block: str) -> None:
+def _write_result(text: KernelText, product: Product, walks: Sequence[Walk], tile: GemmTile) -> None:
     """The epilogue of `sums`, and where it goes."""
-    kind = computing(product.dtype)
-    text.line(f"sums = sums.to({kind})")
-    result = finish(text, product.root, "sums", product.operands, walks, product.shape)
+    block = f"({tile.block_m}, {tile.block_n})"
+    value = text.let("value", f"sums.to({computing(product.dtype)})")
+    result = finish(text, product.root, value, product.operands, walks, product.shape)
     where, mask = _whole(text, product.out, walks, product.shape, block)
     text.store(product.out, where, f"tl.broadcast_to({result}, {block})", mask)
 
@@ -124,13 +119,27 @@ def _selected(m: Dim, choice: Choice) -> Dim:
     return reached - passed
 
 
-def _launch(
-    text: KernelText, product: Product, choice: Choice, share: Dim, reads: tuple[int, ...], writes: tuple[int, ...]
-) -> None:  # fmt: skip
-    tile = choice.tile
+def _programs(product: Product, tile: GemmTile) -> Dim:
+    """How many tiles there are."""
     tiles = dims.ceil_div(product.m, tile.block_m) * dims.ceil_div(product.n, tile.block_n)
-    grid = (tiles * dims.product(product.batch) * share, choice.splits)
-    text.launch(grid, reads, writes, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return tiles * dims.product(product.batch)
+
+
+def _launch(
+    text: KernelText,
+    product: Product,
+    choice: Choice,
+    programs: Dim,
+    scratch: tuple[int, ...] = (),
+    zeroed: tuple[int, ...] = (),
+) -> None:
+    used = {node.value for node in expr.walk(product.root) if node.op == "arg"}
+    operands = tuple(product.operands[i - 1].buffer for i in sorted(used - {0}))
+    reads, tile = (product.a.buffer, product.b.buffer, *operands), choice.tile
+    text.launch(
+        (programs, choice.splits), reads, (product.out,), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        scratch=scratch, zeroed=zeroed,
+    )  # fmt: skip
 
 
 def _write_sums(text: KernelText, product: Product, step: Step, choice: Choice) -> list[Walk]:
@@ -210,30 +219,3 @@ def _write_loop(text: KernelText, product: Product, step: Step, tile: GemmTile, 
 
 def _steps(text: KernelText, index: str, stride: Dim) -> str:
     return index if stride == 1 else f"{index} * {number(text, stride)}"
-
-
-def _emit_total(
-    lowering: Lowering, product: Product, step: Step, partial: int, splits: int, share: Dim, operands: tuple[int, ...]
-) -> None:  # fmt: skip
-    """Launch the kernel that adds the parts and applies the epilogue."""
-    text = KernelText(lowering, "gemm_total")
-    (last,) = product.axes[2]
-    width = min(128, power_of_two(product.n)) if isinstance(product.n, int) else 128
-    height = 512 // width
-    rows = dims.product(product.shape[:last])
-    across = dims.ceil_div(product.n, width)
-    text.line(f"rows = tl.program_id(0) // {text.parameter(across)} * {height} + tl.arange(0, {height})")
-    text.line(f"columns = tl.program_id(0) % {text.parameter(across)} * {width} + tl.arange(0, {width})")
-    walks = [
-        Walk("rows[:, None]", tuple(range(last)), _edge(text, "rows[:, None]", rows, height)),
-        Walk("columns[None, :]", (last,), _edge(text, "columns[None, :]", product.n, width)),
-    ]
-    block = f"({height}, {width})"
-    where, mask = _whole(text, partial, walks, product.shape, block)
-    apart = number(text, dims.product(product.shape))
-    text.line(f"sums = {text.load(partial, where, mask)}")
-    for part in range(1, splits):
-        text.line(f"sums += {text.load(partial, f'{where} + {part} * {apart}', mask)}")
-    _write_result(text, product, walks, block)
-    grid = (dims.ceil_div(rows, height) * across * share,)
-    text.launch(grid, (partial, *operands), (product.out,))

@@ -117,14 +117,17 @@ class KernelText:
         num_stages: int = 3,
         scratch: tuple[int, ...] = (),
         in_place: tuple[int, ...] = (),
+        zeroed: tuple[int, ...] = (),
     ) -> None:
         """Append the launch to the plan.
 
         `inputs` are the buffers that the kernel reads, `outputs` and `scratch` those that it also writes; it touches no
-        others. Only the first extent of the grid may pass 65535.
+        others. `zeroed` as in `Launch`. Only the first extent of the grid may pass 65535.
         """
         padded = (*grid, 1, 1)
-        launch = Launch(self.kernel(num_warps, num_stages), (padded[0], padded[1], padded[2]), tuple(self._words))
+        launch = Launch(
+            self.kernel(num_warps, num_stages), (padded[0], padded[1], padded[2]), tuple(self._words), zeroed
+        )
         self._lowering.emit(launch, inputs, outputs, scratch=scratch, in_place=in_place)
 
     def _argument(self, word: Word) -> Argument:
