@@ -131,7 +131,7 @@ def emit_windows(
 ) -> None:  # fmt: skip
     """Launch a product over windows; `walked` are the axes of the result that the batch, rows and columns count."""
     batch, rows, columns = (dims.product(layer.shape[axis] for axis in axes) for axes in walked)
-    unused = Factor(windows.weights, (), 1, 1)
+    unused = Factor(windows.weights, (), 0, 0)
     depth = windows.taps * windows.depth
     nbytes = lowering.buffers[windows.image.buffer].dtype.itemsize
     extents = Extents(batch, rows, columns, depth, nbytes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gpu_engine.gpu.epilogues import Walk, finish, inside, number, place
+from gpu_engine.gpu.epilogues import Walk, finish, inside, number, place, widest
 from gpu_engine.gpu.gemm_steps import Step
 from gpu_engine.gpu.launches import is_multiple
 from gpu_engine.gpu.maps import Walked
@@ -84,7 +84,8 @@ def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choic
     if share == 0:
         return
     tile, programs = choice.tile, _programs(product, choice.tile) * share
-    text = KernelText(lowering, f"{product.name}_{step.name}")
+    buffers = (product.a.buffer, product.b.buffer, product.out, *(operand.buffer for operand in product.operands))
+    text = KernelText(lowering, f"{product.name}_{step.name}", widest=widest(lowering, buffers))
     walks = _write_sums(text, product, step, choice)
     if choice.splits == 1:
         _write_result(text, product, walks, tile)
@@ -92,14 +93,15 @@ def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choic
         return
     block = (tile.block_m, tile.block_n)
     parts, counters = shared_buffers(lowering, step.sums, programs, choice.splits, block)
-    with last_part(text, parts, counters, choice.splits, block, inside(walks)):
+    with last_part(text, parts, counters, block, inside(walks)):
         _write_result(text, product, walks, tile)
     _launch(text, product, choice, programs, (parts, counters), (counters,))
 
 
 def _whole(text: KernelText, buffer: int, walks: Sequence[Walk], shape: Shape, block: str) -> tuple[str, str | None]:
     """(place, mask) of a tile of extents `block` in a contiguous buffer, also along axes of one element."""
-    where, _ = place(text, Walked(buffer, contiguous_strides(shape)), walks, shape)
+    with text.apart("out"):
+        where, _ = place(text, Walked(buffer, contiguous_strides(shape)), walks, shape)
     return f"{where} + tl.zeros({block}, tl.int32)", inside(walks)
 
 
@@ -147,11 +149,12 @@ def _write_sums(text: KernelText, product: Product, step: Step, choice: Choice) 
     tile = choice.tile
     _write_place(text, product, tile)
     batch, rows, columns = product.axes
-    walks = [
-        Walk("batch", batch),
-        Walk("rows[:, None]", rows, _edge(text, "rows[:, None]", product.m, tile.block_m)),
-        Walk("columns[None, :]", columns, _edge(text, "columns[None, :]", product.n, tile.block_n)),
-    ]
+    masks: list[str | None] = [None, None]
+    if not _fills_rows(product, tile):
+        masks[0] = text.let("inside", f"rows[:, None] < {row_count(text, product)}")
+    if not is_multiple(product.n, tile.block_n):
+        masks[1] = text.let("inside", f"columns[None, :] < {column_count(text, product)}")
+    walks = [Walk("batch", batch), Walk("rows[:, None]", rows, masks[0]), Walk("columns[None, :]", columns, masks[1])]
     _write_span(text, product.k, tile.block_k, choice.splits)
     step.start(text, tile)
     (product.loop or _write_loop)(text, product, step, tile, choice.splits)
@@ -159,52 +162,77 @@ def _write_sums(text: KernelText, product: Product, step: Step, choice: Choice) 
     return walks
 
 
-def _edge(text: KernelText, index: str, extent: Dim, block: int) -> str | None:
-    return None if is_multiple(extent, block) else text.let("inside", f"{index} < {number(text, extent)}")
+def _fills_rows(product: Product, tile: GemmTile) -> bool:
+    """Whether no tile has rows outside, known of numbers alone: masks of rows are cheap, and kernels fewer."""
+    return isinstance(product.m, int) and is_multiple(product.m, tile.block_m)
+
+
+def row_count(text: KernelText, product: Product) -> str:
+    """m; what divides it matters only where rows are neighbours in memory."""
+    with text.apart("m"):
+        aligned = 1 in (product.a.outer, product.n)
+        return number(text, product.m) if aligned else text.parameter(product.m, hint=False)
+
+
+def column_count(text: KernelText, product: Product) -> str:
+    """n."""
+    with text.apart("n"):
+        return number(text, product.n)
+
+
+def clamped_lines(text: KernelText, product: Product, tile: GemmTile) -> tuple[str, str]:
+    """(rows, columns) modulo m and n: a line outside repeats one inside, since what it loads is never stored."""
+    rows = "rows" if _fills_rows(product, tile) else f"rows % {row_count(text, product)}"
+    columns = "columns" if is_multiple(product.n, tile.block_n) else f"columns % {column_count(text, product)}"
+    return rows, columns
 
 
 def _write_place(text: KernelText, product: Product, tile: GemmTile) -> None:
     """`batch`, `rows` and `columns` of a program's tile."""
-    down, across = dims.ceil_div(product.m, tile.block_m), dims.ceil_div(product.n, tile.block_n)
+    with text.apart("tiles"):
+        down, across = (
+            text.parameter(dims.ceil_div(extent, block), hint=False)
+            for extent, block in ((product.m, tile.block_m), (product.n, tile.block_n))
+        )
     text.line("place = tl.program_id(0)")
     if product.batch:
-        text.line(f"batch = place // ({text.parameter(down)} * {text.parameter(across)})")
-        text.line(f"place = place % ({text.parameter(down)} * {text.parameter(across)})")
-    if down == 1:
-        text.line("down, across = 0, place")
-    elif across == 1:
-        text.line("down, across = place, 0")
-    else:
-        text.line(f"group = place // ({text.parameter(across)} * {tile.group_m})")
-        text.line(f"place = place % ({text.parameter(across)} * {tile.group_m})")
-        text.line(f"height = tl.minimum({text.parameter(down)} - group * {tile.group_m}, {tile.group_m})")
-        text.line(f"down, across = group * {tile.group_m} + place % height, place // height")
+        text.line(f"batch = place // ({down} * {across})")
+        text.line(f"place = place % ({down} * {across})")
+    text.line(f"group = place // ({across} * {tile.group_m})")
+    text.line(f"place = place % ({across} * {tile.group_m})")
+    text.line(f"height = tl.minimum({down} - group * {tile.group_m}, {tile.group_m})")
+    text.line(f"down, across = group * {tile.group_m} + place % height, place // height")
     text.line(f"rows = down * {tile.block_m} + tl.arange(0, {tile.block_m})")
     text.line(f"columns = across * {tile.block_n} + tl.arange(0, {tile.block_n})")
 
 
 def _write_span(text: KernelText, k: Dim, block: int, splits: int) -> None:
     """`low` and `high`: what of k a program adds up, in whole steps but for the last part."""
-    if splits == 1:
-        text.line(f"low, high = 0, {number(text, k)}")
-        return
-    part = dims.ceil_div(dims.ceil_div(k, splits), block) * block
-    text.line(f"low = tl.minimum(tl.program_id(1) * {number(text, part)}, {number(text, k)})")
-    text.line(f"high = tl.minimum(low + {number(text, part)}, {number(text, k)})")
+    with text.apart("span"):
+        whole = number(text, k)
+        if splits == 1:
+            text.line(f"low, high = 0, {whole}")
+            return
+        part = number(text, dims.ceil_div(dims.ceil_div(k, splits), block) * block)
+    text.line(f"low = tl.minimum(tl.program_id(1) * {part}, {whole})")
+    text.line(f"high = tl.minimum(low + {part}, {whole})")
 
 
 def _write_loop(text: KernelText, product: Product, step: Step, tile: GemmTile, splits: int) -> None:
-    """Lines are clamped into the factors by taking them modulo m and n: what they load is never stored."""
     a, b, block = product.a, product.b, tile.block_k
-    rows = "rows" if is_multiple(product.m, tile.block_m) else f"rows % {number(text, product.m)}"
-    columns = "columns" if is_multiple(product.n, tile.block_n) else f"columns % {number(text, product.n)}"
+    rows, columns = clamped_lines(text, product, tile)
     text.line(f"steps = tl.arange(0, {block})")
-    text.line(f"a_at = {_steps(text, f'({rows})[:, None]', a.outer)} + {_steps(text, 'steps[None, :]', a.inner)}")
-    text.line(f"b_at = {_steps(text, 'steps[:, None]', b.inner)} + {_steps(text, f'({columns})[None, :]', b.outer)}")
+    with text.apart("a"):
+        text.line(f"a_at = {_steps(text, f'({rows})[:, None]', a.outer)} + {_steps(text, 'steps[None, :]', a.inner)}")
+    with text.apart("b"):
+        text.line(
+            f"b_at = {_steps(text, 'steps[:, None]', b.inner)} + {_steps(text, f'({columns})[None, :]', b.outer)}"
+        )
     for name, factor in (("a", a), ("b", b)):
-        start = place(text, Walked(factor.buffer, factor.batch), [Walk("batch", product.axes[0])], product.batch)[0]
-        first = "" if splits == 1 else f" + {_steps(text, 'low', factor.inner)}"
-        text.line(f"{name}_from = {text.buffer(factor.buffer)} + ({start}){first}")
+        with text.apart(name):
+            start = place(text, Walked(factor.buffer, factor.batch), [Walk("batch", product.axes[0])], product.batch)[0]
+            first = "" if splits == 1 else f" + {_steps(text, 'low', factor.inner)}"
+            text.line(f"{name}_from = {text.buffer(factor.buffer)} + ({start}){first}")
     even = is_multiple(product.k, block)
     with text.block(f"for k in range(low, high, {block}):"):
         masks = ["", ""] if even else [
@@ -212,8 +240,9 @@ def _write_loop(text: KernelText, product: Product, step: Step, tile: GemmTile, 
             for axes, other in zip(("[None, :]", "[:, None]"), step.others, strict=True)
         ]  # fmt: skip
         for name, factor, mask in (("a", a, masks[0]), ("b", b, masks[1])):
-            text.line(f"{name} = tl.load({name}_from + {name}_at{mask})")
-            text.line(f"{name}_from += {_steps(text, str(block), factor.inner)}")
+            with text.apart(name):
+                text.line(f"{name} = tl.load({name}_from + {name}_at{mask})")
+                text.line(f"{name}_from += {_steps(text, str(block), factor.inner)}")
         step.add(text)
 
 

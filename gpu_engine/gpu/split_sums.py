@@ -22,23 +22,21 @@ from gpu_engine.plan.lower import Lowering
 
 
 @contextmanager
-def last_part(
-    text: KernelText, parts: int, counters: int, splits: int, block: tuple[int, int], mask: str | None
-) -> Iterator[None]:
+def last_part(text: KernelText, parts: int, counters: int, block: tuple[int, int], mask: str | None) -> Iterator[None]:
     """Lines for programs (tile, part) whose `sums` of extents `block` are a part; those written inside find the whole
     in `sums`. Lanes outside `mask` hold garbage. The buffers are those that `shared_buffers` made."""
     tail = "" if mask is None else f", mask={mask}"
     height, width = block
     text.line(f"lanes = tl.arange(0, {height})[:, None] * {width} + tl.arange(0, {width})[None, :]")
-    text.line(f"parts = {text.buffer(parts)} + tl.program_id(0) * {splits * height * width}")
+    text.line(f"part = {text.buffer(parts)} + tl.program_id(0) * (tl.num_programs(1) * {height * width}) + lanes")
     text.line(f"counter = {text.buffer(counters)} + tl.program_id(0)")
-    text.line(f"tl.store(parts + (tl.program_id(1) * {height * width} + lanes), sums{tail})")
+    text.line(f"tl.store(part + tl.program_id(1) * {height * width}, sums{tail})")
     text.line("tl.debug_barrier()")
     text.line('arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")')
-    with text.block(f"if arrived == {splits - 1}:"):
-        for part in range(splits):
-            where = f"parts + ({part * height * width} + lanes)"
-            text.line(f'sums {"+=" if part else "="} tl.load({where}{tail}, cache_modifier=".cg")')
+    with text.block("if arrived == tl.num_programs(1) - 1:"):
+        text.line(f'sums = tl.load(part{tail}, cache_modifier=".cg")')
+        with text.block("for i in range(1, tl.num_programs(1)):"):
+            text.line(f'sums += tl.load(part + i * {height * width}{tail}, cache_modifier=".cg")')
         yield
         text.line("tl.store(counter, 0)")
 

@@ -84,10 +84,13 @@ GPUS = {
 }
 RATES = {"half": 1.0, "converted": 0.7, "tf32": 0.5, "bytes": 2.0, "planes": 0.6, "double": 0.03}
 """Multiplications relative to `half_rate`; what is not here has no matrix instructions."""
-STEP_S, LAUNCH_S = 0.6e-6, 3e-6
-"""Seconds from asking for a step's factors to having them; for one more launch."""
+STEP_S = 0.6e-6
+"""Seconds from asking for a step's factors to having them."""
+NEAR = 1.2
+"""Costs apart by less than this factor are taken as equal, since the estimate knows no better: of these tiles the one
+that the table names first is chosen, so that layers share kernels."""
 LIGHT_SUMS = 64
-"""Sums of a thread that registers hold beside an expression that needs many of its own."""
+"""Sums of a thread that registers hold beside as many parts, or an expression that needs many of its own."""
 
 
 class Extents(NamedTuple):
@@ -146,13 +149,16 @@ def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> l
     return [
         tile
         for tile in GEMM_TILES[family]
-        if _staged_nbytes(tile, nbytes) <= limit
-        and not (heavy and tile.block_m * tile.block_n > LIGHT_SUMS * tile.num_warps * 32)
+        if _staged_nbytes(tile, nbytes) <= limit and not (heavy and not _is_light(tile))
     ]
 
 
+def _is_light(tile: GemmTile) -> bool:
+    return tile.block_m * tile.block_n <= LIGHT_SUMS * tile.num_warps * 32
+
+
 def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) -> tuple[GemmTile, int]:
-    """The tile, and the parts of k, that cost least."""
+    """The first tile, and the parts of k, that cost nearly the least."""
     values = [
         max(extent, 1) if isinstance(extent, int) else typical
         for extent, typical in zip(extents, TYPICAL, strict=True)
@@ -162,9 +168,15 @@ def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) ->
         (tile, parts)
         for tile in tiles
         for parts in (SPLITS if isinstance(extents.k, int) else (1,))
-        if parts == 1 or (2 * parts * tile.block_k <= sizes.k and _programs(tile, sizes) < gpu.processors)
+        if parts == 1 or (_is_light(tile) and _may_split(tile, parts, sizes, gpu))
     ]
-    return min(pairs, key=lambda pair: _cost_s(family, pair[0], pair[1], sizes, gpu))
+    costs = [_cost_s(family, tile, parts, sizes, gpu) for tile, parts in pairs]
+    return next(pair for pair, cost in zip(pairs, costs, strict=True) if cost <= NEAR * min(costs))
+
+
+def _may_split(tile: GemmTile, parts: int, sizes: Sizes, gpu: Gpu) -> bool:
+    """Whether there is work for the parts, and room on a GPU that tiles alone do not fill."""
+    return 2 * parts * tile.block_k <= sizes.k and _programs(tile, sizes) < gpu.processors
 
 
 def _merged(choices: Sequence[Choice]) -> tuple[Choice, ...]:
@@ -187,7 +199,8 @@ def _staged_nbytes(tile: GemmTile, nbytes: int) -> int:
 
 
 def _cost_s(family: str, tile: GemmTile, splits: int, sizes: Sizes, gpu: Gpu) -> float:
-    """Seconds that a product takes, roughly."""
+    """Seconds that a product takes, roughly. Of a tile in parts the last program waits for the counter, then reads all
+    while most others have ended."""
     m, n, threads = tile.block_m, tile.block_n, tile.num_warps * 32
     depth = -(-sizes.k // (splits * tile.block_k)) * tile.block_k
     turns = -(-_programs(tile, sizes) * splits // gpu.processors)
@@ -199,5 +212,5 @@ def _cost_s(family: str, tile: GemmTile, splits: int, sizes: Sizes, gpu: Gpu) ->
     load_s = turns * (m + n) * depth * sizes.nbytes / gpu.l2_rate
     wait_s = -(-turns // resident) * (depth / tile.block_k * STEP_S / max(1, tile.num_stages - 1) + 2 * STEP_S)
     once = sizes.batch * (sizes.m + sizes.n) * sizes.k * sizes.nbytes
-    partial = 8 * splits * sizes.batch * sizes.m * sizes.n if splits > 1 else 0
-    return max(multiply_s, load_s, wait_s, once / gpu.memory_rate) + partial / gpu.memory_rate + LAUNCH_S * (splits > 1)
+    tail_s = 2 * STEP_S + 4 * m * n * (splits + 1) / (2 * gpu.l2_rate) if splits > 1 else 0
+    return max(multiply_s, load_s, wait_s, once / gpu.memory_rate) + tail_s
