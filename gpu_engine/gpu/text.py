@@ -25,8 +25,8 @@ class KernelText:
     """Lines of one kernel. Addresses and extents that are not known yet become parameters; known extents literals."""
 
     def __init__(self, lowering: Lowering, name: str, *, bits: bool = False, widest: int = DIVISIBILITY) -> None:
-        """With `bits`, elements are unsigned integers of their width, whatever they mean. A load of 16 bytes has at most
-        `widest` elements."""
+        """With `bits`, elements are unsigned integers of their width, whatever they mean. A load of 16 bytes has
+        `widest` elements at most."""
         self._lowering, self.name, self._bits, self.widest = lowering, name, bits, widest
         self._words: dict[tuple[Word, str, bool], str] = {}
         self._role = ""
