@@ -11,7 +11,7 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,9 @@ from gpu_engine.gpu.nvrtc import compile_cuda
 from gpu_engine.gpu.offline import Resources, compiled, cubin_resources, problems, resources
 from gpu_engine.gpu.options import PRECISIONS, GpuOptions
 from gpu_engine.gpu.planning import gpu_plan, kernels_of
+from gpu_engine.ir.dims import Dim, number, substitute
 from gpu_engine.passes.batchability import prove
-from gpu_engine.plan.plan import Plan
+from gpu_engine.plan.plan import Plan, Step
 from gpu_engine.plan.signature import Signature
 from gpu_engine.tools.bundles import imported, parse_arch
 
@@ -69,15 +70,25 @@ def plan_of(model: bytes, precision: str, arch: int) -> Plan:
     return gpu_plan(graph, prove(graph), GpuOptions(precision, arch))
 
 
-def launched(plan: Plan, feed: Feed) -> int:
-    """How many launches one inference takes: of the kernels for different extents of a product, one is chosen.
+def executed(plan: Plan, feed: Feed) -> Iterator[tuple[Step, tuple[int, ...], Callable[[Dim], int]]]:
+    """(step, grid, the number that an extent is) for every launch of one inference: of the kernels for different
+    extents of a product, one is chosen.
 
     Segments whose extents only running tells are left out.
     """
     fit = Signature(plan).fit([feed[port.name].shape for port in plan.input_ports])
     segment = plan.program.segments[0]
     values = segment.numbers.evaluate(fit.extents)
-    return sum(all(values[place] for place in places) for places in segment.grids.values())
+    known = dict(zip(segment.names, fit.extents, strict=True))
+    for i, places in segment.grids.items():
+        grid = tuple(values[place] for place in places)
+        if all(grid):
+            yield plan.steps[i], grid, lambda dim: number(substitute(dim, known))
+
+
+def launched(plan: Plan, feed: Feed) -> int:
+    """How many launches one inference takes."""
+    return sum(1 for _ in executed(plan, feed))
 
 
 def counts(plan: Plan, feed: Feed | None) -> str:
