@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 pytest.importorskip("triton")
 
@@ -146,3 +146,22 @@ def test_without_triton_the_reason_is_said(log: Log, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("gpu_engine.compiler.load", loaded)
     with pytest.raises(DeviceError, match="Triton is not installed"):
         gpu_engine.compile(network(), device="cuda")
+
+
+def test_a_product_in_parts_is_one_launch(log: Log) -> None:
+    """[n, 1024] times [1024, 24]: few tiles share what is summed over, and count in memory that starts as zeros."""
+    rng = np.random.default_rng()
+    weights = rng.standard_normal((1024, 24), np.float32) / np.float32(32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1024])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 24])], [numpy_helper.from_array(weights, "w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    with gpu_engine.compile(model, device="cuda", auto_batching=False) as engine:
+        for rows in (1, 20):
+            log.clear()
+            x = rng.standard_normal((rows, 1024), np.float32)
+            np.testing.assert_allclose(engine.run([x])[0], x @ weights, 1e-3, 1e-4)
+            (grid,) = [entry[2] for entry in log if entry[0] == "launch"]
+            assert grid[1] > 1

@@ -88,7 +88,7 @@ STEP_S = 0.6e-6
 """Seconds from asking for a step's factors to having them."""
 NEAR = 1.2
 """Costs apart by less than this factor are taken as equal, since the estimate knows no better: of these tiles the one
-that the table names first is chosen, so that layers share kernels."""
+that the table names last is chosen, so that layers share kernels, and a small one, which computes least in vain."""
 LIGHT_SUMS = 64
 """Sums of a thread that registers hold beside as many parts, or an expression that needs many of its own."""
 
@@ -158,7 +158,7 @@ def _is_light(tile: GemmTile) -> bool:
 
 
 def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) -> tuple[GemmTile, int]:
-    """The first tile, and the parts of k, that cost nearly the least."""
+    """The last tile, and the fewest parts of k, that cost nearly the least."""
     values = [
         max(extent, 1) if isinstance(extent, int) else typical
         for extent, typical in zip(extents, TYPICAL, strict=True)
@@ -166,7 +166,7 @@ def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) ->
     sizes = Sizes(*map(number, values))
     pairs = [
         (tile, parts)
-        for tile in tiles
+        for tile in reversed(tiles)
         for parts in (SPLITS if isinstance(extents.k, int) else (1,))
         if parts == 1 or (_is_light(tile) and _may_split(tile, parts, sizes, gpu))
     ]
