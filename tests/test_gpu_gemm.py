@@ -231,6 +231,17 @@ def test_layers_share_kernels() -> None:
     assert "768" not in kernel.text
 
 
+def test_products_of_other_extents_share_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which numbers are equal, or multiples of 16, does not matter to a kernel of float32; what divides by 4 does."""
+    choice = Choice(1, None, GemmTile(32, 32, 32, 4, 2), 2)
+    monkeypatch.setattr(gemm, "choose", lambda *args, **options: (choice,))
+    m, found = dims.symbol("m"), []
+    for rows, k, n in ((m, 64, 256), (m, 256, 64), (m * 49, 64, 64), (m * 48, 96, 32), (m, 96, 33)):
+        types = [TensorType(FLOAT32, (rows, k)), TensorType(FLOAT32, (k, n))]
+        found += kernels(lowered(graph_of(MatMul(), types, {1: random(FLOAT32, k, n)})))
+    assert len(set(found[:4])) == 1 and found[4] != found[0]
+
+
 def test_a_choice_covers_every_number_of_rows() -> None:
     for family, (factor, *_) in FAMILIES.items():
         for arch in (80, 86, 89, 90, 100, 120):

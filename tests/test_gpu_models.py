@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 DEFAULT = ("silero_vad", "ppocr_cls_v2")
 LAUNCHES = {"resnet50": 60, "mobilenetv2": 60, "bert_base": 100}
-DISTINCT = {"resnet50": (40, 20), "mobilenetv2": (40, 25), "bert_base": (20, 15)}
+DISTINCT = {"resnet50": (40, 20), "mobilenetv2": (40, 20), "bert_base": (20, 15)}
 """Kernels that a plan has for any number of rows, and that one inference launches."""
 
 

@@ -13,7 +13,7 @@ from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.offline import Resources, compiled, problems, resources
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.gpu.tiles import Choice, GemmTile, candidates
+from gpu_engine.gpu.tiles import Choice, GemmTile, candidates, is_light
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, UINT8, DType
 from gpu_engine.plan.lower import Lowering
@@ -32,8 +32,8 @@ FAMILIES: dict[str, tuple[DType, DType, DType, Step]] = {
 EXTENT = 768
 
 
-def gemm_kernel(family: str, tile: GemmTile) -> TritonKernel:
-    """A product of any number of rows with [768, 768] and a bias, as the layers of a network are."""
+def gemm_kernel(family: str, tile: GemmTile, splits: int = 1) -> TritonKernel:
+    """A product of any number of rows with [768, 768] and a bias, as the layers of a network are, in `splits` parts."""
     first, second, dtype, step = FAMILIES[family]
     lowering = Lowering(lowering_for(GpuOptions()))
     rows = dims.symbol("rows")
@@ -44,15 +44,15 @@ def gemm_kernel(family: str, tile: GemmTile) -> TritonKernel:
         Factor(a, (), EXTENT, 1), Factor(b, (), along_n, along_k), rows, EXTENT, EXTENT, (rows, EXTENT), 1,
         expr.arg(0, dtype) + expr.arg(1, dtype), (Walked(bias, (0, 1)),), out, dtype,
     )  # fmt: skip
-    emit_product(lowering, product, step, Choice(1, None, tile, 1))
+    emit_product(lowering, product, step, Choice(1, None, tile, splits))
     (launch,) = (step.kernel for step in lowering.steps)
     assert isinstance(launch, Launch) and isinstance(launch.kernel, TritonKernel)
     return launch.kernel
 
 
-def examined(family: str, tile: GemmTile, arch: int) -> tuple[Resources, list[str]]:
+def examined(family: str, tile: GemmTile, arch: int, splits: int = 1) -> tuple[Resources, list[str]]:
     """(what a tile takes on sm_`arch`, reasons not to use it)."""
-    kernel = gemm_kernel(family, tile)
+    kernel = gemm_kernel(family, tile, splits)
     binary = compiled(kernel, arch)
     used = resources(binary)
     return used, problems(kernel, binary, used, arch)
@@ -63,5 +63,6 @@ def rejected(architectures: Iterable[int]) -> Iterator[str]:
     for arch in architectures:
         for family, (factor, *_) in FAMILIES.items():
             for tile in candidates(family, factor.itemsize, arch):
-                used, found = examined(family, tile, arch)
-                yield from (f"sm_{arch} {family} {tile} {used}: {reason}" for reason in found)
+                for splits in (1, 2) if is_light(tile) else (1,):
+                    used, found = examined(family, tile, arch, splits)
+                    yield from (f"sm_{arch} {family} {tile} in {splits}, {used}: {reason}" for reason in found)

@@ -149,11 +149,12 @@ def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> l
     return [
         tile
         for tile in GEMM_TILES[family]
-        if _staged_nbytes(tile, nbytes) <= limit and not (heavy and not _is_light(tile))
+        if _staged_nbytes(tile, nbytes) <= limit and not (heavy and not is_light(tile))
     ]
 
 
-def _is_light(tile: GemmTile) -> bool:
+def is_light(tile: GemmTile) -> bool:
+    """Whether registers are left beside a tile's sums."""
     return tile.block_m * tile.block_n <= LIGHT_SUMS * tile.num_warps * 32
 
 
@@ -168,7 +169,7 @@ def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) ->
         (tile, parts)
         for tile in reversed(tiles)
         for parts in (SPLITS if isinstance(extents.k, int) else (1,))
-        if parts == 1 or (_is_light(tile) and _may_split(tile, parts, sizes, gpu))
+        if parts == 1 or (is_light(tile) and _may_split(tile, parts, sizes, gpu))
     ]
     costs = [_cost_s(family, tile, parts, sizes, gpu) for tile, parts in pairs]
     return next(pair for pair, cost in zip(pairs, costs, strict=True) if cost <= NEAR * min(costs))
