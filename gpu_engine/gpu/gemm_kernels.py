@@ -65,6 +65,12 @@ class Product:
         return tuple(self.shape[axis] for axis in self.axes[0])
 
     @property
+    def read(self) -> tuple[int, ...]:
+        """The buffers of the operands that the epilogue reads."""
+        used = {node.value for node in expr.walk(self.root) if node.op == "arg"}
+        return tuple(self.operands[i - 1].buffer for i in sorted(used - {0}))
+
+    @property
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Positions of the axes of the batch, of m and of n."""
         if self.walked is not None:
@@ -79,16 +85,15 @@ Loop = Callable[[KernelText, Product, Step, GemmTile, int], None]
 
 def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choice) -> None:
     """Launch the kernels that compute a product while m is in the choice's range."""
-    share = _selected(product.m, choice)
+    share = selected(product.m, choice)
     if share == 0:
         return
-    used = {node.value for node in expr.walk(product.root) if node.op == "arg"}
-    operands = tuple(product.operands[i - 1].buffer for i in sorted(used - {0}))
+    operands = product.read
     factors = (product.a.buffer, product.b.buffer)
     text = KernelText(lowering, f"{product.name}_{step.name}")
     walks = _write_sums(text, product, step, choice)
     if choice.splits == 1:
-        _write_result(text, product, walks, _block(choice.tile))
+        write_result(text, product, walks, _block(choice.tile))
         _launch(text, product, choice, share, (*factors, *operands), (product.out,))
         return
     partial = lowering.buffer(step.sums, (choice.splits * share, *product.shape))
@@ -108,16 +113,21 @@ def _block(tile: GemmTile) -> str:
     return f"({tile.block_m}, {tile.block_n})"
 
 
-def _write_result(text: KernelText, product: Product, walks: Sequence[Walk], block: str) -> None:
+def write_result(text: KernelText, product: Product, walks: Sequence[Walk], block: str) -> None:
     """The epilogue of `sums`, and where it goes."""
-    kind = computing(product.dtype)
-    text.line(f"sums = sums.to({kind})")
-    result = finish(text, product.root, "sums", product.operands, walks, product.shape)
+    result = write_epilogue(text, product, walks, block)
     where, mask = _whole(text, product.out, walks, product.shape, block)
-    text.store(product.out, where, f"tl.broadcast_to({result}, {block})", mask)
+    text.store(product.out, where, result, mask)
 
 
-def _selected(m: Dim, choice: Choice) -> Dim:
+def write_epilogue(text: KernelText, product: Product, walks: Sequence[Walk], block: str) -> str:
+    """Lines of the epilogue of `sums`; its value, a whole block in computing form."""
+    text.line(f"sums = sums.to({computing(product.dtype)})")
+    result = finish(text, product.root, "sums", product.operands, walks, product.shape)
+    return f"tl.broadcast_to({result}, {block})"
+
+
+def selected(m: Dim, choice: Choice) -> Dim:
     """1 while m is in the choice's range, else 0."""
     reached = dims.minimum(1, dims.floor_div(m, choice.least)) if choice.least > 1 else 1
     passed = 0 if choice.end is None else dims.minimum(1, dims.floor_div(m, choice.end))
@@ -136,13 +146,8 @@ def _launch(
 def _write_sums(text: KernelText, product: Product, step: Step, choice: Choice) -> list[Walk]:
     """Lines that leave the sums of a program's tile in `sums`; the walks of the batch, the rows, the columns."""
     tile = choice.tile
-    _write_place(text, product, tile)
-    batch, rows, columns = product.axes
-    walks = [
-        Walk("batch", batch),
-        Walk("rows[:, None]", rows, _edge(text, "rows[:, None]", product.m, tile.block_m)),
-        Walk("columns[None, :]", columns, _edge(text, "columns[None, :]", product.n, tile.block_n)),
-    ]
+    write_place(text, product, tile, "tl.program_id(0)")
+    walks = write_walks(text, product, (tile.block_m, tile.block_n), f"across * {tile.block_n}")
     _write_span(text, product.k, tile.block_k, choice.splits)
     step.start(text, tile)
     (product.loop or _write_loop)(text, product, step, tile, choice.splits)
@@ -154,10 +159,10 @@ def _edge(text: KernelText, index: str, extent: Dim, block: int) -> str | None:
     return None if is_multiple(extent, block) else text.let("inside", f"{index} < {number(text, extent)}")
 
 
-def _write_place(text: KernelText, product: Product, tile: GemmTile) -> None:
-    """`batch`, `rows` and `columns` of a program's tile."""
+def write_place(text: KernelText, product: Product, tile: GemmTile, place: str) -> None:
+    """`batch`, and where the tile with the number `place` lies: `down` and `across` in tiles."""
     down, across = dims.ceil_div(product.m, tile.block_m), dims.ceil_div(product.n, tile.block_n)
-    text.line("place = tl.program_id(0)")
+    text.line(f"place = {place}")
     if product.batch:
         text.line(f"batch = place // ({text.parameter(down)} * {text.parameter(across)})")
         text.line(f"place = place % ({text.parameter(down)} * {text.parameter(across)})")
@@ -170,8 +175,19 @@ def _write_place(text: KernelText, product: Product, tile: GemmTile) -> None:
         text.line(f"place = place % ({text.parameter(across)} * {tile.group_m})")
         text.line(f"height = tl.minimum({text.parameter(down)} - group * {tile.group_m}, {tile.group_m})")
         text.line(f"down, across = group * {tile.group_m} + place % height, place // height")
-    text.line(f"rows = down * {tile.block_m} + tl.arange(0, {tile.block_m})")
-    text.line(f"columns = across * {tile.block_n} + tl.arange(0, {tile.block_n})")
+
+
+def write_walks(text: KernelText, product: Product, block: tuple[int, int], column: str) -> list[Walk]:
+    """`rows` and `columns` of a block that begins at `column` in its tile's rows; the walks of the batch, the rows, the
+    columns."""
+    text.line(f"rows = down * {block[0]} + tl.arange(0, {block[0]})")
+    text.line(f"columns = {column} + tl.arange(0, {block[1]})")
+    batch, rows, columns = product.axes
+    return [
+        Walk("batch", batch),
+        Walk("rows[:, None]", rows, _edge(text, "rows[:, None]", product.m, block[0])),
+        Walk("columns[None, :]", columns, _edge(text, "columns[None, :]", product.n, block[1])),
+    ]
 
 
 def _write_span(text: KernelText, k: Dim, block: int, splits: int) -> None:
@@ -234,6 +250,6 @@ def _emit_total(
     text.line(f"sums = {text.load(partial, where, mask)}")
     for part in range(1, splits):
         text.line(f"sums += {text.load(partial, f'{where} + {part} * {apart}', mask)}")
-    _write_result(text, product, walks, block)
+    write_result(text, product, walks, block)
     grid = (dims.ceil_div(rows, height) * across * share,)
     text.launch(grid, (partial, *operands), (product.out,))

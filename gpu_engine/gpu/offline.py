@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gpu_engine.errors import DeviceError
-from gpu_engine.gpu.binary import Binary, check_parameters, parameter_nbytes
+from gpu_engine.gpu.binary import MEMORY_ALIGNMENT, Binary, check_parameters, parameter_nbytes, scratch_parameter
 from gpu_engine.gpu.kernel import DIVISIBILITY, CudaKernel, Kernel, TritonKernel
 from gpu_engine.gpu.nvrtc import compile_cuda
 from gpu_engine.gpu.triton_source import jit_function
@@ -87,9 +87,12 @@ def compile_binary(kernel: Kernel, arch: int) -> Binary:
     parameters = parameter_nbytes(made.asm["ptx"])
     check_parameters(kernel, parameters)
     metadata = made.metadata
+    scratch = scratch_parameter(made.asm["ptx"], len(kernel.arguments), metadata.global_scratch_size)
+    if metadata.global_scratch_size and MEMORY_ALIGNMENT % metadata.global_scratch_align:
+        raise DeviceError(f"kernel {kernel.name} wants scratch at multiples of {metadata.global_scratch_align} bytes")
     return Binary(
         metadata.name, arch, made.asm["cubin"], metadata.num_warps * 32, metadata.shared, metadata.global_scratch_size,
-        parameters,
+        parameters, scratch,
     )  # fmt: skip
 
 

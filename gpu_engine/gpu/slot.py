@@ -166,7 +166,8 @@ class GpuSlot:
         packed = bound.packed.get(i)
         if packed is None:
             first = segment.firsts[i]
-            packed = bound.packed[i] = self._driver.pack(loaded, bound.words[first : first + len(launch.words)])
+            words = bound.words[first : first + len(launch.words)]
+            packed = bound.packed[i] = self._driver.pack(loaded, words, (x, y, z))
 
         def pieces() -> tuple[Pieces, Pieces]:
             reads = [self._piece(buffer, chain) for buffer in step.inputs]

@@ -26,6 +26,7 @@ class GemmTile:
     group_m: int = 8
 
 
+PERSISTENT = "persistent_"
 GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
     "half": (
         GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 3), GemmTile(128, 64, 64, 4, 4),
@@ -54,9 +55,16 @@ GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
         GemmTile(16, 32, 4, 4, 3), GemmTile(4, 64, 8, 4, 3), GemmTile(1, 128, 32, 4, 3), GemmTile(1, 32, 64, 4, 3),
         GemmTile(32, 1, 64, 4, 3),
     ),
+    f"{PERSISTENT}half": (
+        GemmTile(128, 256, 64, 8, 4), GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 4),
+    ),
+    f"{PERSISTENT}converted": (GemmTile(128, 128, 64, 8, 3), GemmTile(128, 128, 32, 8, 4)),
+    f"{PERSISTENT}tf32": (GemmTile(128, 256, 32, 8, 3), GemmTile(128, 128, 32, 8, 4)),
+    f"{PERSISTENT}bytes": (GemmTile(128, 256, 128, 8, 3), GemmTile(128, 128, 128, 8, 4)),
 }  # fmt: skip
 """By how factors are multiplied: "half" in 16 bits, "converted" from float32 to these, "bytes" of 8 bits, "planes" of
-16 bits as two bytes, "sums" without matrix instructions, the others as they say."""
+16 bits as two bytes, "sums" without matrix instructions, the others as they say; "persistent_...": the same by programs
+that walk over tiles."""
 SPLITS = (1, 2, 4, 8)
 """In how many parts what is summed over may be cut, each a program of its own."""
 
@@ -84,6 +92,10 @@ GPUS = {
 }
 RATES = {"half": 1.0, "converted": 0.7, "tf32": 0.5, "bytes": 2.0, "planes": 0.6, "double": 0.03}
 """Multiplications relative to `half_rate`; what is not here has no matrix instructions."""
+LEAST_PERSISTENT = 1 << 31
+"""Multiplications of a product from which on making descriptors, about 1 us, is little beside it. Estimated."""
+PERSISTENT_ARCHITECTURES = range(90, 120)
+"""With TMA and matrix instructions that read shared memory."""
 STEP_S, LAUNCH_S = 0.6e-6, 3e-6
 """Seconds from asking for a step's factors to having them; for one more launch."""
 LIGHT_SUMS = 64
@@ -111,12 +123,21 @@ class Sizes(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A tile and its number of parts for least <= M < end; no end: None."""
+    """A tile and its number of parts for least <= M < end; no end: None. `persistent`: programs walk over tiles."""
 
     least: int
     end: int | None
     tile: GemmTile
     splits: int
+    persistent: bool = False
+
+
+class Epilogue(NamedTuple):
+    """What the epilogue of programs that walk over tiles takes: bytes of shared memory for each point of half a tile
+    that wait there for it or for their store, and whether it needs many registers."""
+
+    nbytes: int
+    heavy: bool
 
 
 RANGES = ((1, 17, 8), (17, 129, 96), (129, 1025, 512), (1025, 4097, 2048), (4097, None, 8192))
@@ -125,34 +146,56 @@ TYPICAL = Extents(16, 128, 128, 128, 0)
 """What a symbolic extent is taken to be."""
 
 
-def choose(family: str, extents: Extents, arch: int, *, heavy: bool = False) -> tuple[Choice, ...]:
+def choose(
+    family: str, extents: Extents, arch: int, *, heavy: bool = False, persistent: Epilogue | None = None
+) -> tuple[Choice, ...]:  # fmt: skip
     """The tiles for a product of GEMM_TILES' `family`: one, or one for each range of a symbolic M.
 
-    `heavy`: the epilogue needs many registers.
+    `heavy`: the epilogue needs many registers. `persistent`: what it takes where programs may walk over tiles.
     """
-    gpu = GPUS[max(found for found in GPUS if found <= arch)]
+    gpu = _gpu(arch)
     tiles = candidates(family, extents.nbytes, arch, heavy=heavy)
+    walked = f"{PERSISTENT}{family}"
+    lasting: list[GemmTile] = []
+    if persistent is not None and arch in PERSISTENT_ARCHITECTURES and walked in GEMM_TILES:
+        lasting = candidates(walked, extents.nbytes, arch, heavy=persistent.heavy, waiting_nbytes=persistent.nbytes)
     others = (extents.batch, extents.n, extents.k)
     if isinstance(extents.m, int) or not all(isinstance(extent, int) for extent in others):
-        return (Choice(1, None, *_best(family, tiles, extents, gpu)),)
+        return (Choice(1, None, *_best(family, tiles, lasting, extents, gpu)),)
     return _merged([
-        Choice(least, end, *_best(family, tiles, extents._replace(m=typical), gpu)) for least, end, typical in RANGES
+        Choice(least, end, *_best(family, tiles, lasting, extents._replace(m=typical), gpu))
+        for least, end, typical in RANGES
     ])  # fmt: skip
 
 
-def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> list[GemmTile]:
-    """The tiles of a family that a GPU has the shared memory for; if `heavy`, with registers left for an epilogue."""
-    limit = GPUS[max(found for found in GPUS if found <= arch)].shared_nbytes
+def processors(arch: int) -> int:
+    """How many multiprocessors GPUs of an architecture have, about."""
+    return _gpu(arch).processors
+
+
+def _gpu(arch: int) -> Gpu:
+    return GPUS[max(found for found in GPUS if found <= arch)]
+
+
+def candidates(
+    family: str, nbytes: int, arch: int, *, heavy: bool = False, waiting_nbytes: int = 0
+) -> list[GemmTile]:  # fmt: skip
+    """The tiles of a family that a GPU has the shared memory for, also for half a tile of points with
+    `waiting_nbytes` each; if `heavy`, with registers left for an epilogue."""
+    limit = _gpu(arch).shared_nbytes
     return [
         tile
         for tile in GEMM_TILES[family]
-        if _staged_nbytes(tile, nbytes) <= limit
+        if _staged_nbytes(tile, nbytes) + tile.block_m * tile.block_n * waiting_nbytes // 2 <= limit
         and not (heavy and tile.block_m * tile.block_n > LIGHT_SUMS * tile.num_warps * 32)
     ]
 
 
-def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) -> tuple[GemmTile, int]:
-    """The tile, and the parts of k, that cost least."""
+def _best(
+    family: str, tiles: Sequence[GemmTile], lasting: Sequence[GemmTile], extents: Extents, gpu: Gpu
+) -> tuple[GemmTile, int, bool]:  # fmt: skip
+    """The tile, and the parts of k, that cost least, and whether it is one of `lasting`, for programs that walk over
+    tiles: large products alone are so."""
     values = [
         max(extent, 1) if isinstance(extent, int) else typical
         for extent, typical in zip(extents, TYPICAL, strict=True)
@@ -164,7 +207,13 @@ def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) ->
         for parts in (SPLITS if isinstance(extents.k, int) else (1,))
         if parts == 1 or (2 * parts * tile.block_k <= sizes.k and _programs(tile, sizes) < gpu.processors)
     ]
-    return min(pairs, key=lambda pair: _cost_s(family, pair[0], pair[1], sizes, gpu))
+    least = min(pairs, key=lambda pair: _cost_s(family, pair[0], pair[1], sizes, gpu))
+    large = sizes.batch * sizes.m * sizes.n * sizes.k >= LEAST_PERSISTENT
+    walked = [tile for tile in lasting if large and _programs(tile, sizes) > gpu.processors]
+    tile = min(walked, key=lambda tile: _cost_s(family, tile, 1, sizes, gpu), default=None)
+    if tile is None or _cost_s(family, tile, 1, sizes, gpu) > _cost_s(family, *least, sizes, gpu):
+        return *least, False
+    return tile, 1, True
 
 
 def _merged(choices: Sequence[Choice]) -> tuple[Choice, ...]:
