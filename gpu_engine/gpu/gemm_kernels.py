@@ -147,7 +147,7 @@ def _write_sums(text: KernelText, product: Product, step: Step, choice: Choice) 
     """Lines that leave the sums of a program's tile in `sums`; the walks of the batch, the rows, the columns."""
     tile = choice.tile
     write_place(text, product, tile, "tl.program_id(0)")
-    walks = write_walks(text, product, (tile.block_m, tile.block_n), f"across * {tile.block_n}")
+    walks = write_walks(text, product, tile, 0, tile.block_n)
     _write_span(text, product.k, tile.block_k, choice.splits)
     step.start(text, tile)
     (product.loop or _write_loop)(text, product, step, tile, choice.splits)
@@ -177,16 +177,15 @@ def write_place(text: KernelText, product: Product, tile: GemmTile, place: str) 
         text.line(f"down, across = group * {tile.group_m} + place % height, place // height")
 
 
-def write_walks(text: KernelText, product: Product, block: tuple[int, int], column: str) -> list[Walk]:
-    """`rows` and `columns` of a block that begins at `column` in its tile's rows; the walks of the batch, the rows, the
-    columns."""
-    text.line(f"rows = down * {block[0]} + tl.arange(0, {block[0]})")
-    text.line(f"columns = {column} + tl.arange(0, {block[1]})")
+def write_walks(text: KernelText, product: Product, tile: GemmTile, first: int, width: int) -> list[Walk]:
+    """`rows` of a tile, `width` of its `columns` from the `first` on; the walks of the batch, the rows, the columns."""
+    text.line(f"rows = down * {tile.block_m} + tl.arange(0, {tile.block_m})")
+    text.line(f"columns = across * {tile.block_n} + {f'{first} + ' * (first > 0)}tl.arange(0, {width})")
     batch, rows, columns = product.axes
     return [
         Walk("batch", batch),
-        Walk("rows[:, None]", rows, _edge(text, "rows[:, None]", product.m, block[0])),
-        Walk("columns[None, :]", columns, _edge(text, "columns[None, :]", product.n, block[1])),
+        Walk("rows[:, None]", rows, _edge(text, "rows[:, None]", product.m, tile.block_m)),
+        Walk("columns[None, :]", columns, _edge(text, "columns[None, :]", product.n, tile.block_n)),
     ]
 
 

@@ -105,11 +105,10 @@ def emit_persistent(lowering: Lowering, product: Product, step: Step, choice: Ch
         _write_sums(text, product, step, tile)
         for part, first in (("left", 0), ("right", half[1])):
             text.line(f"sums = {part}")
-            column = f"across * {tile.block_n} + {first}"
-            walks = write_walks(text, product, half, column)
+            walks = write_walks(text, product, tile, first, half[1])
             if through:
                 result = stored(write_epilogue(text, product, walks, str(half)), lowering.buffers[product.out].dtype)
-                text.line(f"out_map.store([down * {tile.block_m}, {column}], {result})")
+                text.line(f"out_map.store([down * {tile.block_m}, across * {tile.block_n} + {first}], {result})")
             else:
                 write_result(text, product, walks, str(half))
     reads = (product.a.buffer, product.b.buffer, *product.read)

@@ -30,8 +30,8 @@ FAMILIES: dict[str, tuple[DType, DType, DType, Step]] = {
     "sums": (FLOAT32, FLOAT32, FLOAT32, sum_step(FLOAT32, (FLOAT32, FLOAT32))),
 }
 """Types of the factors and the product, and the step, that stand for each family of tiles."""
-WALKED = {f"{PERSISTENT}{family}": FAMILIES[family] for family in ("half", "converted", "tf32")} | {
-    f"{PERSISTENT}bytes": (INT8, INT8, INT32, byte_step((INT8, INT8)))
+WALKED = {family: FAMILIES[family] for family in ("half", "converted", "tf32")} | {
+    "bytes": (INT8, INT8, INT32, byte_step((INT8, INT8)))
 }
 """The same for tiles that programs walk over."""
 EXTENT = 768
@@ -40,7 +40,7 @@ EXTENT = 768
 def gemm_kernel(family: str, tile: GemmTile) -> TritonKernel:
     """A product of any number of rows with [768, 768] and a bias, as the layers of a network are."""
     kind = family.removeprefix(PERSISTENT)
-    first, second, dtype, step = (FAMILIES | WALKED)[family]
+    first, second, dtype, step = FAMILIES[family] if kind == family else WALKED[kind]
     lowering = Lowering(lowering_for(GpuOptions()))
     rows = dims.symbol("rows")
     a, bias = lowering.buffer(first, (rows, EXTENT)), lowering.buffer(dtype, (EXTENT,))
@@ -67,8 +67,16 @@ def examined(family: str, tile: GemmTile, arch: int) -> tuple[Resources, list[st
 def rejected(architectures: Iterable[int]) -> Iterator[str]:
     """A line for every tile that a table holds and a GPU cannot run well."""
     for arch in architectures:
-        walked = WALKED if arch in PERSISTENT_ARCHITECTURES else {}
-        for family, (factor, _, dtype, _) in (FAMILIES | walked).items():
-            for tile in candidates(family, factor.itemsize, arch, waiting_nbytes=dtype.itemsize * (family in walked)):
-                used, found = examined(family, tile, arch)
-                yield from (f"sm_{arch} {family} {tile} {used}: {reason}" for reason in found)
+        for family, (factor, *_) in FAMILIES.items():
+            yield from _rejected(family, candidates(family, factor.itemsize, arch), arch)
+        for family, (factor, _, dtype, _) in WALKED.items():
+            if arch in PERSISTENT_ARCHITECTURES[family]:
+                walked = PERSISTENT + family
+                tiles = candidates(walked, factor.itemsize, arch, waiting_nbytes=dtype.itemsize)
+                yield from _rejected(walked, tiles, arch)
+
+
+def _rejected(family: str, tiles: Iterable[GemmTile], arch: int) -> Iterator[str]:
+    for tile in tiles:
+        used, found = examined(family, tile, arch)
+        yield from (f"sm_{arch} {family} {tile} {used}: {reason}" for reason in found)
