@@ -26,14 +26,14 @@ from gpu_engine.gpu.tile_filter import examined, gemm_kernel
 from gpu_engine.gpu.tiles import GEMM_TILES, PERSISTENT, Choice, Epilogue, Extents, GemmTile, choose
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT8, INT32, DType
+from gpu_engine.ir.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT32, DType
 from gpu_engine.ir.graph import TensorType
 from gpu_engine.ir.ops import MatMul
 from gpu_engine.ir.ops.channels_last import LastConv
 from gpu_engine.plan.lower import NOT_BATCHED
 from gpu_engine.plan.plan import Plan
 from tests.gpu_runner import execute, graph_of, kernels, lowered
-from tests.test_gpu_gemm import assert_product, random
+from tests.test_gpu_gemm import TOLERANCE, assert_product, random
 
 TILE = GemmTile(32, 32, 32, 4, 2, 2)
 
@@ -104,6 +104,14 @@ def test_an_epilogue_with_operands_and_any_number_of_rows(walking: None) -> None
         a, residual, scale = random(FLOAT16, rows, 3, 40), random(FLOAT16, rows, 3, 48), random(FLOAT32, rows, 3, 1)
         (got,) = execute(plan, [a, residual, scale], seed=rows)
         assert_product(op, got, [a, w, bias, residual, scale], 1e-3)
+
+
+def test_numbers_too_wide_for_descriptors_are_stored_by_lanes(walking: None) -> None:
+    op = MatMul(epilogue=expr.cast(expr.arg(0, FLOAT16), FLOAT64))
+    arrays = [random(FLOAT16, 33, 24), random(FLOAT16, 24, 40)]
+    plan = lowered(graph_of(op, [TensorType(FLOAT16, array.shape) for array in arrays]))
+    assert walks(plan) == [True] and "out_map" not in kernels(plan)[0].text
+    assert_product(op, execute(plan, arrays)[0], arrays, TOLERANCE[FLOAT16])
 
 
 def test_a_convolution_of_single_pixels(walking: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,16 +88,23 @@ def compile_binary(kernel: Kernel, arch: int) -> Binary:
         made = compiled(kernel, arch)
     except Exception as error:
         raise DeviceError(f"kernel {kernel.name} does not compile for sm_{arch}: {error}") from error
-    parameters = parameter_nbytes(made.asm["ptx"])
-    check_parameters(kernel, parameters)
+    parameters, scratch = parameters_of(kernel, made)
     metadata = made.metadata
-    scratch = scratch_parameter(made.asm["ptx"], len(kernel.arguments), metadata.global_scratch_size)
-    if metadata.global_scratch_size and MEMORY_ALIGNMENT % metadata.global_scratch_align:
-        raise DeviceError(f"kernel {kernel.name} wants scratch at multiples of {metadata.global_scratch_align} bytes")
     return Binary(
         metadata.name, arch, made.asm["cubin"], metadata.num_warps * 32, metadata.shared, metadata.global_scratch_size,
         parameters, scratch,
     )  # fmt: skip
+
+
+def parameters_of(kernel: TritonKernel, binary: Any) -> tuple[tuple[int, ...], int | None]:
+    """(bytes of every parameter of what `compiled` made, which of them is the address of global scratch, if one is);
+    DeviceError where launches pass something else."""
+    ptx, metadata = binary.asm["ptx"], binary.metadata
+    parameters = parameter_nbytes(ptx)
+    check_parameters(kernel, parameters)
+    if metadata.global_scratch_size and MEMORY_ALIGNMENT % metadata.global_scratch_align:
+        raise DeviceError(f"kernel {kernel.name} wants scratch at multiples of {metadata.global_scratch_align} bytes")
+    return parameters, scratch_parameter(ptx, len(kernel.arguments), metadata.global_scratch_size)
 
 
 def resources(binary: Any) -> Resources:

@@ -30,22 +30,34 @@ from gpu_engine.gpu.text import KernelText
 from gpu_engine.gpu.tiles import Choice, Epilogue, GemmTile, processors
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT8, DType
 from gpu_engine.plan.lower import Lowering
 
 PITCH_NBYTES = 16
 """Rows that descriptors describe begin at multiples of it, as do the matrices.
 https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__TENSOR__MEMORY.html"""
+FACTORS: dict[str, tuple[tuple[DType, DType], ...]] = {
+    "half": ((FLOAT16, FLOAT16), (BFLOAT16, BFLOAT16)),
+    "converted": ((FLOAT32, FLOAT16), (FLOAT32, BFLOAT16)),
+    "tf32": ((FLOAT32, FLOAT32),),
+    "bytes": ((INT8, INT8),),
+}
+"""By family of tiles, the types of the factors in memory: what lies outside of them is 0 and adds nothing, and the
+second goes from shared memory to matrix instructions as it is."""
+LARGEST_ELEMENT = 4
+"""Bytes of an element that descriptors store."""
 FEW_HEAVY = 2
 """Functions that take many registers, of which half a tile's epilogue has enough for so many."""
 
 
-def is_describable(lowering: Lowering, product: Product, step: Step) -> bool:
+def is_describable(lowering: Lowering, product: Product, family: str) -> bool:
     """Whether descriptors can give the factors of a product, whatever its symbols are."""
-    known = isinstance(product.k, int) and product.k > 0
-    if not known or product.batch or product.loop is not None or step.others not in (("0", "0"), ("0.0", "0.0")):
+    given = lowering.buffers[product.a.buffer].dtype, lowering.buffers[product.b.buffer].dtype
+    if given not in FACTORS.get(family, ()) or product.batch or product.loop is not None:
         return False
     pairs = (product.a, product.m), (product.b, product.n)
-    return all(_is_aligned(lowering, factor, extent, product.k) for factor, extent in pairs)
+    known = isinstance(product.k, int) and product.k > 0
+    return known and all(_is_aligned(lowering, factor, extent, product.k) for factor, extent in pairs)
 
 
 def _is_aligned(lowering: Lowering, factor: Factor, extent: Dim, k: Dim) -> bool:
@@ -59,12 +71,13 @@ def _is_aligned(lowering: Lowering, factor: Factor, extent: Dim, k: Dim) -> bool
 
 def is_storable(lowering: Lowering, product: Product) -> bool:
     """Whether a descriptor can take the result of a product, whatever its symbols are."""
-    return is_multiple(product.n * lowering.buffers[product.out].dtype.itemsize, PITCH_NBYTES)
+    nbytes = lowering.buffers[product.out].dtype.itemsize
+    return nbytes <= LARGEST_ELEMENT and is_multiple(product.n * nbytes, PITCH_NBYTES)
 
 
-def walking_epilogue(lowering: Lowering, product: Product, step: Step) -> Epilogue | None:
+def walking_epilogue(lowering: Lowering, product: Product, family: str) -> Epilogue | None:
     """What the epilogue takes where programs can walk over the tiles of a product, else None."""
-    if not is_describable(lowering, product, step):
+    if not is_describable(lowering, product, family):
         return None
     _, rows, columns = product.axes
     wide = [
