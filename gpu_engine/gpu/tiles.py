@@ -187,10 +187,11 @@ def candidates(
     """The tiles of a family that a GPU has the shared memory for, also for half a tile of points with
     `waiting_nbytes` each; if `heavy`, with registers left for an epilogue."""
     limit = _gpu(arch).shared_nbytes
+    second = 2 if family == f"{PERSISTENT}converted" else nbytes
     return [
         tile
         for tile in GEMM_TILES[family]
-        if _staged_nbytes(tile, nbytes) + tile.block_m * tile.block_n * waiting_nbytes // 2 <= limit
+        if _staged_nbytes(tile, nbytes, second) + tile.block_m * tile.block_n * waiting_nbytes // 2 <= limit
         and not (heavy and tile.block_m * tile.block_n > LIGHT_SUMS * tile.num_warps * 32)
     ]
 
@@ -235,9 +236,9 @@ def _programs(tile: GemmTile, sizes: Sizes) -> int:
     return sizes.batch * -(-sizes.m // tile.block_m) * -(-sizes.n // tile.block_n)
 
 
-def _staged_nbytes(tile: GemmTile, nbytes: int) -> int:
-    """Bytes of shared memory that the factors of all stages take."""
-    return tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * nbytes
+def _staged_nbytes(tile: GemmTile, first: int, second: int) -> int:
+    """Bytes of shared memory that the factors of all stages take, whose elements have so many."""
+    return tile.num_stages * tile.block_k * (tile.block_m * first + tile.block_n * second)
 
 
 def _cost_s(family: str, tile: GemmTile, splits: int, sizes: Sizes, gpu: Gpu) -> float:
@@ -246,7 +247,9 @@ def _cost_s(family: str, tile: GemmTile, splits: int, sizes: Sizes, gpu: Gpu) ->
     depth = -(-sizes.k // (splits * tile.block_k)) * tile.block_k
     turns = -(-_programs(tile, sizes) * splits // gpu.processors)
     registers = threads * (m * n // threads + 64)
-    resident = max(1, min(gpu.shared_nbytes // _staged_nbytes(tile, sizes.nbytes), 65536 // registers, 16))
+    resident = max(
+        1, min(gpu.shared_nbytes // _staged_nbytes(tile, sizes.nbytes, sizes.nbytes), 65536 // registers, 16)
+    )
     rate = gpu.half_rate * RATES[family] if family in RATES else gpu.plain_rate
     efficiency = m * n / (m * n + 32 * (m + n))
     multiply_s = turns * m * n * depth / (rate * efficiency)
