@@ -175,6 +175,14 @@ def test_tiles_leave_room_for_the_epilogue() -> None:
     assert tile(2, True) == GemmTile(128, 128, 64, 8, 4)
 
 
+def test_what_nothing_is_computed_of_waits_twice_on_blackwell() -> None:
+    kinds = [TensorType(FLOAT32, (8192, 1024)), TensorType(FLOAT32, (4096, 1024))]
+    for arch, columns in ((90, 256), (100, 128)):
+        device = InterpretDevice(options=GpuOptions("tf32", arch))
+        (kernel,) = kernels(device.lower(graph_of(MatMul(False, True), kinds), NOT_BATCHED))
+        assert f"out_map.store([down * 128, across * {columns} + 0]" in kernel.text
+
+
 DESCRIBED = """def described(p0, p1, n):
     source = tl.make_tensor_descriptor(p0, shape=[n, 16], strides=[16, 1], block_shape=[8, 16])
     target = tl.make_tensor_descriptor(p1, shape=[n, 16], strides=[16, 1], block_shape=[8, 16])

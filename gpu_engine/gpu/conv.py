@@ -122,7 +122,7 @@ def _emit_dense(
     )  # fmt: skip
     nbytes = lowering.buffers[factors[0]].dtype.itemsize
     extents = Extents(1, rows, columns, depth, nbytes)
-    persistent = walking_epilogue(lowering, product, step[0])
+    persistent = walking_epilogue(lowering, product, step[0], options.arch)
     choices = choose(step[0], extents, options.arch, heavy=is_heavy(layer.root), persistent=persistent)
     emit_chosen(lowering, product, step[1], choices, options.arch)
     return True

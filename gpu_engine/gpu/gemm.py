@@ -61,7 +61,7 @@ def lower_matmul(
     product = _product(lowering, given, node, (factors[0], b, *inputs[2:]), outputs[0], lead)
     nbytes = lowering.buffers[factors[0]].dtype.itemsize
     extents = Extents(dims.product(lead), m, product.n, product.k, nbytes)
-    persistent = walking_epilogue(lowering, product, family)
+    persistent = walking_epilogue(lowering, product, family, options.arch)
     choices = choose(family, extents, options.arch, heavy=is_heavy(root), persistent=persistent)
     emit_chosen(lowering, product, step, choices, options.arch)
     return True

@@ -46,6 +46,8 @@ FACTORS: dict[str, tuple[tuple[DType, DType], ...]] = {
 second goes from shared memory to matrix instructions as it is."""
 LARGEST_ELEMENT = 4
 """Bytes of an element that descriptors store."""
+BLACKWELL = 100
+"""From here on Triton 3.6 keeps both halves of a tile in shared memory at once where nothing is computed of them."""
 FEW_HEAVY = 2
 """Functions that take many registers, of which half a tile's epilogue has enough for so many."""
 
@@ -75,7 +77,7 @@ def is_storable(lowering: Lowering, product: Product) -> bool:
     return nbytes <= LARGEST_ELEMENT and is_multiple(product.n * nbytes, PITCH_NBYTES)
 
 
-def walking_epilogue(lowering: Lowering, product: Product, family: str) -> Epilogue | None:
+def walking_epilogue(lowering: Lowering, product: Product, family: str, arch: int) -> Epilogue | None:
     """What the epilogue takes where programs can walk over the tiles of a product, else None."""
     if not is_describable(lowering, product, family):
         return None
@@ -86,7 +88,10 @@ def walking_epilogue(lowering: Lowering, product: Product, family: str) -> Epilo
         if all(any(operand.strides[axis] != 0 for axis in axes) for axes in (rows, columns))
     ]
     heavy = sum(node.op in HEAVY for node in expr.walk(product.root)) > FEW_HEAVY
-    return Epilogue(max(wide, default=0) + lowering.buffers[product.out].dtype.itemsize, heavy or bool(wide))
+    nbytes = lowering.buffers[product.out].dtype.itemsize
+    if arch >= BLACKWELL and product.root.op == "arg":
+        nbytes *= 2
+    return Epilogue(max(wide, default=0) + nbytes, heavy or bool(wide))
 
 
 def emit_chosen(lowering: Lowering, product: Product, step: Step, choices: Iterable[Choice], arch: int) -> None:
