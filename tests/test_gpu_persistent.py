@@ -100,7 +100,7 @@ def test_an_epilogue_with_operands_and_any_number_of_rows(walking: None) -> None
     ]  # fmt: skip
     plan = lowered(graph_of(op, types, {1: w, 2: bias}))
     assert walks(plan) == [True]
-    for rows in (1, 11, 32, 0, 5):
+    for rows in (1, 11, 0, 14):
         a, residual, scale = random(FLOAT16, rows, 3, 40), random(FLOAT16, rows, 3, 48), random(FLOAT32, rows, 3, 1)
         (got,) = execute(plan, [a, residual, scale], seed=rows)
         assert_product(op, got, [a, w, bias, residual, scale], 1e-3)
