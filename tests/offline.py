@@ -22,11 +22,10 @@ from rich.table import Table
 
 from benchmarks.inputs import Feed
 from benchmarks.models import MODELS
-from gpu_engine.gpu.binary import check_parameters, parameter_nbytes
 from gpu_engine.gpu.kernel import CudaKernel, Kernel
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.nvrtc import compile_cuda
-from gpu_engine.gpu.offline import Resources, compiled, cubin_resources, problems, resources
+from gpu_engine.gpu.offline import Resources, compiled, cubin_resources, parameters_of, problems, resources
 from gpu_engine.gpu.options import PRECISIONS, GpuOptions
 from gpu_engine.gpu.planning import gpu_plan, kernels_of
 from gpu_engine.ir.dims import Dim, number, substitute
@@ -58,7 +57,7 @@ def inspected(kernel: Kernel, arch: int) -> Verdict:
             used = cubin_resources(compile_cuda(kernel, arch).cubin)
             return Verdict(kernel, arch, used, ("spills",) if used.spills or used.stack_nbytes else ())
         binary = compiled(kernel, arch)
-        check_parameters(kernel, parameter_nbytes(binary.asm["ptx"]))
+        parameters_of(kernel, binary)
         used = resources(binary)
     except Exception as error:
         return Verdict(kernel, arch, None, (str(error).strip().splitlines()[-1][:200],))

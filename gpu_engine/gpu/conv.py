@@ -16,6 +16,7 @@ from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
 from gpu_engine.gpu.gemm_steps import Step
 from gpu_engine.gpu.maps import Walked, emit_copy
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.persistent_gemm import emit_chosen, walking_epilogue
 from gpu_engine.gpu.printing import is_printable, is_printable_dtype
 from gpu_engine.gpu.tiles import Extents, choose
 from gpu_engine.gpu.windows import Axis, Image, never_outside, pitches, valid
@@ -121,8 +122,9 @@ def _emit_dense(
     )  # fmt: skip
     nbytes = lowering.buffers[factors[0]].dtype.itemsize
     extents = Extents(1, rows, columns, depth, nbytes)
-    for choice in choose(step[0], extents, options.arch, heavy=is_heavy(layer.root)):
-        emit_product(lowering, product, step[1], choice)
+    persistent = walking_epilogue(lowering, product, step[0], options.arch)
+    choices = choose(step[0], extents, options.arch, heavy=is_heavy(layer.root), persistent=persistent)
+    emit_chosen(lowering, product, step[1], choices, options.arch)
     return True
 
 

@@ -30,6 +30,8 @@ from gpu_engine.plan.zones import Ints
 STATIC_SHARED_NBYTES = 48 << 10
 """A block that wants more dynamic shared memory has to say so first."""
 OLDEST_ARCH = 80
+LEAST_SCRATCH = 64 << 10
+"""Bytes of scratch, enough for the descriptors that a program on each multiprocessor makes."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class CudaDriver:
         with self._device:
             self._stream = cupy.cuda.Stream(non_blocking=True)
         self._zero = np.zeros(1, np.int64)
+        self._scratch: list[CudaMemory] = []
 
     def active(self) -> AbstractContextManager[Any]:
         """The thread's current device and stream."""
@@ -94,12 +97,26 @@ class CudaDriver:
             driver.funcSetAttribute(function.ptr, attribute, binary.shared_nbytes)
         return Loaded(module, function.ptr, binary)
 
-    def pack(self, loaded: Loaded, words: Ints) -> NDArray[np.uint64]:
-        """The address of every parameter. A word of 32 bits is the low half of its 8 bytes; Triton's own parameters
-        are 0 where a kernel has no scratch."""
+    def pack(self, loaded: Loaded, words: Ints, grid: tuple[int, int, int]) -> NDArray[np.uint64]:
+        """The address of every parameter, and behind them that of the scratch. A word of 32 bits is the low half of its
+        8 bytes; Triton's own parameters are 0 but for the scratch."""
         own = words.__array_interface__["data"][0] + 8 * np.arange(len(words), dtype=np.uint64)
-        extra = len(loaded.binary.parameters) - len(words)
-        return np.concatenate([own, np.full(extra, self._zero.__array_interface__["data"][0], np.uint64)])
+        binary = loaded.binary
+        extra = np.full(len(binary.parameters) - len(words), self._zero.__array_interface__["data"][0], np.uint64)
+        scratch = self._scratch_for(binary.scratch_nbytes * grid[0] * grid[1] * grid[2])
+        packed = np.concatenate([own, extra, np.array([scratch], np.uint64)])
+        if binary.scratch_parameter is not None:
+            packed[binary.scratch_parameter] = packed.__array_interface__["data"][0] + 8 * (len(packed) - 1)
+        return packed
+
+    def _scratch_for(self, nbytes: int) -> int:
+        """The address of so much memory for the launches of this stream, which use it one after the other. What was
+        reserved before stays: launches that were packed before use it."""
+        if not nbytes:
+            return 0
+        if not self._scratch or self._scratch[-1].nbytes < nbytes:
+            self._scratch.append(CudaMemory(max(nbytes, LEAST_SCRATCH)))
+        return self._scratch[-1].address
 
     def launch(
         self,
@@ -109,11 +126,6 @@ class CudaDriver:
         touched: Callable[[], Touched],
     ) -> None:
         binary = loaded.binary
-        if binary.scratch_nbytes:
-            scratch = cupy.cuda.alloc(binary.scratch_nbytes * grid[0] * grid[1] * grid[2])
-            holder = np.array([scratch.ptr], np.int64)
-            packed = packed.copy()
-            packed[len(packed) - 2] = holder.__array_interface__["data"][0]
         parameters = packed.__array_interface__["data"][0]
         driver.launchKernel(
             loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, self._stream.ptr, parameters, 0

@@ -70,7 +70,7 @@ class Driver(Protocol):
         """The kernel ready to launch on this device."""
         ...
 
-    def pack(self, loaded: Any, words: Ints) -> Any:
+    def pack(self, loaded: Any, words: Ints, grid: tuple[int, int, int]) -> Any:
         """The parameters of a launch, from 8 bytes for each argument, which stay where they are."""
         ...
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from gpu_engine.gpu.epilogues import is_heavy
-from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
+from gpu_engine.gpu.gemm_kernels import Factor, Product
 from gpu_engine.gpu.gemm_steps import PLANES, Step, byte_step, dot_step, sum_step
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.persistent_gemm import emit_chosen, walking_epilogue
 from gpu_engine.gpu.printing import is_printable
 from gpu_engine.gpu.tiles import Extents, choose
 from gpu_engine.ir import dims, expr
@@ -60,8 +61,9 @@ def lower_matmul(
     product = _product(lowering, given, node, (factors[0], b, *inputs[2:]), outputs[0], lead)
     nbytes = lowering.buffers[factors[0]].dtype.itemsize
     extents = Extents(dims.product(lead), m, product.n, product.k, nbytes)
-    for choice in choose(family, extents, options.arch, heavy=is_heavy(root)):
-        emit_product(lowering, product, step, choice)
+    persistent = walking_epilogue(lowering, product, family, options.arch)
+    choices = choose(family, extents, options.arch, heavy=is_heavy(root), persistent=persistent)
+    emit_chosen(lowering, product, step, choices, options.arch)
     return True
 
 

@@ -66,6 +66,12 @@ class Product:
         return tuple(self.shape[axis] for axis in self.axes[0])
 
     @property
+    def read(self) -> tuple[int, ...]:
+        """The buffers of the operands that the epilogue reads."""
+        used = {node.value for node in expr.walk(self.root) if node.op == "arg"}
+        return tuple(self.operands[i - 1].buffer for i in sorted(used - {0}))
+
+    @property
     def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Positions of the axes of the batch, of m and of n."""
         if self.walked is not None:
@@ -80,7 +86,7 @@ Loop = Callable[[KernelText, Product, Step, GemmTile, int], None]
 
 def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choice) -> None:
     """Launch the kernels that compute a product while m is in the choice's range."""
-    share = _selected(product.m, choice)
+    share = selected(product.m, choice)
     if share == 0:
         return
     tile, programs = choice.tile, _programs(product, choice.tile) * share
@@ -88,13 +94,13 @@ def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choic
     text = KernelText(lowering, f"{product.name}_{step.name}", widest=widest(lowering, buffers))
     walks = _write_sums(text, product, step, choice)
     if choice.splits == 1:
-        _write_result(text, product, walks, tile)
+        write_result(text, product, walks, _block(tile))
         _launch(text, product, choice, programs)
         return
     block = (tile.block_m, tile.block_n)
     parts, counters = shared_buffers(lowering, step.sums, programs, choice.splits, block)
     with last_part(text, parts, counters, block, inside(walks)):
-        _write_result(text, product, walks, tile)
+        write_result(text, product, walks, _block(tile))
     _launch(text, product, choice, programs, (parts, counters), (counters,))
 
 
@@ -105,16 +111,25 @@ def _whole(text: KernelText, buffer: int, walks: Sequence[Walk], shape: Shape, b
     return f"{where} + tl.zeros({block}, tl.int32)", inside(walks)
 
 
-def _write_result(text: KernelText, product: Product, walks: Sequence[Walk], tile: GemmTile) -> None:
+def _block(tile: GemmTile) -> str:
+    return f"({tile.block_m}, {tile.block_n})"
+
+
+def write_result(text: KernelText, product: Product, walks: Sequence[Walk], block: str) -> None:
     """The epilogue of `sums`, and where it goes."""
-    block = f"({tile.block_m}, {tile.block_n})"
+    result = write_epilogue(text, product, walks, block)
+    where, mask = _whole(text, product.out, walks, product.shape, block)
+    text.store(product.out, where, result, mask)
+
+
+def write_epilogue(text: KernelText, product: Product, walks: Sequence[Walk], block: str) -> str:
+    """Lines of the epilogue of `sums`; its value, a whole block in computing form."""
     value = text.let("value", f"sums.to({computing(product.dtype)})")
     result = finish(text, product.root, value, product.operands, walks, product.shape)
-    where, mask = _whole(text, product.out, walks, product.shape, block)
-    text.store(product.out, where, f"tl.broadcast_to({result}, {block})", mask)
+    return f"tl.broadcast_to({result}, {block})"
 
 
-def _selected(m: Dim, choice: Choice) -> Dim:
+def selected(m: Dim, choice: Choice) -> Dim:
     """1 while m is in the choice's range, else 0."""
     reached = dims.minimum(1, dims.floor_div(m, choice.least)) if choice.least > 1 else 1
     passed = 0 if choice.end is None else dims.minimum(1, dims.floor_div(m, choice.end))
@@ -135,9 +150,7 @@ def _launch(
     scratch: tuple[int, ...] = (),
     zeroed: tuple[int, ...] = (),
 ) -> None:
-    used = {node.value for node in expr.walk(product.root) if node.op == "arg"}
-    operands = tuple(product.operands[i - 1].buffer for i in sorted(used - {0}))
-    reads, tile = (product.a.buffer, product.b.buffer, *operands), choice.tile
+    reads, tile = (product.a.buffer, product.b.buffer, *product.read), choice.tile
     text.launch(
         (programs, choice.splits), reads, (product.out,), num_warps=tile.num_warps, num_stages=tile.num_stages,
         scratch=scratch, zeroed=zeroed,
@@ -147,14 +160,8 @@ def _launch(
 def _write_sums(text: KernelText, product: Product, step: Step, choice: Choice) -> list[Walk]:
     """Lines that leave the sums of a program's tile in `sums`; the walks of the batch, the rows, the columns."""
     tile = choice.tile
-    _write_place(text, product, tile)
-    batch, rows, columns = product.axes
-    masks: list[str | None] = [None, None]
-    if not _fills_rows(product, tile):
-        masks[0] = text.let("inside", f"rows[:, None] < {row_count(text, product)}")
-    if not is_multiple(product.n, tile.block_n):
-        masks[1] = text.let("inside", f"columns[None, :] < {column_count(text, product)}")
-    walks = [Walk("batch", batch), Walk("rows[:, None]", rows, masks[0]), Walk("columns[None, :]", columns, masks[1])]
+    write_place(text, product, tile, "tl.program_id(0)")
+    walks = write_walks(text, product, tile, 0, tile.block_n)
     _write_span(text, product.k, tile.block_k, choice.splits)
     step.start(text, tile)
     (product.loop or _write_loop)(text, product, step, tile, choice.splits)
@@ -187,14 +194,10 @@ def clamped_lines(text: KernelText, product: Product, tile: GemmTile) -> tuple[s
     return rows, columns
 
 
-def _write_place(text: KernelText, product: Product, tile: GemmTile) -> None:
-    """`batch`, `rows` and `columns` of a program's tile."""
-    with text.apart("tiles"):
-        down, across = (
-            text.parameter(dims.ceil_div(extent, block), hint=False)
-            for extent, block in ((product.m, tile.block_m), (product.n, tile.block_n))
-        )
-    text.line("place = tl.program_id(0)")
+def write_place(text: KernelText, product: Product, tile: GemmTile, place: str) -> None:
+    """`batch`, and where the tile with the number `place` lies: `down` and `across` in tiles."""
+    down, across = tile_counts(text, product, tile)
+    text.line(f"place = {place}")
     if product.batch:
         text.line(f"batch = place // ({down} * {across})")
         text.line(f"place = place % ({down} * {across})")
@@ -202,8 +205,29 @@ def _write_place(text: KernelText, product: Product, tile: GemmTile) -> None:
     text.line(f"place = place % ({across} * {tile.group_m})")
     text.line(f"height = tl.minimum({down} - group * {tile.group_m}, {tile.group_m})")
     text.line(f"down, across = group * {tile.group_m} + place % height, place // height")
+
+
+def tile_counts(text: KernelText, product: Product, tile: GemmTile) -> tuple[str, str]:
+    """How many tiles lie below each other, and side by side."""
+    with text.apart("tiles"):
+        down, across = (
+            text.parameter(dims.ceil_div(extent, block), hint=False)
+            for extent, block in ((product.m, tile.block_m), (product.n, tile.block_n))
+        )
+    return down, across
+
+
+def write_walks(text: KernelText, product: Product, tile: GemmTile, first: int, width: int) -> list[Walk]:
+    """`rows` of a tile, `width` of its `columns` from the `first` on; the walks of the batch, the rows, the columns."""
     text.line(f"rows = down * {tile.block_m} + tl.arange(0, {tile.block_m})")
-    text.line(f"columns = across * {tile.block_n} + tl.arange(0, {tile.block_n})")
+    text.line(f"columns = across * {tile.block_n} + {f'{first} + ' * (first > 0)}tl.arange(0, {width})")
+    batch, rows, columns = product.axes
+    masks: list[str | None] = [None, None]
+    if not _fills_rows(product, tile):
+        masks[0] = text.let("inside", f"rows[:, None] < {row_count(text, product)}")
+    if not is_multiple(product.n, tile.block_n):
+        masks[1] = text.let("inside", f"columns[None, :] < {column_count(text, product)}")
+    return [Walk("batch", batch), Walk("rows[:, None]", rows, masks[0]), Walk("columns[None, :]", columns, masks[1])]
 
 
 def _write_span(text: KernelText, k: Dim, block: int, splits: int) -> None:

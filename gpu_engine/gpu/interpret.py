@@ -78,7 +78,7 @@ class Interpreter:
     def load(self, kernel: Kernel) -> Kernel:
         return kernel
 
-    def pack(self, loaded: Kernel, words: Ints) -> list[int]:
+    def pack(self, loaded: Kernel, words: Ints, grid: tuple[int, int, int]) -> list[int]:
         return [int(word) for word in words]
 
     def launch(

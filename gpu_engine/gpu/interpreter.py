@@ -9,6 +9,7 @@ process, and computes some things that no GPU does (triton 3.6 to 3.9):
 * `tl.dot` keeps the GPU's least extents and knows every precision that the GPU knows;
 * libdevice has functions instead of stubs;
 * lanes that a load masks off, without `other`, hold garbage;
+* what tensor descriptors load and store is checked lane by lane, as pointers are;
 * a kernel sees the names of its own module only.
 """
 
@@ -159,6 +160,18 @@ def _language_type(kind: str) -> Any:
     return tl.str_to_ty(kind, None)
 
 
+class _Descriptor(shipped.TensorDescHandle):  # type: ignore[misc]
+    """A block's pointers and mask, this a block as well, which before triton 3.9 it is not."""
+
+    def validate(self) -> None:
+        super().validate()
+        assert all(extent.data.item() > 0 for extent in self.shape), "a descriptor describes no empty tensor"
+
+    def materialize_pointers(self, offsets: Any) -> tuple[Any, Any]:
+        pointers, mask = super().materialize_pointers(offsets)
+        return pointers, mask if isinstance(mask, TensorHandle) else TensorHandle(mask, tl.int1)
+
+
 class _Builder(shipped.InterpreterBuilder):  # type: ignore[misc]
     """Every operation of the language ends in one of its methods. Their argument lists differ between versions."""
 
@@ -185,6 +198,13 @@ class _Builder(shipped.InterpreterBuilder):  # type: ignore[misc]
     def create_atomic_cas(self, pointers: Any, *rest: Any) -> Any:
         self._check(self._writes, pointers, np.ones(pointers.data.shape, bool), "atomic")
         return super().create_atomic_cas(pointers, *rest)
+
+    def create_make_tensor_descriptor(
+        self, base: Any, shape: Any, strides: Any, block: Any, is_signed: Any, *rest: Any
+    ) -> Any:  # fmt: skip
+        made = _Descriptor(base, shape, strides, block, *rest)
+        made.validate()
+        return made
 
     def _check(self, allowed: Spans | None, pointers: Any, mask: Any, what: str) -> None:
         if allowed is None:

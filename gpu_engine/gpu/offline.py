@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gpu_engine.errors import DeviceError
-from gpu_engine.gpu.binary import Binary, check_parameters, parameter_nbytes
+from gpu_engine.gpu.binary import MEMORY_ALIGNMENT, Binary, check_parameters, parameter_nbytes, scratch_parameter
 from gpu_engine.gpu.kernel import DIVISIBILITY, CudaKernel, Kernel, TritonKernel
 from gpu_engine.gpu.nvrtc import compile_cuda
 from gpu_engine.gpu.triton_source import jit_function
@@ -32,6 +32,10 @@ MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA"
 _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+(?:\.[A-Za-z0-9_]+)*)", re.MULTILINE
 )  # fmt: skip
+_BLOCK = re.compile(r"tensordesc<(?:tensor<)?([\dx]+)x[a-z]")
+_BUFFER = re.compile(r"memdesc<([\dx]+)x[a-z]")
+_CREATED = re.compile(r"ttng\.tensormap_create (%\w+), %\w+, \[([^\]]*)\]")
+_SEEN = re.compile(r"ttng\.reinterpret_tensor_descriptor (%\w+) ")
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,23 @@ def compile_binary(kernel: Kernel, arch: int) -> Binary:
         made = compiled(kernel, arch)
     except Exception as error:
         raise DeviceError(f"kernel {kernel.name} does not compile for sm_{arch}: {error}") from error
-    parameters = parameter_nbytes(made.asm["ptx"])
-    check_parameters(kernel, parameters)
+    parameters, scratch = parameters_of(kernel, made)
     metadata = made.metadata
     return Binary(
         metadata.name, arch, made.asm["cubin"], metadata.num_warps * 32, metadata.shared, metadata.global_scratch_size,
-        parameters,
+        parameters, scratch,
     )  # fmt: skip
+
+
+def parameters_of(kernel: TritonKernel, binary: Any) -> tuple[tuple[int, ...], int | None]:
+    """(bytes of every parameter of what `compiled` made, which of them is the address of global scratch, if one is);
+    DeviceError where launches pass something else."""
+    ptx, metadata = binary.asm["ptx"], binary.metadata
+    parameters = parameter_nbytes(ptx)
+    check_parameters(kernel, parameters)
+    if metadata.global_scratch_size and MEMORY_ALIGNMENT % metadata.global_scratch_align:
+        raise DeviceError(f"kernel {kernel.name} wants scratch at multiples of {metadata.global_scratch_align} bytes")
+    return parameters, scratch_parameter(ptx, len(kernel.arguments), metadata.global_scratch_size)
 
 
 def resources(binary: Any) -> Resources:
@@ -121,12 +135,28 @@ def problems(kernel: TritonKernel, binary: Any, used: Resources, arch: int) -> l
     wanted = "tl.dot(" in kernel.text and 'input_precision="ieee"' not in kernel.text
     if wanted and not used.matrix_instructions:
         found.append("tl.dot did not become a matrix instruction")
-    for line in binary.asm["ttgir"].splitlines():
-        if "async_tma_copy" in line:
-            box = re.search(r"tensordesc<tensor<([\dx]+)x[a-z]", line)
-            staging = re.findall(r"memdesc<([\dx]+)x[a-z]", line)
-            if box and staging and box[1] != staging[-1]:
-                found.append(f"a TMA box of {box[1]} but a buffer of {staging[-1]}")
+    if "make_tensor_descriptor(" in kernel.text and not used.count("UTMALDG"):
+        found.append("loads through descriptors did not become TMA copies")
+    if getattr(binary.metadata, "tensordesc_meta", None):
+        found.append("descriptors that the host makes: launches pass none")
+    return found + box_problems(binary.asm["ttgir"])
+
+
+def box_problems(ttgir: str) -> list[str]:
+    """Descriptors whose boxes are not the blocks that are copied, and blocks that are not their buffers in shared
+    memory: copies would overrun them, or their barriers wait for ever."""
+    found, boxes = [], {}
+    for line in ttgir.splitlines():
+        if created := _CREATED.search(line):
+            boxes[created[1]] = [int(extent) for extent in reversed(re.findall(r"%c(\d+)_i32", created[2]))]
+        block, buffers = _BLOCK.search(line), _BUFFER.findall(line)
+        if seen := _SEEN.search(line):
+            extents = [int(extent) for extent in block[1].split("x")] if block else []
+            *outer, inner = boxes.get(seen[1]) or [0]
+            if not inner or outer != extents[:-1] or extents[-1] % inner:
+                found.append(f"a descriptor's box of {[*outer, inner]} for blocks of {extents}")
+        if "async_tma_copy" in line and not (block and buffers and block[1] == buffers[-1]):
+            found.append(f"a TMA block of {block and block[1]} but a buffer of {buffers[-1:]}")
     return found
 
 

@@ -185,7 +185,8 @@ class GpuSlot:
         packed = bound.packed.get(i)
         if packed is None:
             first = segment.firsts[i]
-            packed = bound.packed[i] = self._driver.pack(loaded, bound.words[first : first + len(launch.words)])
+            words = bound.words[first : first + len(launch.words)]
+            packed = bound.packed[i] = self._driver.pack(loaded, words, (x, y, z))
 
         def touched() -> Touched:
             kinds = step.inputs, (*step.outputs, *step.scratch), launch.zeroed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from gpu_engine.gpu.gemm import K_FIRST
-from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
+from gpu_engine.gpu.gemm_kernels import Factor, Product
 from gpu_engine.gpu.gemm_steps import Step, byte_step, dot_step, sum_step
 from gpu_engine.gpu.kernel import TritonKernel
 from gpu_engine.gpu.launches import Launch
@@ -13,7 +13,8 @@ from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.offline import Resources, compiled, problems, resources
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.gpu.tiles import Choice, GemmTile, candidates, is_light
+from gpu_engine.gpu.persistent_gemm import emit_chosen
+from gpu_engine.gpu.tiles import PERSISTENT, PERSISTENT_ARCHITECTURES, Choice, GemmTile, candidates, is_light
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, UINT8, DType
 from gpu_engine.plan.lower import Lowering
@@ -29,22 +30,27 @@ FAMILIES: dict[str, tuple[DType, DType, DType, Step]] = {
     "sums": (FLOAT32, FLOAT32, FLOAT32, sum_step(FLOAT32, (FLOAT32, FLOAT32))),
 }
 """Types of the factors and the product, and the step, that stand for each family of tiles."""
+WALKED = {family: FAMILIES[family] for family in ("half", "converted", "tf32")} | {
+    "bytes": (INT8, INT8, INT32, byte_step((INT8, INT8)))
+}
+"""The same for tiles that programs walk over."""
 EXTENT = 768
 
 
 def gemm_kernel(family: str, tile: GemmTile, splits: int = 1) -> TritonKernel:
     """A product of any number of rows with [768, 768] and a bias, as the layers of a network are, in `splits` parts."""
-    first, second, dtype, step = FAMILIES[family]
+    kind = family.removeprefix(PERSISTENT)
+    first, second, dtype, step = FAMILIES[family] if kind == family else WALKED[kind]
     lowering = Lowering(lowering_for(GpuOptions()))
     rows = dims.symbol("rows")
     a, bias = lowering.buffer(first, (rows, EXTENT)), lowering.buffer(dtype, (EXTENT,))
     b, out = lowering.buffer(second, (EXTENT, EXTENT)), lowering.buffer(dtype, (rows, EXTENT))
-    along_k, along_n = (1, EXTENT) if family in K_FIRST else (EXTENT, 1)
+    along_k, along_n = (1, EXTENT) if kind in K_FIRST else (EXTENT, 1)
     product = Product(
         Factor(a, (), EXTENT, 1), Factor(b, (), along_n, along_k), rows, EXTENT, EXTENT, (rows, EXTENT), 1,
         expr.arg(0, dtype) + expr.arg(1, dtype), (Walked(bias, (0, 1)),), out, dtype,
     )  # fmt: skip
-    emit_product(lowering, product, step, Choice(1, None, tile, splits))
+    emit_chosen(lowering, product, step, [Choice(1, None, tile, splits, family != kind)], 90)
     (launch,) = (step.kernel for step in lowering.steps)
     assert isinstance(launch, Launch) and isinstance(launch.kernel, TritonKernel)
     return launch.kernel
@@ -62,7 +68,17 @@ def rejected(architectures: Iterable[int]) -> Iterator[str]:
     """A line for every tile that a table holds and a GPU cannot run well."""
     for arch in architectures:
         for family, (factor, *_) in FAMILIES.items():
-            for tile in candidates(family, factor.itemsize, arch):
-                for splits in (1, 2) if is_light(tile) else (1,):
-                    used, found = examined(family, tile, arch, splits)
-                    yield from (f"sm_{arch} {family} {tile} in {splits}, {used}: {reason}" for reason in found)
+            for splits in (1, 2):
+                tiles = [tile for tile in candidates(family, factor.itemsize, arch) if splits == 1 or is_light(tile)]
+                yield from _rejected(family, tiles, arch, splits)
+        for family, (factor, _, dtype, _) in WALKED.items():
+            if arch in PERSISTENT_ARCHITECTURES[family]:
+                walked = PERSISTENT + family
+                tiles = candidates(walked, factor.itemsize, arch, waiting_nbytes=dtype.itemsize)
+                yield from _rejected(walked, tiles, arch, 1)
+
+
+def _rejected(family: str, tiles: Iterable[GemmTile], arch: int, splits: int) -> Iterator[str]:
+    for tile in tiles:
+        used, found = examined(family, tile, arch, splits)
+        yield from (f"sm_{arch} {family} {tile} in {splits}, {used}: {reason}" for reason in found)

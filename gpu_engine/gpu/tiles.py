@@ -26,6 +26,7 @@ class GemmTile:
     group_m: int = 8
 
 
+PERSISTENT = "persistent_"
 GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
     "half": (
         GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 3), GemmTile(128, 64, 64, 4, 4),
@@ -54,9 +55,16 @@ GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
         GemmTile(16, 32, 4, 4, 3), GemmTile(4, 64, 8, 4, 3), GemmTile(1, 128, 32, 4, 3), GemmTile(1, 32, 64, 4, 3),
         GemmTile(32, 1, 64, 4, 3),
     ),
+    f"{PERSISTENT}half": (
+        GemmTile(128, 256, 64, 8, 4), GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 4),
+    ),
+    f"{PERSISTENT}converted": (GemmTile(128, 128, 64, 8, 3), GemmTile(128, 128, 32, 8, 4)),
+    f"{PERSISTENT}tf32": (GemmTile(128, 256, 32, 8, 3), GemmTile(128, 128, 32, 8, 4)),
+    f"{PERSISTENT}bytes": (GemmTile(128, 256, 128, 8, 3), GemmTile(128, 128, 128, 8, 4)),
 }  # fmt: skip
 """By how factors are multiplied: "half" in 16 bits, "converted" from float32 to these, "bytes" of 8 bits, "planes" of
-16 bits as two bytes, "sums" without matrix instructions, the others as they say."""
+16 bits as two bytes, "sums" without matrix instructions, the others as they say; "persistent_...": the same by programs
+that walk over tiles."""
 SPLITS = (1, 2, 4, 8)
 """In how many parts what is summed over may be cut, each a program of its own."""
 
@@ -84,6 +92,14 @@ GPUS = {
 }
 RATES = {"half": 1.0, "converted": 0.7, "tf32": 0.5, "bytes": 2.0, "planes": 0.6, "double": 0.03}
 """Multiplications relative to `half_rate`; what is not here has no matrix instructions."""
+LEAST_PERSISTENT = 1 << 31
+"""Multiplications of a product from which on making descriptors, about 1 us, is little beside it. Estimated."""
+PERSISTENT_GAIN = 1.13
+"""How much faster than others such programs are. From Triton's pull request 5461: here nobody has measured it."""
+PERSISTENT_ARCHITECTURES = {
+    "half": range(90, 120), "converted": range(90, 120), "tf32": range(90, 120), "bytes": range(90, 100),
+}  # fmt: skip
+"""Where Triton has TMA, and matrix instructions of the family that read shared memory."""
 STEP_S = 0.6e-6
 """Seconds from asking for a step's factors to having them."""
 NEAR = 1.2
@@ -114,12 +130,21 @@ class Sizes(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A tile and its number of parts for least <= M < end; no end: None."""
+    """A tile and its number of parts for least <= M < end; no end: None. `persistent`: programs walk over tiles."""
 
     least: int
     end: int | None
     tile: GemmTile
     splits: int
+    persistent: bool = False
+
+
+class Epilogue(NamedTuple):
+    """What the epilogue of programs that walk over tiles takes: bytes of shared memory for each point of half a tile
+    that wait there for it or for their store, and whether it needs many registers."""
+
+    nbytes: int
+    heavy: bool
 
 
 RANGES = ((1, 17, 8), (17, 129, 96), (129, 1025, 512), (1025, 4097, 2048), (4097, None, 8192))
@@ -128,28 +153,49 @@ TYPICAL = Extents(16, 128, 128, 128, 0)
 """What a symbolic extent is taken to be."""
 
 
-def choose(family: str, extents: Extents, arch: int, *, heavy: bool = False) -> tuple[Choice, ...]:
+def choose(
+    family: str, extents: Extents, arch: int, *, heavy: bool = False, persistent: Epilogue | None = None
+) -> tuple[Choice, ...]:  # fmt: skip
     """The tiles for a product of GEMM_TILES' `family`: one, or one for each range of a symbolic M.
 
-    `heavy`: the epilogue needs many registers.
+    `heavy`: the epilogue needs many registers. `persistent`: what it takes where programs may walk over tiles.
     """
-    gpu = GPUS[max(found for found in GPUS if found <= arch)]
+    gpu = _gpu(arch)
     tiles = candidates(family, extents.nbytes, arch, heavy=heavy)
+    lasting: list[GemmTile] = []
+    if persistent is not None and arch in PERSISTENT_ARCHITECTURES.get(family, ()):
+        walked, waiting = PERSISTENT + family, persistent.nbytes
+        lasting = candidates(walked, extents.nbytes, arch, heavy=persistent.heavy, waiting_nbytes=waiting)
     others = (extents.batch, extents.n, extents.k)
     if isinstance(extents.m, int) or not all(isinstance(extent, int) for extent in others):
-        return (Choice(1, None, *_best(family, tiles, extents, gpu)),)
+        return (Choice(1, None, *_best(family, tiles, lasting, extents, gpu)),)
     return _merged([
-        Choice(least, end, *_best(family, tiles, extents._replace(m=typical), gpu)) for least, end, typical in RANGES
+        Choice(least, end, *_best(family, tiles, lasting, extents._replace(m=typical), gpu))
+        for least, end, typical in RANGES
     ])  # fmt: skip
 
 
-def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> list[GemmTile]:
-    """The tiles of a family that a GPU has the shared memory for; if `heavy`, with registers left for an epilogue."""
-    limit = GPUS[max(found for found in GPUS if found <= arch)].shared_nbytes
+def processors(arch: int) -> int:
+    """How many multiprocessors GPUs of an architecture have, about."""
+    return _gpu(arch).processors
+
+
+def _gpu(arch: int) -> Gpu:
+    return GPUS[max(found for found in GPUS if found <= arch)]
+
+
+def candidates(
+    family: str, nbytes: int, arch: int, *, heavy: bool = False, waiting_nbytes: int = 0
+) -> list[GemmTile]:  # fmt: skip
+    """The tiles of a family that a GPU has the shared memory for, also for half a tile of points with
+    `waiting_nbytes` each; if `heavy`, with registers left for an epilogue."""
+    limit = _gpu(arch).shared_nbytes
+    second = 2 if family == f"{PERSISTENT}converted" else nbytes
     return [
         tile
         for tile in GEMM_TILES[family]
-        if _staged_nbytes(tile, nbytes) <= limit and not (heavy and not is_light(tile))
+        if _staged_nbytes(tile, nbytes, second) + tile.block_m * tile.block_n * waiting_nbytes // 2 <= limit
+        and not (heavy and not is_light(tile))
     ]
 
 
@@ -158,8 +204,11 @@ def is_light(tile: GemmTile) -> bool:
     return tile.block_m * tile.block_n <= LIGHT_SUMS * tile.num_warps * 32
 
 
-def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) -> tuple[GemmTile, int]:
-    """The last tile, and the fewest parts of k, that cost nearly the least."""
+def _best(
+    family: str, tiles: Sequence[GemmTile], lasting: Sequence[GemmTile], extents: Extents, gpu: Gpu
+) -> tuple[GemmTile, int, bool]:  # fmt: skip
+    """The last tile, and the fewest parts of k, that cost nearly the least, and whether it is one of `lasting`, for
+    programs that walk over tiles: large products alone are so."""
     values = [
         max(extent, 1) if isinstance(extent, int) else typical
         for extent, typical in zip(extents, TYPICAL, strict=True)
@@ -172,7 +221,14 @@ def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) ->
         if parts == 1 or (is_light(tile) and _may_split(tile, parts, sizes, gpu))
     ]
     costs = [_cost_s(family, tile, parts, sizes, gpu) for tile, parts in pairs]
-    return next(pair for pair, cost in zip(pairs, costs, strict=True) if cost <= NEAR * min(costs))
+    least_s = min(costs)
+    found = next((*pair, False) for pair, cost in zip(pairs, costs, strict=True) if cost <= NEAR * least_s)
+    large = sizes.batch * sizes.m * sizes.n * sizes.k >= LEAST_PERSISTENT
+    for walked in lasting:
+        cost_s = _cost_s(family, walked, 1, sizes, gpu) / PERSISTENT_GAIN
+        if large and 2 * _programs(walked, sizes) > gpu.processors and cost_s < least_s:
+            least_s, found = cost_s, (walked, 1, True)
+    return found
 
 
 def _may_split(tile: GemmTile, parts: int, sizes: Sizes, gpu: Gpu) -> bool:
@@ -194,9 +250,9 @@ def _programs(tile: GemmTile, sizes: Sizes) -> int:
     return sizes.batch * -(-sizes.m // tile.block_m) * -(-sizes.n // tile.block_n)
 
 
-def _staged_nbytes(tile: GemmTile, nbytes: int) -> int:
-    """Bytes of shared memory that the factors of all stages take."""
-    return tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * nbytes
+def _staged_nbytes(tile: GemmTile, first: int, second: int) -> int:
+    """Bytes of shared memory that the factors of all stages take, whose elements have so many."""
+    return tile.num_stages * tile.block_k * (tile.block_m * first + tile.block_n * second)
 
 
 def _cost_s(family: str, tile: GemmTile, splits: int, sizes: Sizes, gpu: Gpu) -> float:
@@ -206,7 +262,9 @@ def _cost_s(family: str, tile: GemmTile, splits: int, sizes: Sizes, gpu: Gpu) ->
     depth = -(-sizes.k // (splits * tile.block_k)) * tile.block_k
     turns = -(-_programs(tile, sizes) * splits // gpu.processors)
     registers = threads * (m * n // threads + 64)
-    resident = max(1, min(gpu.shared_nbytes // _staged_nbytes(tile, sizes.nbytes), 65536 // registers, 16))
+    resident = max(
+        1, min(gpu.shared_nbytes // _staged_nbytes(tile, sizes.nbytes, sizes.nbytes), 65536 // registers, 16)
+    )
     rate = gpu.half_rate * RATES[family] if family in RATES else gpu.plain_rate
     efficiency = m * n / (m * n + 32 * (m + n))
     multiply_s = turns * m * n * depth / (rate * efficiency)
