@@ -13,7 +13,7 @@ from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.offline import Resources, compiled, problems, resources
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.gpu.tiles import Choice, GemmTile, candidates, is_light
+from gpu_engine.gpu.tiles import Choice, GemmTile, candidates, takes_parts
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, UINT8, DType
 from gpu_engine.plan.lower import Lowering
@@ -63,6 +63,6 @@ def rejected(architectures: Iterable[int]) -> Iterator[str]:
     for arch in architectures:
         for family, (factor, *_) in FAMILIES.items():
             for tile in candidates(family, factor.itemsize, arch):
-                for splits in (1, 2) if is_light(tile) else (1,):
+                for splits in (1, 2) if takes_parts(family, tile) else (1,):
                     used, found = examined(family, tile, arch, splits)
                     yield from (f"sm_{arch} {family} {tile} in {splits}, {used}: {reason}" for reason in found)
