@@ -14,7 +14,7 @@ from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.offline import Resources, compiled, problems, resources
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.persistent_gemm import emit_chosen
-from gpu_engine.gpu.tiles import PERSISTENT, PERSISTENT_ARCHITECTURES, Choice, GemmTile, candidates, is_light
+from gpu_engine.gpu.tiles import PERSISTENT, PERSISTENT_ARCHITECTURES, Choice, GemmTile, candidates, takes_parts
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, UINT8, DType
 from gpu_engine.plan.lower import Lowering
@@ -69,7 +69,11 @@ def rejected(architectures: Iterable[int]) -> Iterator[str]:
     for arch in architectures:
         for family, (factor, *_) in FAMILIES.items():
             for splits in (1, 2):
-                tiles = [tile for tile in candidates(family, factor.itemsize, arch) if splits == 1 or is_light(tile)]
+                tiles = [
+                    tile
+                    for tile in candidates(family, factor.itemsize, arch)
+                    if splits == 1 or takes_parts(family, tile)
+                ]
                 yield from _rejected(family, tiles, arch, splits)
         for family, (factor, _, dtype, _) in WALKED.items():
             if arch in PERSISTENT_ARCHITECTURES[family]:

@@ -204,6 +204,11 @@ def is_light(tile: GemmTile) -> bool:
     return tile.block_m * tile.block_n <= LIGHT_SUMS * tile.num_warps * 32
 
 
+def takes_parts(family: str, tile: GemmTile) -> bool:
+    """Whether registers hold parts beside a tile's sums; those of float64 spill."""
+    return family != "double" and is_light(tile)
+
+
 def _best(
     family: str, tiles: Sequence[GemmTile], lasting: Sequence[GemmTile], extents: Extents, gpu: Gpu
 ) -> tuple[GemmTile, int, bool]:  # fmt: skip
@@ -218,7 +223,7 @@ def _best(
         (tile, parts)
         for tile in reversed(tiles)
         for parts in (SPLITS if isinstance(extents.k, int) else (1,))
-        if parts == 1 or (is_light(tile) and _may_split(tile, parts, sizes, gpu))
+        if parts == 1 or (takes_parts(family, tile) and _may_split(tile, parts, sizes, gpu))
     ]
     costs = [_cost_s(family, tile, parts, sizes, gpu) for tile, parts in pairs]
     least_s = min(costs)
