@@ -142,7 +142,7 @@ def _product(
     k = next((depth for depth in depths if isinstance(depth, int)), depths[0])
     if not lead:
         a, b = (a if op.transpose_a else (dims.product(a[:-1]), a[-1])), b[-2:]
-    left, right = _factor(buffers[0], a, lead, op.transpose_a), _factor(buffers[1], b, lead, not op.transpose_b)
+    left, right = factor_of(buffers[0], a, lead, op.transpose_a), factor_of(buffers[1], b, lead, not op.transpose_b)
     operands = tuple(
         Walked(buffer, broadcast_strides(value.shape, shape))
         for buffer, value in zip(buffers[2:], node.inputs[2:], strict=True)
@@ -153,7 +153,7 @@ def _product(
     return Product(left, right, m, shape[-1], k, shape, rows, root, operands, out, dtype)
 
 
-def _factor(buffer: int, own: Shape, lead: Shape, outer_is_last: bool) -> Factor:
+def factor_of(buffer: int, own: Shape, lead: Shape, outer_is_last: bool) -> Factor:
     """A buffer of matrices whose m or n is the last axis, or the one before it."""
     *batch, first, last = broadcast_strides(own, (*lead, *own[-2:]))
     outer, inner = (last, first) if outer_is_last else (first, last)

@@ -42,7 +42,7 @@ class Product:
     `shape` is that of the result and `rows` how many of its axes, the last but one and those before, m counts; the last
     is n, and those before the rows are the batch; or `walked` are the axes of the batch, of m and of n. `dtype` is that
     of the product, which the sums are converted to. `loop` writes the lines that add up the steps of k from `low` to
-    `high`, for factors that have no strides.
+    `high`, for factors that have no strides; it may read the buffers `reads` besides.
     """
 
     a: Factor
@@ -59,6 +59,7 @@ class Product:
     walked: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
     loop: Loop | None = None
     name: str = "gemm"
+    reads: tuple[int, ...] = ()
 
     @property
     def batch(self) -> Shape:
@@ -84,7 +85,7 @@ def emit_product(lowering: Lowering, product: Product, step: Step, choice: Choic
         return
     used = {node.value for node in expr.walk(product.root) if node.op == "arg"}
     operands = tuple(product.operands[i - 1].buffer for i in sorted(used - {0}))
-    factors = (product.a.buffer, product.b.buffer)
+    factors = (product.a.buffer, product.b.buffer, *product.reads)
     text = KernelText(lowering, f"{product.name}_{step.name}")
     walks = _write_sums(text, product, step, choice)
     if choice.splits == 1:

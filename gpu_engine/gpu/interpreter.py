@@ -223,6 +223,9 @@ class _Builder(shipped.InterpreterBuilder):  # type: ignore[misc]
             return TensorHandle(source.data.astype(narrow).view(np.uint8), target.scalar)
         return super().create_fp_to_fp(source, target, rounding)
 
+    def get_bf16(self, value: float) -> Any:
+        return TensorHandle(_to_bfloat16(np.array([value])), tl.bfloat16)
+
     def create_dot(self, a: Any, b: Any, accumulator: Any, input_precision: Any, *rest: Any) -> Any:
         if input_precision == ir.INPUT_PRECISION.TF32:
             a, b = _as_tf32(a), _as_tf32(b)
