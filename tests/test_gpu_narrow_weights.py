@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 
 from gpu_engine.gpu.interpret import InterpretDevice
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.ir import dims
 from gpu_engine.ir.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT8, UINT8, DType, from_onnx, limits
 from gpu_engine.ir.graph import Builder, Graph, Value
 from gpu_engine.ir.ops import Dequantize, MatMul

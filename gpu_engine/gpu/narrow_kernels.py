@@ -29,20 +29,34 @@ float's mantissa, and the float that this has added to it."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A buffer [rows, n or 1] of scales or zero points; a row for every `block` codes of k, or one for all."""
+class Scales:
+    """Scales, and zero points where they differ, of all codes of a plane or of `block` at a time.
+
+    `buffer` has uint32 [words, rows, n]: items of type `dtype`, two to a word if they have 16 bits, first the scale of
+    every plane, then the zero points; without `block` planes share theirs. A `zero` is one number for all codes.
+    """
 
     buffer: int
+    dtype: DType
     block: int
-    along_n: bool
+    rows: int
+    zero: int | None
+
+    def item(self, index: int) -> tuple[int, str]:
+        """(its word, the item in a word called `word`)."""
+        kind = language_dtype(self.dtype)
+        if self.dtype.itemsize == 4:
+            return index, f"word.to({kind}, bitcast=True)"
+        high = " >> 16" * (index % 2)
+        return index // 2, f"(word{high}).to(tl.uint16).to({kind}, bitcast=True)"
 
 
 @dataclass(frozen=True)
 class Codes:
     """Codes of `bits` bits in a buffer [`columns`, `nbytes`] for `depth` places of k, and what they stand for.
 
-    (code - zero) * scale is computed in `inner`, then rounded to the weights' type `dtype`. `zero` is one number for
-    all, or rows of them. A step takes `unit` bytes at most.
+    (code - zero) * scale is computed in `inner`, then rounded to the weights' type `dtype`. A step takes `unit` bytes
+    at most, which all have the same scale.
     """
 
     buffer: int
@@ -51,8 +65,7 @@ class Codes:
     depth: int
     columns: int
     unit: int
-    scale: Rows
-    zero: Rows | int
+    scales: Scales
     inner: DType
     dtype: DType
 
@@ -62,59 +75,108 @@ class Codes:
 
     def write_loop(self, text: KernelText, product: Product, step: Step, tile: GemmTile, splits: int) -> None:
         """See `gemm_kernels.Loop`; `b` is [BLOCK_K, BLOCK_N]."""
-        self._write(text, product, step, tile, turned=False)
-
-    def write_turned_loop(self, text: KernelText, product: Product, step: Step, tile: GemmTile, splits: int) -> None:
-        """The same with `b` as [BLOCK_N, BLOCK_K]."""
-        self._write(text, product, step, tile, turned=True)
-
-    def _write(self, text: KernelText, product: Product, step: Step, tile: GemmTile, *, turned: bool) -> None:
         a, block = product.a, tile.block_k
+        self._write_start(text, product, tile)
         rows = "rows" if is_multiple(product.m, tile.block_m) else f"rows % {number(text, product.m)}"
-        columns = "columns" if is_multiple(product.n, tile.block_n) else f"columns % {number(text, product.n)}"
-        line, across = ("[None, :]", "[:, None]") if turned else ("[:, None]", "[None, :]")
-        text.line(f"column = {columns}")
         text.line(f"steps = tl.arange(0, {block})")
-        start = place(text, Walked(a.buffer, a.batch), [Walk("batch", product.axes[0])], product.batch)[0]
-        text.line(f"a_from = {text.buffer(a.buffer)} + ({start})")
+        text.line("column = column[None, :]")
         text.line(f"a_at = ({rows})[:, None] * {number(text, a.outer)} + steps[None, :] * {number(text, a.inner)}")
-        text.line(f"b_at = column{across} * {number(text, self.nbytes)} + steps{line}")
-        once = {
-            name: text.let(name, self._row(text, part, "0", line, across))
-            for name, part in (("scale", self.scale), ("zero", self.zero))
-            if isinstance(part, Rows) and not part.block
-        }
-        with text.block(f"for k in tl.range(low, high, {block}, num_stages={tile.num_stages}):"):
+        text.line(f"b_at = column * {number(text, self.nbytes)} + steps[:, None]")
+        words = {} if self.scales.block else self._words(text, "")
+        with text.block(f"for k in range(low, high, {block}):"):
             text.line(f"packed = tl.load({text.buffer(self.buffer)} + k + b_at)")
+            words = words or self._words(text, f" + k // {self.scales.block} * {number(text, self.columns)}")
             for plane in range(self.planes):
-                at = "k" if plane == 0 else f"(k + {number(text, plane * self.nbytes)})"
-                mask = ""
-                if self.planes * self.nbytes != self.depth:
-                    mask = f", mask={at} + steps[None, :] < {number(text, self.depth)}, other=0.0"
+                at, mask = self._place(text, plane, "steps[None, :]")
                 text.line(f"a = tl.load(a_from + {at} * {number(text, a.inner)} + a_at{mask})")
-                text.line(f"b = {self._weights(text, plane, at, once, line, across)}")
+                text.line(f"b = {self._weights(text, plane, words)}")
                 step.add(text)
 
-    def _weights(self, text: KernelText, plane: int, at: str, once: dict[str, str], line: str, across: str) -> str:
+    def write_few_loop(self, text: KernelText, product: Product, step: Step, tile: GemmTile, splits: int) -> None:
+        """The loop for `few_step`: a thread multiplies 16 bytes along k of several columns by the same of every row.
+
+        Weights are [columns, blocks, bytes of a block]: as many blocks in a step as it has room for.
+        """
+        a, unit = product.a, min(self.unit, tile.block_k)
+        blocks, even = tile.block_k // unit, self.nbytes % tile.block_k == 0
+        self._write_start(text, product, tile)
+        text.line(f"steps = tl.arange(0, {blocks})[:, None] * {unit} + tl.arange(0, {unit})[None, :]")
+        text.line("column = column[:, None, None]")
+        text.line(f"b_at = column * {number(text, self.nbytes)} + steps[None, :, :]")
+        words = {} if self.scales.block else self._words(text, "")
+        with text.block(f"for k in range(low, high, {tile.block_k}):"):
+            if not even:
+                text.line("inside = k + steps < high")
+            mask = "" if even else ", mask=inside[None, :, :], other=0"
+            text.line(f"packed = tl.load({text.buffer(self.buffer)} + k + b_at{mask})")
+            row = f"(k + tl.arange(0, {blocks})[None, :, None] * {unit}) // {self.scales.block}"
+            row = row if even else f"tl.minimum({row}, {self.scales.rows - 1})"
+            words = words or self._words(text, f" + {row} * {number(text, self.columns)}")
+            for plane in range(self.planes):
+                at, mask = self._place(text, plane, "steps", "" if even else "inside")
+                text.line(f"b = {self._weights(text, plane, words)}")
+                for i in range(tile.block_m):
+                    line = f"tl.minimum(down * {tile.block_m} + {i}, {number(text, product.m)} - 1)"
+                    start = f"a_from + {line} * {number(text, a.outer)}"
+                    text.line(f"a = tl.load({start} + ({at} + steps) * {number(text, a.inner)}{mask})")
+                    text.line(f"part{i} {'+' * (plane > 0)}= a.to(tl.float32)[None, :, :] * b.to(tl.float32)")
+            for i in range(tile.block_m):
+                text.line(f"acc{i} += tl.sum(tl.sum(part{i}, 2), 1)")
+
+    def _write_start(self, text: KernelText, product: Product, tile: GemmTile) -> None:
+        a = product.a
+        columns = "columns" if is_multiple(product.n, tile.block_n) else f"columns % {number(text, product.n)}"
+        text.line(f"column = {columns}")
+        start = place(text, Walked(a.buffer, a.batch), [Walk("batch", product.axes[0])], product.batch)[0]
+        text.line(f"a_from = {text.buffer(a.buffer)} + ({start})")
+
+    def _place(self, text: KernelText, plane: int, steps: str, inside: str = "") -> tuple[str, str]:
+        """(where in k the codes of a plane begin, the options of loads from there)."""
+        at = "k" if plane == 0 else f"(k + {number(text, plane * self.nbytes)})"
+        masks = [inside] * bool(inside)
+        if self.planes * self.nbytes != self.depth:
+            masks.append(f"({at} + {steps} < {number(text, self.depth)})")
+        return at, f", mask={' & '.join(masks)}, other=0.0" if masks else ""
+
+    def _words(self, text: KernelText, row: str) -> dict[int, str]:
+        """The names of the words of a row of scales."""
+        scales, found = self.scales, {}
+        own = self.planes if scales.block else 1
+        for index in range(own if scales.zero is not None else 2 * own):
+            word = scales.item(index)[0]
+            if word not in found:
+                apart = f" + {number(text, word * scales.rows * self.columns)}" if word else ""
+                found[word] = text.let("word", f"tl.load({text.buffer(scales.buffer)}{apart}{row} + column)")
+        return found
+
+    def _weights(self, text: KernelText, plane: int, words: dict[int, str]) -> str:
         """The numbers of a step's codes, in the type of the weights."""
-        kind = language_dtype(self.inner)
+        scales, kind = self.scales, language_dtype(self.inner)
+        own = self.planes if scales.block else 1
+
+        def item(index: int) -> str:
+            word, form = scales.item(index)
+            return f"{form.replace('word', words[word], 1)}.to({kind})"
+
         code = "packed" if self.bits == 8 else f"((packed >> {plane * self.bits}) & {2**self.bits - 1})"
         word, pattern, added, _ = MAGIC[self.inner]
-        number = text.let("code", f"({code}.to({word}) | {pattern}).to({kind}, bitcast=True)")
-        if isinstance(self.zero, int):
-            centred = f"{number} - {added + self.zero}.0"
+        found = text.let("code", f"({code}.to({word}) | {pattern}).to({kind}, bitcast=True)")
+        if scales.zero is not None:
+            centred = f"{found} - {added + scales.zero}.0"
         else:
-            zero = once.get("zero") or text.let("zero", self._row(text, self.zero, at, line, across))
-            centred = f"({number} - {added}.0) - {zero}.to({kind})"
-        scale = once.get("scale") or text.let("scale", self._row(text, self.scale, at, line, across))
-        product = f"({centred}) * {scale}.to({kind})"
+            centred = f"({found} - {added}.0) - {item(own + plane % own)}"
+        product = f"({centred}) * {item(plane % own)}"
         return product if self.dtype == self.inner else f"({product}).to({language_dtype(self.dtype)})"
 
-    def _row(self, text: KernelText, rows: Rows, at: str, line: str, across: str) -> str:
-        """The scales or zero points of a step's codes, in a form that broadcasts to these."""
-        stride = self.columns if rows.along_n else 1
-        columns = f" + column{across}" if rows.along_n else ""
-        if not rows.block:
-            return f"tl.load({text.buffer(rows.buffer)}{columns or ' + 0'})"
-        index = at if rows.block % self.unit == 0 else f"({at} + steps{line})"
-        return f"tl.load({text.buffer(rows.buffer)} + {index} // {rows.block} * {number(text, stride)}{columns})"
+
+def few_step(rows: int) -> Step:
+    """Sums of float32 products one by one, of so many rows, for `write_few_loop`."""
+
+    def start(text: KernelText, tile: GemmTile) -> None:
+        for i in range(rows):
+            text.line(f"acc{i} = tl.zeros(({tile.block_n},), tl.float32)")
+
+    total = "acc0[None, :]"
+    for i in range(1, rows):
+        total = f"tl.where(tl.arange(0, {rows})[:, None] == {i}, acc{i}[None, :], {total})"
+    return Step("few", FLOAT32, start, lambda text: None, total, ("0.0", "0.0"))

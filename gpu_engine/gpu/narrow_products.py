@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gpu_engine.gpu.epilogues import is_heavy
 from gpu_engine.gpu.gemm import FACTORS, FEW, factor_of
-from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
+from gpu_engine.gpu.gemm_kernels import Factor, Loop, Product, emit_product
 from gpu_engine.gpu.gemm_steps import Step, dot_step
 from gpu_engine.gpu.maps import Walked
-from gpu_engine.gpu.narrow_kernels import MAGIC, Codes, Rows
+from gpu_engine.gpu.narrow_kernels import MAGIC, Codes, Scales, few_step
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.printing import is_printable
-from gpu_engine.gpu.text import KernelText, power_of_two
-from gpu_engine.gpu.tiles import GPUS, SPLITS, Choice, Extents, GemmTile, choose
+from gpu_engine.gpu.text import power_of_two
+from gpu_engine.gpu.tiles import SPLITS, Choice, Extents, GemmTile, choose, gpu_of
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import BFLOAT16, FLOAT16, FLOAT32, UINT8, DType, is_float, is_integer, limits
@@ -77,8 +78,21 @@ def _has_kernels(node: Node, op: MatMul, made: Node) -> bool:
         and is_integer(codes.dtype)
         and codes.constant is not None
         and codes.constant.size > 0
+        and _has_rows(op, made)
         and (op.epilogue is None or is_printable(op.epilogue))
     )
+
+
+def _has_rows(op: MatMul, made: Node) -> bool:
+    """Whether scales and zero points are the same for all of k, or for blocks of whole loads."""
+    weights, along_k = made.op, 1 if op.transpose_b else 0
+    assert isinstance(weights, Dequantize)
+    if any(value.dtype not in (FLOAT32, FLOAT16, BFLOAT16) and is_float(value.dtype) for value in made.inputs[1:]):
+        return False
+    if weights.block and weights.axis == along_k:
+        return weights.block % NARROWEST_UNIT == 0
+    depths = [value.shape[along_k - 2] if value.rank >= 2 - along_k else 1 for value in made.inputs[1:]]
+    return all(extent == 1 for extent in depths)
 
 
 def lower_narrow_matmul(
@@ -99,14 +113,12 @@ def lower_narrow_matmul(
     a = factor_of(inputs[0], (rows, x[-1]), (), False)
     unused = Factor(codes.buffer, (), 0, 0)
     root = plain.epilogue or expr.arg(0, dtype)
-    reads = tuple(part.buffer for part in (codes.scale, codes.zero) if isinstance(part, Rows))
     product = Product(
         a, unused, rows, shape[-1], codes.nbytes, shape, len(shape) - 1, root, operands, outputs[0], dtype,
-        name="narrow_gemm", reads=reads,
+        name="narrow_gemm", reads=(codes.scales.buffer,),
     )  # fmt: skip
     heavy = is_heavy(root)
-    for choice, step, turned in _choices(options, (dtype, factor_dtype), codes, rows, heavy=heavy):
-        loop = codes.write_turned_loop if turned else codes.write_loop
+    for choice, step, loop in _choices(options, (dtype, factor_dtype), codes, rows, heavy=heavy):
         emit_product(lowering, replace(product, loop=loop), step, choice)
     return True
 
@@ -118,100 +130,108 @@ def packed(lowering: Lowering, op: NarrowMatMul, arrays: Sequence[Array], factor
     low = int(limits(values.dtype)[0])
     matrix = values if op.product.transpose_b else values.T
     columns, depth = matrix.shape
-    block, (scale, *zeros) = _blocks(op, parts, columns)
-    unit = _unit(block, depth * bits // 8)
-    nbytes = -(-depth * bits // (8 * unit)) * unit
-    whole = np.zeros((columns, nbytes * 8 // bits), UINT8)
-    whole[:, :depth] = matrix.astype(np.int16) - low
-    planes = whole.reshape(columns, 8 // bits, nbytes)
-    joined = planes[:, 0].copy()
+    block = _block(op, parts)
+    unit = min(block & -block or WIDEST_UNIT, WIDEST_UNIT, max(NARROWEST_UNIT, power_of_two(depth * bits // 8)))
+    nbytes = _rounded(-(-depth * bits // 8), block or unit)
+    whole = np.zeros((columns, 8 // bits, nbytes), UINT8)
+    whole.reshape(columns, -1)[:, :depth] = matrix.astype(np.int16) - low
+    joined = whole[:, 0].copy()
     for plane in range(1, 8 // bits):
-        joined |= planes[:, plane] << (plane * bits)
-    lines = -(-nbytes * (8 // bits) // block) if block else 1
-    zero, real = _zero(zeros[0] if zeros else np.zeros((1, 1), values.dtype), low)
-    held = [_rows(lowering, part, block, lines) if isinstance(part, np.ndarray) else part for part in (scale, zero)]
-    exact = op.weights.dtype == factor_dtype == scale.dtype and MAGIC[factor_dtype][3] >= bits and not real
+        joined |= whole[:, plane] << (plane * bits)
+    rows = [_row_of_blocks(op, part, columns, nbytes * 8 // bits, block) for part in parts]
+    scales = _scales(lowering, rows, low, block, 8 // bits if block else 1)
+    exact = scales.zero is not None or is_integer(parts[1].dtype)
+    native = exact and op.weights.dtype == factor_dtype == scales.dtype and MAGIC[factor_dtype][3] >= bits
     return Codes(
-        lowering.constant(joined), bits, nbytes, depth, columns, unit, held[0], held[1],
-        factor_dtype if exact else FLOAT32, op.weights.dtype,
+        lowering.constant(joined), bits, nbytes, depth, columns, unit, scales,
+        factor_dtype if native else FLOAT32, op.weights.dtype,
     )  # fmt: skip
 
 
-def _blocks(op: NarrowMatMul, parts: Sequence[Array], columns: int) -> tuple[int, list[Array]]:
-    """(how many of k share a row, 0 for all; scales and zero points as [rows, n or 1])."""
-    weights, along_k = op.weights, 1 if op.product.transpose_b else 0
-    spread = []
-    for part in parts:
-        if weights.block and weights.axis != along_k:
-            part = np.repeat(part, weights.block, weights.axis)
-            part = part[:columns] if weights.axis == 0 else part[:, :columns]
-        matrix = part.reshape((1,) * (2 - part.ndim) + part.shape)
-        spread.append(matrix.T if op.product.transpose_b else matrix)
-    own = weights.block if weights.block and weights.axis == along_k else 1
-    return (own if any(len(part) > 1 for part in spread) else 0), spread
+def _rounded(extent: int, step: int) -> int:
+    return -(-extent // step) * step
 
 
-def _zero(zeros: Array, low: int) -> tuple[int | Array, bool]:
-    """(zero points of codes counted from `low`: one for all, bytes, or float32; whether they are floats)."""
-    first = zeros.ravel()[0]
-    same = bool((zeros == first).all()) and float(first).is_integer() and abs(float(first)) < 256
-    if same:
-        return int(first) - low, False
-    if is_float(zeros.dtype):
-        return zeros.astype(np.float32) - low, True
-    return (zeros.astype(np.int16) - low).astype(np.uint8), False
+def _block(op: NarrowMatMul, parts: Sequence[Array]) -> int:
+    """How many of k share a scale and zero point; 0: all."""
+    along_k = 1 if op.product.transpose_b else 0
+    blocked = op.weights.block and op.weights.axis == along_k
+    return op.weights.block if blocked and any(part.shape[along_k] > 1 for part in parts) else 0
 
 
-def _rows(lowering: Lowering, part: Array, block: int, lines: int) -> Rows:
-    """Scales or zero points [rows, n or 1] in a constant of as many rows as steps may reach."""
-    whole = np.ascontiguousarray(np.pad(part, ((0, lines - len(part)), (0, 0)), "edge") if len(part) > 1 else part)
-    return Rows(lowering.constant(whole), block if len(part) > 1 else 0, part.shape[1] > 1)
+def _row_of_blocks(op: NarrowMatMul, part: Array, columns: int, depth: int, block: int) -> Array:
+    """Scales or zero points [rows, n]: a row for every block of `depth` places of k, or one for all."""
+    weights = op.weights
+    if weights.block and weights.axis == (0 if op.product.transpose_b else 1):
+        part = np.repeat(part, weights.block, weights.axis)
+    matrix = part.reshape((1,) * (2 - part.ndim) + part.shape)
+    matrix = (matrix.T if op.product.transpose_b else matrix)[:, :columns]
+    rows = depth // block if block else 1
+    missing = rows - len(matrix) if len(matrix) > 1 else 0
+    return np.broadcast_to(np.pad(matrix, ((0, missing), (0, 0)), "edge"), (rows, columns))
 
 
-def _unit(block: int, nbytes: int) -> int:
-    """Bytes along k of the largest step: within one block, if blocks are not too small, and within the weights."""
-    widest = min(WIDEST_UNIT, max(NARROWEST_UNIT, power_of_two(nbytes)))
-    within = block & -block
-    return min(widest, within) if within >= NARROWEST_UNIT else widest
+def _scales(lowering: Lowering, parts: Sequence[Array], low: int, block: int, planes: int) -> Scales:
+    """A constant of scales, and of zero points of codes counted from `low` where one number does not say them all."""
+    scale, *zeros = parts
+    found, dtype = scale.dtype, scale.dtype
+    rows, columns = scale.shape
+    zero: int | None = -low
+    held = [scale]
+    if zeros:
+        first = float(zeros[0].flat[0])
+        same = bool((zeros[0] == zeros[0].flat[0]).all()) and first.is_integer() and abs(first) < 256
+        zero = int(first) - low if same else None
+        whole = is_integer(zeros[0].dtype)
+        dtype = found if same or whole or zeros[0].dtype == found else FLOAT32
+        held += [] if same else [zeros[0].astype(np.float32) - low]
+    items = [part.astype(dtype).reshape(planes, rows // planes, columns) for part in held]
+    whole_items = np.concatenate(items)
+    if dtype.itemsize == 2:
+        bits = whole_items.view(np.uint16).astype(np.uint32)
+        bits = np.concatenate([bits, np.zeros((len(bits) % 2, *bits.shape[1:]), np.uint32)])
+        words = bits[0::2] | bits[1::2] << 16
+    else:
+        words = whole_items.view(np.uint32)
+    return Scales(lowering.constant(np.ascontiguousarray(words)), dtype, block, rows // planes, zero)
 
 
 def _choices(
     options: GpuOptions, kinds: tuple[DType, DType], codes: Codes, rows: Dim, *, heavy: bool
-) -> Iterator[tuple[Choice, Step, bool]]:  # fmt: skip
-    """(tile, how a step multiplies, whether that wants b as [n, k]) for every range of rows."""
+) -> Iterator[tuple[Choice, Step, Loop]]:  # fmt: skip
+    """(tile, how a step multiplies, the loop over steps) for every range of rows."""
     dtype, factor_dtype = kinds
     few = dtype == FLOAT32 and options.precision == "fp32"
     if few:
-        yield _few_rows(rows, codes, options.arch), sum_step(codes.dtype), True
+        choice = _few_rows(rows, codes, options.arch)
+        yield choice, few_step(choice.tile.block_m), codes.write_few_loop
     if few and isinstance(rows, int) and rows <= FEW:
         return
     name = {"fp32": "ieee", "tf32": "tf32"}.get(options.precision, "") if dtype == FLOAT32 else ""
     step = dot_step(FLOAT32, factor_dtype, (dtype, codes.dtype), name or "ieee")
     extents = Extents(1, rows, codes.columns, codes.nbytes, dtype.itemsize)
-    for choice in choose("narrow_ieee" if few else "narrow", extents, options.arch, heavy=heavy):
-        least = max(choice.least, FEW + 1) if few else choice.least
-        tile = replace(choice.tile, block_k=min(choice.tile.block_k, codes.unit))
-        yield choice._replace(least=least, tile=tile), step, False
+    fit = partial(_fitted, codes, dtype.itemsize, gpu_of(options.arch).shared_nbytes, not few)
+    for choice in choose("narrow_ieee" if few else "narrow", extents, options.arch, heavy=heavy, fit=fit):
+        yield choice._replace(least=max(choice.least, FEW + 1)) if few else choice, step, codes.write_loop
+
+
+def _fitted(codes: Codes, itemsize: int, limit: int, wide: bool, tile: GemmTile) -> GemmTile:
+    """The tile with steps inside a block, if `wide` loads of 16 bytes, and stages that shared memory has room for."""
+    depth = min(tile.block_k, codes.unit)
+    width = max(tile.block_n, STEP_NBYTES * tile.num_warps // 4 // depth) if wide else tile.block_n
+    stage = depth * (tile.block_m * itemsize * codes.planes + width)
+    stages = (limit - depth * width * max(2, codes.dtype.itemsize)) // stage
+    return replace(tile, block_k=depth, block_n=width, num_stages=max(1, min(tile.num_stages, stages)))
 
 
 def _few_rows(rows: Dim, codes: Codes, arch: int) -> Choice:
     """Up to FEW rows, each weight times each of them: as many bytes of k as a block allows, side by side."""
     height = power_of_two(rows) if isinstance(rows, int) and rows < FEW else FEW
-    tile = GemmTile(height, STEP_NBYTES // codes.unit, codes.unit, 4, 4)
+    depth = max(codes.unit, min(WIDEST_UNIT, power_of_two(codes.nbytes)))
+    tile = GemmTile(height, STEP_NBYTES * max(1, 4 // codes.planes) // depth, depth, 4, 3)
     programs = -(-codes.columns // tile.block_n)
-    gpu = GPUS[max(found for found in GPUS if found <= arch)]
-    fitting = [s for s in SPLITS if s == 1 or (programs * s <= 2 * gpu.processors and 4 * s * codes.unit <= codes.nbytes)]
+    gpu = gpu_of(arch)
+    fitting = [
+        s for s in SPLITS if s == 1 or (programs * s <= 2 * gpu.processors and 4 * s * codes.unit <= codes.nbytes)
+    ]
     return Choice(1, FEW + 1, tile, max(fitting))
-
-
-def sum_step(weights: DType) -> Step:
-    """Products of float32 one by one, for b as [BLOCK_N, BLOCK_K]."""
-    b = "b" if weights == FLOAT32 else "b.to(tl.float32)"
-
-    def start(text: KernelText, tile: GemmTile) -> None:
-        text.line(f"acc = tl.zeros(({tile.block_m}, {tile.block_n}, {tile.block_k}), tl.float32)")
-
-    def add(text: KernelText) -> None:
-        text.line(f"acc += a[:, None, :] * {b}[None, :, :]")
-
-    return Step("few", FLOAT32, start, add, "tl.sum(acc, 2)", ("0.0", "0.0"))

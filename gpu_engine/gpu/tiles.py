@@ -6,7 +6,7 @@ estimated from a GPU's data sheet; no number here was measured yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
         GemmTile(128, 128, 64, 8, 3), GemmTile(64, 128, 64, 4, 3), GemmTile(64, 64, 64, 4, 4),
         GemmTile(16, 128, 128, 4, 3), GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 4, 4),
     ),
-    "narrow_ieee": (GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 32, 4, 3), GemmTile(16, 64, 64, 4, 4)),
+    "narrow_ieee": (GemmTile(64, 64, 16, 4, 3), GemmTile(32, 64, 16, 4, 3), GemmTile(16, 64, 32, 4, 4)),
     "sums": (
         GemmTile(16, 32, 4, 4, 3), GemmTile(4, 64, 8, 4, 3), GemmTile(1, 128, 32, 4, 3), GemmTile(1, 32, 64, 4, 3),
         GemmTile(32, 1, 64, 4, 3),
@@ -131,13 +131,25 @@ TYPICAL = Extents(16, 128, 128, 128, 0)
 """What a symbolic extent is taken to be."""
 
 
-def choose(family: str, extents: Extents, arch: int, *, heavy: bool = False) -> tuple[Choice, ...]:
+def gpu_of(arch: int) -> Gpu:
+    """What is known of the GPUs of an architecture, or of the one before it."""
+    return GPUS[max(found for found in GPUS if found <= arch)]
+
+
+def choose(
+    family: str,
+    extents: Extents,
+    arch: int,
+    *,
+    heavy: bool = False,
+    fit: Callable[[GemmTile], GemmTile] = lambda tile: tile,
+) -> tuple[Choice, ...]:
     """The tiles for a product of GEMM_TILES' `family`: one, or one for each range of a symbolic M.
 
-    `heavy`: the epilogue needs many registers.
+    `heavy`: the epilogue needs many registers. `fit` gives tiles the form that a kernel takes.
     """
-    gpu = GPUS[max(found for found in GPUS if found <= arch)]
-    tiles = candidates(family, extents.nbytes, arch, heavy=heavy)
+    gpu = gpu_of(arch)
+    tiles = list(map(fit, candidates(family, extents.nbytes, arch, heavy=heavy)))
     others = (extents.batch, extents.n, extents.k)
     if isinstance(extents.m, int) or not all(isinstance(extent, int) for extent in others):
         return (Choice(1, None, *_best(family, tiles, extents, gpu)),)
@@ -148,7 +160,7 @@ def choose(family: str, extents: Extents, arch: int, *, heavy: bool = False) -> 
 
 def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> list[GemmTile]:
     """The tiles of a family that a GPU has the shared memory for; if `heavy`, with registers left for an epilogue."""
-    limit = GPUS[max(found for found in GPUS if found <= arch)].shared_nbytes
+    limit = gpu_of(arch).shared_nbytes
     return [
         tile
         for tile in GEMM_TILES[family]

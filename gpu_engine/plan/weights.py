@@ -11,6 +11,4 @@ def expand_weights(graph: Graph) -> Graph:
     """The graph without Dequantize nodes: constants where they may be folded, else maps."""
     if not any(isinstance(node.op, Dequantize) for node in graph.nodes):
         return graph
-    return rewrite(
-        graph, lambda node, builder: expanded(node, builder) if isinstance(node.op, Dequantize) else None
-    )
+    return rewrite(graph, lambda node, builder: expanded(node, builder) if isinstance(node.op, Dequantize) else None)

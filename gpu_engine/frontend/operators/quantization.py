@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.registry import emit_map, normal_axis, operator
-from gpu_engine.ir import dims, expr, ops
+from gpu_engine.ir import dims, ops
 from gpu_engine.ir.dtypes import FLOAT32, INT8, UINT8, DType, compute_dtype, from_onnx, is_float, is_integer
 from gpu_engine.ir.expr import Expr, cast, equal, maximum, minimum, round_even, where
 from gpu_engine.ir.graph import Builder, Value

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gpu_engine.errors import InvalidModel
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
