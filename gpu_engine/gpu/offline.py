@@ -122,6 +122,8 @@ def problems(kernel: TritonKernel, binary: Any, used: Resources, arch: int) -> l
     if wanted and not used.matrix_instructions:
         found.append("tl.dot did not become a matrix instruction")
     for line in binary.asm["ttgir"].splitlines():
+        if "tc_gen5_mma" in line and re.search(r"memdesc<\d+x\d+xf32, #shared", line) and not wanted:
+            found.append("a product of float32 became one of tf32")
         if "async_tma_copy" in line:
             box = re.search(r"tensordesc<tensor<([\dx]+)x[a-z]", line)
             staging = re.findall(r"memdesc<([\dx]+)x[a-z]", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpu_engine.gpu.float8_products import join_float8
 from gpu_engine.gpu.joined_products import join_projections
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.layouts import assign_layouts
@@ -27,7 +28,7 @@ def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes:
 
 
 def _arranged(graph: Graph) -> Graph:
-    joined = join_projections(assign_layouts(expand_weights(join_weights(graph))))
+    joined = join_projections(assign_layouts(expand_weights(join_weights(join_float8(graph)))))
     return turn_attention(joined, reads_views)
 
 

@@ -1,4 +1,4 @@
-"""Which weights stay narrow: large matrices that only matrix products read; all others become numbers here."""
+"""Which weights stay narrow: large matrices, and float8, that only products read; all others become numbers here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from gpu_engine.ir.dims import number
+from gpu_engine.ir.dtypes import is_float
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
-from gpu_engine.ir.ops import Dequantize, MatMul, Transpose
+from gpu_engine.ir.ops import Conv, Dequantize, MatMul, Transpose
 from gpu_engine.ir.ops.weights import expanded
 
 LEAST = 1 << 16
@@ -15,8 +16,9 @@ LEAST = 1 << 16
 
 
 def keep_narrow(graph: Graph) -> Graph:
-    """The graph whose Dequantize nodes are the second factors of products, perhaps transposed, and of LEAST elements;
-    what a device without kernels for them makes of them is `ir.ops.weights.expanded`."""
+    """The graph whose Dequantize nodes are second factors, perhaps transposed: integers of matrix products, of LEAST
+    elements, and float8 numbers of products and convolutions. Devices without kernels for them expand them
+    (`plan.weights`)."""
     if not any(isinstance(node.op, Dequantize) for node in graph.nodes):
         return graph
     users: dict[Value, list[Node]] = {}
@@ -26,29 +28,29 @@ def keep_narrow(graph: Graph) -> Graph:
     outputs = frozenset(graph.outputs)
 
     def rule(node: Node, builder: Builder) -> Sequence[Value] | None:
-        if not isinstance(node.op, Dequantize) or _stays(node.outputs[0], users, outputs):
+        if not isinstance(node.op, Dequantize) or _stays(node, users, outputs):
             return None
         return expanded(node, builder)
 
     return rewrite(graph, rule)
 
 
-def _stays(weights: Value, users: Mapping[Value, Sequence[Node]], outputs: frozenset[Value]) -> bool:
-    return (
-        weights.rank == 2
-        and prod(map(number, weights.shape)) >= LEAST
-        and weights not in outputs
-        and all(_multiplies(weights, user, users, outputs) for user in users.get(weights, ()))
-    )
+def _stays(node: Node, users: Mapping[Value, Sequence[Node]], outputs: frozenset[Value]) -> bool:
+    codes, weights = node.inputs[0], node.outputs[0]
+    if weights in outputs or (weights.rank > 2 and not is_float(codes.dtype)):
+        return False
+    large = is_float(codes.dtype) or prod(map(number, weights.shape)) >= LEAST
+    return large and all(_multiplies(weights, user, users, outputs) for user in users.get(weights, ()))
 
 
 def _multiplies(
     weights: Value, user: Node, users: Mapping[Value, Sequence[Node]], outputs: frozenset[Value]
 ) -> bool:  # fmt: skip
-    """Whether a user reads the weights as the second factor of a product of floats, or of nothing but such ones."""
+    """Whether a user reads the weights as the second factor of a product, or for nothing but such products."""
     match user.op:
-        case MatMul():
-            return user.inputs[1] is weights and weights not in (user.inputs[0], *user.inputs[2:])
+        case MatMul() | Conv():
+            fits = isinstance(user.op, Conv) == (weights.rank > 2)
+            return fits and user.inputs[1] is weights and weights not in (user.inputs[0], *user.inputs[2:])
         case Transpose():
             turned = user.outputs[0]
             return turned not in outputs and all(
