@@ -49,7 +49,9 @@ def join_float8(graph: Graph) -> Graph:
     for node in graph.nodes:
         if _multiplies_floats(node):
             tails = [_tail_of(makers.get(value)) for value in node.inputs[:2]]
-            if tails[0] is not None and (tails[1] is not None or _weights(node, makers.get(node.inputs[1])) is not None):
+            if tails[0] is not None and (
+                tails[1] is not None or _weights(node, makers.get(node.inputs[1])) is not None
+            ):
                 wanted |= {value: tail for value, tail in zip(node.inputs, tails, strict=False) if tail is not None}
     return rewrite(graph, _Rule(wanted).rewritten) if wanted else graph
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from gpu_engine.gpu.epilogues import is_heavy
-from gpu_engine.gpu.float8 import FLOAT8
+from gpu_engine.gpu.float8 import FIRST_ARCH, FLOAT8
 from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
 from gpu_engine.gpu.gemm_steps import PLANES, Step, byte_step, dot_step, float8_step, sum_step
 from gpu_engine.gpu.maps import Walked
@@ -36,7 +36,7 @@ from gpu_engine.plan.lower import Lowering
 Buffers = tuple[int, ...]
 FEW = 4
 """Rows or columns up to which matrix instructions are not worth the zeros that fill them: float32 has none anyway."""
-K_FIRST = ("tf32", "bytes", "planes", "float8")
+K_FIRST = ("tf32", "bytes", "planes", "float8", "float8_half")
 """Families whose matrix instructions want what is summed over side by side."""
 FACTORS: dict[str, DType] = {"fp32": FLOAT32, "tf32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
 
@@ -114,7 +114,7 @@ def step_of(
     """(family of tiles, how a step multiplies) for a product of type `dtype`, of few rows or columns perhaps."""
     given = lowering.buffers[factors[0]].dtype, lowering.buffers[factors[1]].dtype
     if dtype == FLOAT32 and all(kind in FLOAT8 for kind in given):
-        return "float8", float8_step(given, options.arch)
+        return "float8" if options.arch >= FIRST_ARCH else "float8_half", float8_step(given, options.arch)
     if dtype in (FLOAT16, BFLOAT16):
         return "half", dot_step(FLOAT32, dtype, given)
     if dtype == FLOAT64:

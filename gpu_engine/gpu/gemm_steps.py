@@ -46,10 +46,18 @@ def dot_step(sums: DType, factor: DType, given: tuple[DType, DType], precision: 
     return Step(name, sums, start, add, others=("0.0", "0.0"))
 
 
+FLOAT8_PRODUCTS = 32
+"""After so many products of float8 sums are added up in float32: with fewer, Triton converts them to float16 on sm_90.
+https://github.com/triton-lang/triton/blob/v3.6.0/lib/Analysis/Utility.cpp (supportMMA)"""
+
+
 def float8_step(given: tuple[DType, DType], arch: int) -> Step:
-    """Matrix instructions for float8 where there are such, else for float16, which holds them all; sums in float32."""
+    """Matrix instructions for float8 where there are such, else for float16, which holds them all; sums in float32.
+
+    Those of sm_90 add up 32 products with about 14 bits each time, however the sums go on.
+    """
     native = arch >= FIRST_ARCH
-    options = ", max_num_imprecise_acc=0" if native else ""
+    options = f", max_num_imprecise_acc={FLOAT8_PRODUCTS}" if native else ""
     a, b = (
         f"{name}.to({FLOAT8[dtype].name}, bitcast=True)" if native else decoded(name, dtype)
         for name, dtype in zip("ab", given, strict=True)

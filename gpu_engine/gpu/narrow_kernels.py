@@ -7,9 +7,11 @@ unsigned. Rows of scales belong to one or more whole steps where blocks allow it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpu_engine.gpu.epilogues import Walk, number, place
+from gpu_engine.gpu.float8 import FLOAT8, decoded
 from gpu_engine.gpu.gemm_kernels import Product
 from gpu_engine.gpu.gemm_steps import Step
 from gpu_engine.gpu.kernel import language_dtype
@@ -53,13 +55,15 @@ class Scales:
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes of `bits` bits in a buffer [`columns`, `nbytes`] for `depth` places of k, and what they stand for.
+    """Codes of type `kind`, `bits` bits each, in a buffer [`columns`, `nbytes`] for `depth` places of k, and what they
+    stand for.
 
     (code - zero) * scale is computed in `inner`, then rounded to the weights' type `dtype`. A step takes `unit` bytes
     at most, which all have the same scale.
     """
 
     buffer: int
+    kind: DType
     bits: int
     nbytes: int
     depth: int
@@ -158,15 +162,19 @@ class Codes:
             word, form = scales.item(index)
             return f"{form.replace('word', words[word], 1)}.to({kind})"
 
+        product = f"({self._centred(text, plane, lambda: item(own + plane % own))}) * {item(plane % own)}"
+        return product if self.dtype == self.inner else f"({product}).to({language_dtype(self.dtype)})"
+
+    def _centred(self, text: KernelText, plane: int, zero: Callable[[], str]) -> str:
+        """The codes of a plane less their zero points, exactly."""
+        kind = language_dtype(self.inner)
+        if self.kind in FLOAT8:
+            return f"({decoded('packed', self.kind)}).to({kind})"
         code = "packed" if self.bits == 8 else f"((packed >> {plane * self.bits}) & {2**self.bits - 1})"
         word, pattern, added, _ = MAGIC[self.inner]
         found = text.let("code", f"({code}.to({word}) | {pattern}).to({kind}, bitcast=True)")
-        if scales.zero is not None:
-            centred = f"{found} - {added + scales.zero}.0"
-        else:
-            centred = f"({found} - {added}.0) - {item(own + plane % own)}"
-        product = f"({centred}) * {item(plane % own)}"
-        return product if self.dtype == self.inner else f"({product}).to({language_dtype(self.dtype)})"
+        same = self.scales.zero
+        return f"({found} - {added}.0) - {zero()}" if same is None else f"{found} - {added + same}.0"
 
 
 def few_step(rows: int) -> Step:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.gpu.epilogues import is_heavy
+from gpu_engine.gpu.float8 import FLOAT8
 from gpu_engine.gpu.gemm import FACTORS, FEW, factor_of
 from gpu_engine.gpu.gemm_kernels import Factor, Loop, Product, emit_product
 from gpu_engine.gpu.gemm_steps import Step, dot_step
@@ -75,7 +76,7 @@ def _has_kernels(node: Node, op: MatMul, made: Node) -> bool:
         and op.transpose_a is False
         and node.inputs[0].dtype in (FLOAT32, FLOAT16, BFLOAT16)
         and codes.rank == 2
-        and is_integer(codes.dtype)
+        and (is_integer(codes.dtype) or (codes.dtype in FLOAT8 and len(made.inputs) == 2))
         and codes.constant is not None
         and codes.constant.size > 0
         and _has_rows(op, made)
@@ -126,9 +127,9 @@ def lower_narrow_matmul(
 def packed(lowering: Lowering, op: NarrowMatMul, arrays: Sequence[Array], factor_dtype: DType) -> Codes:
     """The weights as kernels read them, and constants that hold them."""
     values, *parts = arrays
-    bits = bits_of(values.dtype)
-    low = int(limits(values.dtype)[0])
-    matrix = values if op.product.transpose_b else values.T
+    bits, kind = bits_of(values.dtype), values.dtype
+    low = 0 if kind in FLOAT8 else int(limits(kind)[0])
+    matrix = (values if op.product.transpose_b else values.T).view(UINT8 if kind in FLOAT8 else kind)
     columns, depth = matrix.shape
     block = _block(op, parts)
     unit = min(block & -block or WIDEST_UNIT, WIDEST_UNIT, max(NARROWEST_UNIT, power_of_two(depth * bits // 8)))
@@ -141,9 +142,10 @@ def packed(lowering: Lowering, op: NarrowMatMul, arrays: Sequence[Array], factor
     rows = [_row_of_blocks(op, part, columns, nbytes * 8 // bits, block) for part in parts]
     scales = _scales(lowering, rows, low, block, 8 // bits if block else 1)
     exact = scales.zero is not None or is_integer(parts[1].dtype)
-    native = exact and op.weights.dtype == factor_dtype == scales.dtype and MAGIC[factor_dtype][3] >= bits
+    holds = kind in FLOAT8 or MAGIC[factor_dtype][3] >= bits
+    native = exact and holds and op.weights.dtype == factor_dtype == scales.dtype
     return Codes(
-        lowering.constant(joined), bits, nbytes, depth, columns, unit, scales,
+        lowering.constant(joined), kind, bits, nbytes, depth, columns, unit, scales,
         factor_dtype if native else FLOAT32, op.weights.dtype,
     )  # fmt: skip
 
@@ -217,7 +219,7 @@ def _choices(
 
 def _fitted(codes: Codes, itemsize: int, limit: int, wide: bool, tile: GemmTile) -> GemmTile:
     """The tile with steps inside a block, if `wide` loads of 16 bytes, and stages that shared memory has room for."""
-    depth = min(tile.block_k, codes.unit)
+    depth = min(tile.block_k // (2 if itemsize == 4 and tile.block_m >= 64 else 1), codes.unit)
     width = max(tile.block_n, STEP_NBYTES * tile.num_warps // 4 // depth) if wide else tile.block_n
     stage = depth * (tile.block_m * itemsize * codes.planes + width)
     stages = (limit - depth * width * max(2, codes.dtype.itemsize)) // stage
@@ -231,7 +233,5 @@ def _few_rows(rows: Dim, codes: Codes, arch: int) -> Choice:
     tile = GemmTile(height, STEP_NBYTES * max(1, 4 // codes.planes) // depth, depth, 4, 3)
     programs = -(-codes.columns // tile.block_n)
     gpu = gpu_of(arch)
-    fitting = [
-        s for s in SPLITS if s == 1 or (programs * s <= 2 * gpu.processors and 4 * s * codes.unit <= codes.nbytes)
-    ]
-    return Choice(1, FEW + 1, tile, max(fitting))
+    fitting = [s for s in SPLITS if programs * s <= 2 * gpu.processors and 2 * s * depth <= codes.nbytes]
+    return Choice(1, FEW + 1, tile, max(fitting, default=1))

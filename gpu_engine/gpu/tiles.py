@@ -50,9 +50,10 @@ GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
         GemmTile(16, 64, 128, 4, 4),
     ),
     "float8": (
-        GemmTile(128, 256, 128, 8, 3), GemmTile(128, 128, 128, 8, 3), GemmTile(128, 64, 64, 4, 4),
-        GemmTile(64, 64, 128, 4, 4), GemmTile(16, 64, 128, 4, 4),
+        GemmTile(128, 128, 128, 8, 3), GemmTile(128, 64, 64, 4, 4), GemmTile(64, 64, 128, 4, 4),
+        GemmTile(16, 64, 128, 4, 4),
     ),
+    "float8_half": (GemmTile(128, 64, 64, 4, 4), GemmTile(64, 64, 128, 4, 4), GemmTile(16, 64, 128, 4, 4)),
     "planes": (GemmTile(64, 64, 64, 4, 3), GemmTile(16, 64, 64, 4, 3)),
     "narrow": (
         GemmTile(128, 128, 64, 8, 3), GemmTile(64, 128, 64, 4, 3), GemmTile(64, 64, 64, 4, 4),
@@ -64,10 +65,10 @@ GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
         GemmTile(32, 1, 64, 4, 3),
     ),
 }  # fmt: skip
-"""By how factors are multiplied: "half" in 16 bits, "converted" from float32 to these, "bytes" and "float8" of 8 bits, "planes" of
-16 bits as two bytes, "narrow" with weights that become numbers between load and product ("narrow_ieee" without matrix
-instructions, and with fewer than 64 rows, from which on Triton 3.6 makes tf32 of float32 computed from bytes on
-sm_100), "sums" without matrix instructions, the others as they say."""
+"""By how factors are multiplied: "half" in 16 bits, "converted" from float32 to these, "bytes" and "float8" of 8 bits
+("float8_half" as float16), "planes" of 16 bits as two bytes, "narrow" with weights that become numbers between load and
+product, "sums" without matrix instructions, the others as they say. "narrow_ieee" has fewer than 64 rows: from those on
+Triton 3.6 makes tf32 of float32 that is computed from bytes, on sm_100."""
 SPLITS = (1, 2, 4, 8)
 """In how many parts what is summed over may be cut, each a program of its own."""
 
@@ -93,7 +94,17 @@ GPUS = {
     100: Gpu(148, 7.5e12, 2.5e11, 227 << 10, 50e9, 7e12),
     120: Gpu(170, 1.2e12, 3e11, 99 << 10, 40e9, 1.7e12),
 }
-RATES = {"half": 1.0, "narrow": 0.5, "converted": 0.7, "tf32": 0.5, "bytes": 2.0, "float8": 2.0, "planes": 0.6, "double": 0.03}
+RATES = {
+    "half": 1.0,
+    "narrow": 0.5,
+    "converted": 0.7,
+    "tf32": 0.5,
+    "bytes": 2.0,
+    "float8": 2.0,
+    "float8_half": 0.7,
+    "planes": 0.6,
+    "double": 0.03,
+}
 """Multiplications relative to `half_rate`; what is not here has no matrix instructions."""
 STEP_S, LAUNCH_S = 0.6e-6, 3e-6
 """Seconds from asking for a step's factors to having them; for one more launch."""
