@@ -36,7 +36,7 @@ def quantize_linear(
     dtype = from_onnx(output_dtype) if output_dtype else UINT8
     dtype = y_zero_point.dtype if y_zero_point is not None else dtype
     scale = spread(b, y_scale, x, axis, block_size)
-    zero = None if _is_nothing(y_zero_point) else spread(b, y_zero_point, x, axis, block_size)
+    zero = _spread_zero(b, y_zero_point, x, axis, block_size)
 
     def quantize(e: Expr, s: Expr, z: Expr | None) -> Expr:
         e = cast(e, from_onnx(precision)) if precision else e
@@ -62,19 +62,23 @@ def dequantize_linear(
     if narrow is not None:
         return narrow
     scale = spread(b, x_scale, x, axis, block_size)
-    zero = None if _is_nothing(x_zero_point) else spread(b, x_zero_point, x, axis, block_size)
+    zero = _spread_zero(b, x_zero_point, x, axis, block_size)
     return emit_map(b, lambda e, s, z: dequantized(e, s, z, dtype), x, scale, zero)
 
 
-def _is_nothing(zero: Value | None) -> bool:
-    """Whether there is no zero point, or one that only says the type: float8 has none but 0."""
-    return zero is None or (is_float(zero.dtype) and zero.constant is not None and not zero.constant.any())
+def _spread_zero(b: Builder, zero: Value | None, x: Value, axis: int, block_size: int) -> Value | None:
+    return None if zero is None or _is_nothing(zero) else spread(b, zero, x, axis, block_size)
+
+
+def _is_nothing(zero: Value) -> bool:
+    """Whether a zero point only says the type: float8 has none but 0."""
+    return is_float(zero.dtype) and zero.constant is not None and not zero.constant.any()
 
 
 def _weights(b: Builder, dtype: DType, axis: int, block_size: int, *inputs: Value | None) -> Value | None:
     """The node that keeps constants narrow, where codes, scale and zero point are constants of such a form."""
     x, *parts = (value for value in inputs if value is not None)
-    parts = parts[:1] if _is_nothing(inputs[-1]) else parts
+    parts = [*parts[:1], *(zero for zero in parts[1:] if not _is_nothing(zero))]
     if x.rank < 2 or x.dtype not in NARROW or any(value.constant is None for value in (x, *parts)):
         return None
     blocks = [value.rank == x.rank and block_size > 0 for value in parts]
