@@ -7,7 +7,7 @@ unsigned. Rows of scales belong to one or more whole steps where blocks allow it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpu_engine.gpu.epilogues import Walk, number, place
@@ -34,18 +34,36 @@ float's mantissa, and the float that this has added to it."""
 class Scales:
     """Scales, and zero points where they differ, of all codes of a plane or of `block` at a time.
 
-    `buffer` has uint32 [words, rows, n]: items of type `dtype`, two to a word if they have 16 bits, first the scale of
-    every plane, then the zero points; without `block` planes share theirs. A `zero` is one number for all codes.
+    `buffer` has uint32 [words, rows, n]: the scale of each of `planes`, of type `dtype`, two to a word if they have 16
+    bits, then the zero points, in the same way if `real`, else a byte each. A `zero` is one number for all codes.
+    Without `block` planes share theirs.
     """
 
     buffer: int
     dtype: DType
     block: int
     rows: int
+    planes: int
     zero: int | None
+    real: bool
 
-    def item(self, index: int) -> tuple[int, str]:
-        """(its word, the item in a word called `word`)."""
+    def scale(self, plane: int) -> tuple[int, str]:
+        """(the word that holds a plane's scale, the scale in a word called `word`)."""
+        return self._item(plane % self.planes)
+
+    def zero_point(self, plane: int) -> tuple[int, str]:
+        """The same for a plane's zero point."""
+        if self.real:
+            return self._item(self.planes + plane % self.planes)
+        return -(-self.planes * self.dtype.itemsize // 4), f"((word >> {8 * (plane % self.planes)}) & 255)"
+
+    def words(self) -> list[int]:
+        """The words of a row, in order."""
+        planes = range(self.planes)
+        found = [self.scale(plane)[0] for plane in planes]
+        return sorted({*found, *(self.zero_point(plane)[0] for plane in planes if self.zero is None)})
+
+    def _item(self, index: int) -> tuple[int, str]:
         kind = language_dtype(self.dtype)
         if self.dtype.itemsize == 4:
             return index, f"word.to({kind}, bitcast=True)"
@@ -86,7 +104,7 @@ class Codes:
         text.line("column = column[None, :]")
         text.line(f"a_at = ({rows})[:, None] * {number(text, a.outer)} + steps[None, :] * {number(text, a.inner)}")
         text.line(f"b_at = column * {number(text, self.nbytes)} + steps[:, None]")
-        words = {} if self.scales.block else self._words(text, "")
+        words = [] if self.scales.block else self._words(text, "")
         with text.block(f"for k in range(low, high, {block}):"):
             text.line(f"packed = tl.load({text.buffer(self.buffer)} + k + b_at)")
             words = words or self._words(text, f" + k // {self.scales.block} * {number(text, self.columns)}")
@@ -107,7 +125,7 @@ class Codes:
         text.line(f"steps = tl.arange(0, {blocks})[:, None] * {unit} + tl.arange(0, {unit})[None, :]")
         text.line("column = column[:, None, None]")
         text.line(f"b_at = column * {number(text, self.nbytes)} + steps[None, :, :]")
-        words = {} if self.scales.block else self._words(text, "")
+        words = [] if self.scales.block else self._words(text, "")
         with text.block(f"for k in range(low, high, {tile.block_k}):"):
             if not even:
                 text.line("inside = k + steps < high")
@@ -142,30 +160,24 @@ class Codes:
             masks.append(f"({at} + {steps} < {number(text, self.depth)})")
         return at, f", mask={' & '.join(masks)}, other=0.0" if masks else ""
 
-    def _words(self, text: KernelText, row: str) -> dict[int, str]:
+    def _words(self, text: KernelText, row: str) -> list[str]:
         """The names of the words of a row of scales."""
-        scales, found = self.scales, {}
-        own = self.planes if scales.block else 1
-        for index in range(own if scales.zero is not None else 2 * own):
-            word = scales.item(index)[0]
-            if word not in found:
-                apart = f" + {number(text, word * scales.rows * self.columns)}" if word else ""
-                found[word] = text.let("word", f"tl.load({text.buffer(scales.buffer)}{apart}{row} + column)")
-        return found
+        start, apart = text.buffer(self.scales.buffer), self.scales.rows * self.columns
+        places = [f"{start} + {number(text, word * apart)}" if word else start for word in self.scales.words()]
+        return [text.let("word", f"tl.load({place}{row} + column)") for place in places]
 
-    def _weights(self, text: KernelText, plane: int, words: dict[int, str]) -> str:
+    def _weights(self, text: KernelText, plane: int, words: Sequence[str]) -> str:
         """The numbers of a step's codes, in the type of the weights."""
-        scales, kind = self.scales, language_dtype(self.inner)
-        own = self.planes if scales.block else 1
+        kind = language_dtype(self.inner)
 
-        def item(index: int) -> str:
-            word, form = scales.item(index)
-            return f"{form.replace('word', words[word], 1)}.to({kind})"
+        def item(found: tuple[int, str]) -> str:
+            return f"{found[1].replace('word', words[found[0]], 1)}.to({kind})"
 
-        product = f"({self._centred(text, plane, lambda: item(own + plane % own))}) * {item(plane % own)}"
+        zero = item(self.scales.zero_point(plane)) if self.scales.zero is None else ""
+        product = f"({self._centred(text, plane, zero)}) * {item(self.scales.scale(plane))}"
         return product if self.dtype == self.inner else f"({product}).to({language_dtype(self.dtype)})"
 
-    def _centred(self, text: KernelText, plane: int, zero: Callable[[], str]) -> str:
+    def _centred(self, text: KernelText, plane: int, zero: str) -> str:
         """The codes of a plane less their zero points, exactly."""
         kind = language_dtype(self.inner)
         if self.kind in FLOAT8:
@@ -174,7 +186,7 @@ class Codes:
         word, pattern, added, _ = MAGIC[self.inner]
         found = text.let("code", f"({code}.to({word}) | {pattern}).to({kind}, bitcast=True)")
         same = self.scales.zero
-        return f"({found} - {added}.0) - {zero()}" if same is None else f"{found} - {added + same}.0"
+        return f"({found} - {added}.0) - {zero}" if same is None else f"{found} - {added + same}.0"
 
 
 def few_step(rows: int) -> Step:

@@ -165,7 +165,7 @@ def _row_of_blocks(op: NarrowMatMul, part: Array, columns: int, depth: int, bloc
     """Scales or zero points [rows, n]: a row for every block of `depth` places of k, or one for all."""
     weights = op.weights
     if weights.block and weights.axis == (0 if op.product.transpose_b else 1):
-        part = np.repeat(part, weights.block, weights.axis)
+        part = np.repeat(part, min(weights.block, columns), weights.axis)
     matrix = part.reshape((1,) * (2 - part.ndim) + part.shape)
     matrix = (matrix.T if op.product.transpose_b else matrix)[:, :columns]
     rows = depth // block if block else 1
@@ -176,26 +176,35 @@ def _row_of_blocks(op: NarrowMatMul, part: Array, columns: int, depth: int, bloc
 def _scales(lowering: Lowering, parts: Sequence[Array], low: int, block: int, planes: int) -> Scales:
     """A constant of scales, and of zero points of codes counted from `low` where one number does not say them all."""
     scale, *zeros = parts
-    found, dtype = scale.dtype, scale.dtype
-    rows, columns = scale.shape
-    zero: int | None = -low
-    held = [scale]
-    if zeros:
-        first = float(zeros[0].flat[0])
-        same = bool((zeros[0] == zeros[0].flat[0]).all()) and first.is_integer() and abs(first) < 256
-        zero = int(first) - low if same else None
-        whole = is_integer(zeros[0].dtype)
-        dtype = found if same or whole or zeros[0].dtype == found else FLOAT32
-        held += [] if same else [zeros[0].astype(np.float32) - low]
-    items = [part.astype(dtype).reshape(planes, rows // planes, columns) for part in held]
-    whole_items = np.concatenate(items)
-    if dtype.itemsize == 2:
-        bits = whole_items.view(np.uint16).astype(np.uint32)
-        bits = np.concatenate([bits, np.zeros((len(bits) % 2, *bits.shape[1:]), np.uint32)])
-        words = bits[0::2] | bits[1::2] << 16
-    else:
-        words = whole_items.view(np.uint32)
-    return Scales(lowering.constant(np.ascontiguousarray(words)), dtype, block, rows // planes, zero)
+    zero, points = _zero_points(zeros[0], low) if zeros else (-low, np.empty(0, UINT8))
+    real = zero is None and is_float(points.dtype)
+    dtype = FLOAT32 if real and zeros[0].dtype != scale.dtype else scale.dtype
+    items = [scale.astype(dtype)] + [points.astype(dtype)] * real
+    words = [_words(np.concatenate(items), len(items) * planes)]
+    if zero is None and not real:
+        words.append(_words(points, planes))
+    rows = len(scale) // planes
+    return Scales(lowering.constant(np.concatenate(words)), dtype, block, rows, planes, zero, real)
+
+
+def _zero_points(zeros: Array, low: int) -> tuple[int | None, Array]:
+    """(the zero point of all codes, if one number says it, all of them as bytes or float32), counted from `low`."""
+    first = float(zeros.flat[0])
+    same = bool((zeros == zeros.flat[0]).all()) and first.is_integer() and abs(first) < 256
+    if is_float(zeros.dtype):
+        return (int(first) - low if same else None), zeros.astype(FLOAT32) - low
+    return (int(first) - low if same else None), (zeros.astype(np.int16) - low).astype(UINT8)
+
+
+def _words(items: Array, planes: int) -> Array:
+    """uint32 [words, rows, n] of items [planes * rows, n], as many planes to a word as fit, lowest first."""
+    parts = items.reshape(planes, -1, items.shape[1])
+    per, bits = 4 // items.dtype.itemsize, 8 * items.dtype.itemsize
+    wide = parts.view(f"u{items.dtype.itemsize}").astype(np.uint32)
+    words = np.zeros((-(-planes // per), *wide.shape[1:]), np.uint32)
+    for plane, part in enumerate(wide):
+        words[plane // per] |= part << np.uint32(bits * (plane % per))
+    return words
 
 
 def _choices(

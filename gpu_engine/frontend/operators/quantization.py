@@ -86,7 +86,7 @@ def _weights(b: Builder, dtype: DType, axis: int, block_size: int, *inputs: Valu
         parts = [spread(b, value, x, axis) for value in parts]
     elif not all(blocks):
         return None
-    op = ops.Dequantize(dtype, normal_axis(axis, x.rank), block_size if all(blocks) else 0)
+    op = ops.Dequantize(dtype, normal_axis(axis, x.rank), block_size) if all(blocks) else ops.Dequantize(dtype)
     return b.emit(op, x, *parts)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.ir import dims, expr
-from gpu_engine.ir.dims import Dim
+from gpu_engine.ir.dims import number
 from gpu_engine.ir.dtypes import INT8, INT32, UINT8, DType, compute_dtype, is_integer, limits
 from gpu_engine.ir.expr import Expr, cast
 from gpu_engine.ir.graph import Builder, Node, TensorType, Value
@@ -62,7 +62,7 @@ class Dequantize:
     def _spread(self, xp: Any, part: Any, shape: Sequence[int]) -> Any:
         if not self.block:
             return part
-        whole = xp.repeat(part, self.block, self.axis)
+        whole = xp.repeat(part, min(self.block, shape[self.axis]), self.axis)
         return whole[(slice(None),) * self.axis + (slice(shape[self.axis]),)]
 
 
@@ -94,17 +94,24 @@ def expanded(node: Node, builder: Builder) -> tuple[Value]:
     if bits_of(codes.dtype) < 8:
         assert codes.constant is not None
         codes = builder.constant(codes.constant.astype(UINT8 if limits(codes.dtype)[0] >= 0 else INT8))
-    if op.block:
-        parts = [_repeated(builder, value, op, codes.shape[op.axis]) for value in parts]
-    inputs = (codes, *parts)
-    return (builder.emit(Map(op.expr([value.dtype for value in inputs])), *inputs),)
+    shape, extent = codes.shape, number(codes.shape[op.axis])
+    if op.block and extent % op.block == 0:
+        apart = [(*kind[: op.axis], each, rest, *kind[op.axis + 1 :]) for kind, each, rest in [
+            (shape, extent // op.block, op.block), *((part.shape, extent // op.block, 1) for part in parts)
+        ]]  # fmt: skip
+        inputs = [builder.emit(Reshape(kind), value) for kind, value in zip(apart, (codes, *parts), strict=True)]
+    else:
+        inputs = [codes, *(_repeated(builder, part, op, extent) if op.block else part for part in parts)]
+    numbers = builder.emit(Map(op.expr([value.dtype for value in inputs])), *inputs)
+    return (numbers if numbers.shape == shape else builder.emit(Reshape(shape), numbers),)
 
 
-def _repeated(builder: Builder, value: Value, op: Dequantize, extent: Dim) -> Value:
+def _repeated(builder: Builder, value: Value, op: Dequantize, extent: int) -> Value:
     """A scale or zero point of every block, for every code of it."""
     before, (blocks, *after) = value.shape[: op.axis], value.shape[op.axis :]
     apart = builder.emit(Reshape((*before, blocks, 1, *after)), value)
-    repeated = builder.emit(Expand((*before, blocks, op.block, *after)), apart)
-    whole = builder.emit(Reshape((*before, blocks * op.block, *after)), repeated)
+    block = min(op.block, extent)
+    repeated = builder.emit(Expand((*before, blocks, block, *after)), apart)
+    whole = builder.emit(Reshape((*before, blocks * block, *after)), repeated)
     kept = (*before, extent, *after)
-    return whole if kept == whole.shape else builder.emit(Slice((0,) * len(kept), (1,) * len(kept), kept), whole)
+    return builder.emit(Slice((0,) * len(kept), (1,) * len(kept), kept), whole)

@@ -88,7 +88,7 @@ def _narrow(b: Builder, packed: Value, scale: Value, zero: Value, bits: int, col
     codes = packed.constant
     if bits < 8:
         codes = (codes[..., None] >> np.arange(0, 8, bits, dtype=UINT8)) & (2**bits - 1)
-    flat = codes.reshape(dims.number(rows), -1)[:, :columns].astype(CODE_DTYPES[bits])
+    flat = codes.reshape(dims.number(rows), -1)[:, :columns].view(CODE_DTYPES[bits])
     zeros = np.repeat(zero.constant[..., 0], dims.number(blocks) // zero.constant.shape[1], 1)
     parts = b.emit(ops.Reshape((rows, blocks)), scale), b.constant(zeros)
     return b.emit(ops.Dequantize(scale.dtype, 1, block), b.constant(flat), *parts)
