@@ -213,9 +213,10 @@ def _choices(
     """(tile, how a step multiplies, the loop over steps) for every range of rows."""
     dtype, factor_dtype = kinds
     few = dtype == FLOAT32 and options.precision == "fp32"
-    if few:
-        choice = _few_rows(rows, codes, options.arch)
-        yield choice, few_step(choice.tile.block_m), codes.write_few_loop
+    for least, end in ((1, 2), (2, FEW + 1)) if few else ():
+        height = power_of_two(rows) if isinstance(rows, int) and rows < end else end - 1
+        tile, splits = _few_rows(height, codes, options.arch)
+        yield Choice(least, end, tile, splits), few_step(height), codes.write_few_loop
     if few and isinstance(rows, int) and rows <= FEW:
         return
     name = {"fp32": "ieee", "tf32": "tf32"}.get(options.precision, "") if dtype == FLOAT32 else ""
@@ -235,12 +236,11 @@ def _fitted(codes: Codes, itemsize: int, limit: int, wide: bool, tile: GemmTile)
     return replace(tile, block_k=depth, block_n=width, num_stages=max(1, min(tile.num_stages, stages)))
 
 
-def _few_rows(rows: Dim, codes: Codes, arch: int) -> Choice:
-    """Up to FEW rows, each weight times each of them: as many bytes of k as a block allows, side by side."""
-    height = power_of_two(rows) if isinstance(rows, int) and rows < FEW else FEW
+def _few_rows(height: int, codes: Codes, arch: int) -> tuple[GemmTile, int]:
+    """(tile, parts of k) for so few rows that each weight is multiplied by one after the other, 16 bytes at a time."""
     depth = max(codes.unit, min(WIDEST_UNIT, power_of_two(codes.nbytes)))
     tile = GemmTile(height, STEP_NBYTES * max(1, 4 // codes.planes) // depth, depth, 4, 3)
     programs = -(-codes.columns // tile.block_n)
     gpu = gpu_of(arch)
     fitting = [s for s in SPLITS if programs * s <= 2 * gpu.processors and 2 * s * depth <= codes.nbytes]
-    return Choice(1, FEW + 1, tile, max(fitting, default=1))
+    return tile, max(fitting, default=1)

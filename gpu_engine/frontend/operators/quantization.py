@@ -83,7 +83,7 @@ def _weights(b: Builder, dtype: DType, axis: int, block_size: int, *inputs: Valu
         return None
     blocks = [value.rank == x.rank and block_size > 0 for value in parts]
     if not any(blocks):
-        parts = [spread(b, value, x, axis) for value in parts]
+        parts = [spread(b, value, x, axis, block_size) for value in parts]
     elif not all(blocks):
         return None
     op = ops.Dequantize(dtype, normal_axis(axis, x.rank), block_size) if all(blocks) else ops.Dequantize(dtype)
