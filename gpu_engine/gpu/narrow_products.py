@@ -213,18 +213,20 @@ def _choices(
     """(tile, how a step multiplies, the loop over steps) for every range of rows."""
     dtype, factor_dtype = kinds
     few = dtype == FLOAT32 and options.precision == "fp32"
-    for least, end in ((1, 2), (2, FEW + 1)) if few else ():
+    ranges = [(1, 2), (2, FEW + 1)][: 1 if codes.planes > 2 else 2] if few else []  # 2 bits need too many registers
+    for least, end in ranges:
         height = power_of_two(rows) if isinstance(rows, int) and rows < end else end - 1
         tile, splits = _few_rows(height, codes, options.arch)
         yield Choice(least, end, tile, splits), few_step(height), codes.write_few_loop
-    if few and isinstance(rows, int) and rows <= FEW:
+    after = ranges[-1][1] if ranges else 1
+    if isinstance(rows, int) and rows < after:
         return
     name = {"fp32": "ieee", "tf32": "tf32"}.get(options.precision, "") if dtype == FLOAT32 else ""
     step = dot_step(FLOAT32, factor_dtype, (dtype, codes.dtype), name or "ieee")
     extents = Extents(1, rows, codes.columns, codes.nbytes, dtype.itemsize)
     fit = partial(_fitted, codes, dtype.itemsize, gpu_of(options.arch).shared_nbytes, not few)
     for choice in choose("narrow_ieee" if few else "narrow", extents, options.arch, heavy=heavy, fit=fit):
-        yield choice._replace(least=max(choice.least, FEW + 1)) if few else choice, step, codes.write_loop
+        yield choice._replace(least=max(choice.least, after)), step, codes.write_loop
 
 
 def _fitted(codes: Codes, itemsize: int, limit: int, wide: bool, tile: GemmTile) -> GemmTile:
@@ -239,7 +241,8 @@ def _fitted(codes: Codes, itemsize: int, limit: int, wide: bool, tile: GemmTile)
 def _few_rows(height: int, codes: Codes, arch: int) -> tuple[GemmTile, int]:
     """(tile, parts of k) for so few rows that each weight is multiplied by one after the other, 16 bytes at a time."""
     depth = max(codes.unit, min(WIDEST_UNIT, power_of_two(codes.nbytes)))
-    tile = GemmTile(height, STEP_NBYTES * max(1, 4 // codes.planes) // depth, depth, 4, 3)
+    loads = 4 if codes.planes == 1 else 1 if height > 2 or codes.planes > 2 else 2  # for which there are registers
+    tile = GemmTile(height, STEP_NBYTES * loads // depth, depth, 4, 3)
     programs = -(-codes.columns // tile.block_n)
     gpu = gpu_of(arch)
     fitting = [s for s in SPLITS if programs * s <= 2 * gpu.processors and 2 * s * depth <= codes.nbytes]
