@@ -47,14 +47,14 @@ def dot_step(sums: DType, factor: DType, given: tuple[DType, DType], precision: 
 
 
 FLOAT8_PRODUCTS = 32
-"""After so many products of float8 sums are added up in float32: with fewer, Triton converts them to float16 on sm_90.
-https://github.com/triton-lang/triton/blob/v3.6.0/lib/Analysis/Utility.cpp (supportMMA)"""
+"""After so many products of float8 sums are added up in float32. With 0, Triton 3.6 makes float16 of them on sm_90."""
 
 
 def float8_step(given: tuple[DType, DType], arch: int) -> Step:
     """Matrix instructions for float8 where there are such, else for float16, which holds them all; sums in float32.
 
-    Those of sm_90 add up 32 products with about 14 bits each time, however the sums go on.
+    Those of sm_90 keep about 14 bits of the products that they add up, however the sums go on
+    (https://arxiv.org/abs/2412.19437, 3.3.2).
     """
     native = arch >= FIRST_ARCH
     options = f", max_num_imprecise_acc={FLOAT8_PRODUCTS}" if native else ""
