@@ -212,7 +212,7 @@ def test_precisions_have_names() -> None:
 CHECKED: tuple[tuple[str, int, int, str], ...] = (
     ("half", 0, 90, "HGMMA"), ("half", 0, 80, "HMMA"), ("half", 1, 100, "UTCHMMA"), ("half", 5, 90, "HMMA"),
     ("tf32", 0, 90, "HGMMA"), ("converted", 0, 90, "HGMMA"), ("bytes", 2, 90, "IGMMA"), ("double", 1, 90, "DMMA"),
-    ("ieee", 1, 90, "FFMA"), ("sums", 2, 90, "FFMA"),
+    ("ieee", 1, 90, "FFMA"), ("sums", 2, 90, "FFMA"), ("float8", 2, 90, "QGMMA"), ("float8_half", 2, 80, "HMMA"),
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from gpu_engine.gpu.conv_kernels import Windows
 from gpu_engine.gpu.direct_conv import Layer, emit_direct
 from gpu_engine.gpu.epilogues import is_heavy
+from gpu_engine.gpu.float8 import FLOAT8
 from gpu_engine.gpu.gemm import FEW, K_FIRST, converted, step_of
 from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
 from gpu_engine.gpu.gemm_steps import Step
@@ -48,7 +49,9 @@ def lower_last_conv(
     w = node.inputs[1]
     layer = layer_of(op.epilogue, op.accumulate or node.inputs[0].dtype, node, inputs, outputs[0])
     dtypes = [value.dtype for value in node.inputs[:2]]
-    if not is_printable(layer.root) or not all(map(is_printable_dtype, (layer.dtype, *dtypes))):
+    if not is_printable(layer.root) or not all(
+        is_printable_dtype(dtype) or dtype in FLOAT8 for dtype in (layer.dtype, *dtypes)
+    ):
         return False
     if not all(isinstance(extent, int) and extent > 0 for extent in w.shape[2:]):
         return False

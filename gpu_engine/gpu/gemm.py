@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from gpu_engine.gpu.epilogues import is_heavy
+from gpu_engine.gpu.float8 import FIRST_ARCH, FLOAT8
 from gpu_engine.gpu.gemm_kernels import Factor, Product
-from gpu_engine.gpu.gemm_steps import PLANES, Step, byte_step, dot_step, sum_step
+from gpu_engine.gpu.gemm_steps import PLANES, Step, byte_step, dot_step, float8_step, sum_step
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.persistent_gemm import emit_chosen, walking_epilogue
@@ -36,7 +37,7 @@ from gpu_engine.plan.lower import Lowering
 Buffers = tuple[int, ...]
 FEW = 4
 """Rows or columns up to which matrix instructions are not worth the zeros that fill them: float32 has none anyway."""
-K_FIRST = ("tf32", "bytes", "planes")
+K_FIRST = ("tf32", "bytes", "planes", "float8", "float8_half")
 """Families whose matrix instructions want what is summed over side by side."""
 FACTORS: dict[str, DType] = {"fp32": FLOAT32, "tf32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
 
@@ -114,6 +115,8 @@ def step_of(
 ) -> tuple[str, Step] | None:  # fmt: skip
     """(family of tiles, how a step multiplies) for a product of type `dtype`, of few rows or columns perhaps."""
     given = lowering.buffers[factors[0]].dtype, lowering.buffers[factors[1]].dtype
+    if dtype == FLOAT32 and all(kind in FLOAT8 for kind in given):
+        return "float8" if options.arch >= FIRST_ARCH else "float8_half", float8_step(given, options.arch)
     if dtype in (FLOAT16, BFLOAT16):
         return "half", dot_step(FLOAT32, dtype, given)
     if dtype == FLOAT64:
@@ -144,7 +147,7 @@ def _product(
     k = next((depth for depth in depths if isinstance(depth, int)), depths[0])
     if not lead:
         a, b = (a if op.transpose_a else (dims.product(a[:-1]), a[-1])), b[-2:]
-    left, right = _factor(buffers[0], a, lead, op.transpose_a), _factor(buffers[1], b, lead, not op.transpose_b)
+    left, right = factor_of(buffers[0], a, lead, op.transpose_a), factor_of(buffers[1], b, lead, not op.transpose_b)
     operands = tuple(
         Walked(buffer, broadcast_strides(value.shape, shape))
         for buffer, value in zip(buffers[2:], node.inputs[2:], strict=True)
@@ -155,7 +158,7 @@ def _product(
     return Product(left, right, m, shape[-1], k, shape, rows, root, operands, out, dtype)
 
 
-def _factor(buffer: int, own: Shape, lead: Shape, outer_is_last: bool) -> Factor:
+def factor_of(buffer: int, own: Shape, lead: Shape, outer_is_last: bool) -> Factor:
     """A buffer of matrices whose m or n is the last axis, or the one before it."""
     *batch, first, last = broadcast_strides(own, (*lead, *own[-2:]))
     outer, inner = (last, first) if outer_is_last else (first, last)

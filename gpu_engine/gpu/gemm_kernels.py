@@ -43,7 +43,7 @@ class Product:
     `shape` is that of the result and `rows` how many of its axes, the last but one and those before, m counts; the last
     is n, and those before the rows are the batch; or `walked` are the axes of the batch, of m and of n. `dtype` is that
     of the product, which the sums are converted to. `loop` writes the lines that add up the steps of k from `low` to
-    `high`, for factors that have no strides.
+    `high`, for factors that have no strides; it may read the buffers `reads` besides.
     """
 
     a: Factor
@@ -60,6 +60,7 @@ class Product:
     walked: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
     loop: Loop | None = None
     name: str = "gemm"
+    reads: tuple[int, ...] = ()
 
     @property
     def batch(self) -> Shape:
@@ -150,7 +151,7 @@ def _launch(
     scratch: tuple[int, ...] = (),
     zeroed: tuple[int, ...] = (),
 ) -> None:
-    reads, tile = (product.a.buffer, product.b.buffer, *product.read), choice.tile
+    reads, tile = (product.a.buffer, product.b.buffer, *product.reads, *product.read), choice.tile
     text.launch(
         (programs, choice.splits), reads, (product.out,), num_warps=tile.num_warps, num_stages=tile.num_stages,
         scratch=scratch, zeroed=zeroed,

@@ -244,10 +244,14 @@ class _Builder(shipped.InterpreterBuilder):  # type: ignore[misc]
             return TensorHandle(source.data.astype(narrow).view(np.uint8), target.scalar)
         return super().create_fp_to_fp(source, target, rounding)
 
+    def get_bf16(self, value: float) -> Any:
+        return TensorHandle(_to_bfloat16(np.array([value])), tl.bfloat16)
+
     def create_dot(self, a: Any, b: Any, accumulator: Any, input_precision: Any, *rest: Any) -> Any:
         if input_precision == ir.INPUT_PRECISION.TF32:
             a, b = _as_tf32(a), _as_tf32(b)
-        return super().create_dot(_widened(a), _widened(b), accumulator, input_precision, *rest)
+        a, b = (_widened(_decoded(factor)) for factor in (a, b))
+        return super().create_dot(a, b, accumulator, input_precision, *rest)
 
     def create_maxnumf(self, left: Any, right: Any) -> Any:
         return self._without_nan(np.fmax, left, right)
@@ -290,6 +294,12 @@ for _name in dir(shipped.InterpreterBuilder):
         _through_float32(_name)
 
 _FLOAT8 = {"fp8e4nv": ml_dtypes.float8_e4m3fn, "fp8e5": ml_dtypes.float8_e5m2}
+
+
+def _decoded(handle: Any) -> Any:
+    """float8 as float32, also NaN, which the shipped conversion takes for a number."""
+    narrow = _FLOAT8.get(str(handle.dtype.scalar))
+    return handle if narrow is None else TensorHandle(handle.data.view(narrow).astype(np.float32), tl.float32)
 
 
 def _is_bfloat16(handle: Any) -> bool:

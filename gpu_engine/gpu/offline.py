@@ -34,6 +34,7 @@ _INSTRUCTION = re.compile(
 )  # fmt: skip
 _BLOCK = re.compile(r"tensordesc<(?:tensor<)?([\dx]+)x[a-z]")
 _BUFFER = re.compile(r"memdesc<([\dx]+)x[a-z]")
+_TF32_ON_BLACKWELL = re.compile(r"tc_gen5_mma.*memdesc<\d+x\d+xf32, #shared")
 _CREATED = re.compile(r"ttng\.tensormap_create (%\w+), %\w+, \[([^\]]*)\]")
 _SEEN = re.compile(r"ttng\.reinterpret_tensor_descriptor (%\w+) ")
 
@@ -135,6 +136,8 @@ def problems(kernel: TritonKernel, binary: Any, used: Resources, arch: int) -> l
     wanted = "tl.dot(" in kernel.text and 'input_precision="ieee"' not in kernel.text
     if wanted and not used.matrix_instructions:
         found.append("tl.dot did not become a matrix instruction")
+    if not wanted and any(map(_TF32_ON_BLACKWELL.search, binary.asm["ttgir"].splitlines())):
+        found.append("a product of float32 became one of tf32")
     if "make_tensor_descriptor(" in kernel.text and not used.count("UTMALDG"):
         found.append("loads through descriptors did not become TMA copies")
     if getattr(binary.metadata, "tensordesc_meta", None):

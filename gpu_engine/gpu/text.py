@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from textwrap import dedent, indent
 
+from gpu_engine.gpu.float8 import FLOAT8
 from gpu_engine.gpu.kernel import DIVISIBILITY, TRITON_TYPES, Argument, TritonKernel
 from gpu_engine.gpu.launches import Launch, is_multiple
 from gpu_engine.gpu.printing import loaded, print_expr, stored
@@ -97,7 +98,7 @@ class KernelText:
         dtype = self._dtype(buffer)
         options = "" if mask is None else f", mask={mask}" + (f", other={other}" if other is not None else "")
         raw = f"tl.load({self.buffer(buffer)} + ({index}){options})"
-        return self.let("x", loaded(raw, dtype))
+        return self.let("x", loaded(self.let("bits", raw) if dtype in FLOAT8 else raw, dtype))
 
     def store(self, buffer: int, index: str, value: str, mask: str | None = None) -> None:
         """Write elements that are in computing form."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from gpu_engine.gpu.float8 import FIRST_ARCH
 from gpu_engine.gpu.gemm import K_FIRST
 from gpu_engine.gpu.gemm_kernels import Factor, Product
-from gpu_engine.gpu.gemm_steps import Step, byte_step, dot_step, sum_step
+from gpu_engine.gpu.gemm_steps import Step, byte_step, dot_step, float8_step, sum_step
 from gpu_engine.gpu.kernel import TritonKernel
 from gpu_engine.gpu.launches import Launch
 from gpu_engine.gpu.lowering import lowering_for
@@ -16,9 +17,10 @@ from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.persistent_gemm import emit_chosen
 from gpu_engine.gpu.tiles import PERSISTENT, PERSISTENT_ARCHITECTURES, Choice, GemmTile, candidates, takes_parts
 from gpu_engine.ir import dims, expr
-from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, UINT8, DType
+from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, UINT8, DType, from_onnx
 from gpu_engine.plan.lower import Lowering
 
+E4M3 = from_onnx(17)
 FAMILIES: dict[str, tuple[DType, DType, DType, Step]] = {
     "half": (FLOAT16, FLOAT16, FLOAT16, dot_step(FLOAT32, FLOAT16, (FLOAT16, FLOAT16))),
     "converted": (FLOAT32, FLOAT16, FLOAT32, dot_step(FLOAT32, FLOAT16, (FLOAT32, FLOAT16))),
@@ -27,6 +29,8 @@ FAMILIES: dict[str, tuple[DType, DType, DType, Step]] = {
     "double": (FLOAT64, FLOAT64, FLOAT64, dot_step(FLOAT64, FLOAT64, (FLOAT64, FLOAT64))),
     "bytes": (UINT8, INT8, INT32, byte_step((UINT8, INT8))),
     "planes": (INT16, INT16, INT32, byte_step((INT16, INT16))),
+    "float8": (E4M3, E4M3, FLOAT32, float8_step((E4M3, E4M3), 90)),
+    "float8_half": (E4M3, E4M3, FLOAT32, float8_step((E4M3, E4M3), 80)),
     "sums": (FLOAT32, FLOAT32, FLOAT32, sum_step(FLOAT32, (FLOAT32, FLOAT32))),
 }
 """Types of the factors and the product, and the step, that stand for each family of tiles."""
@@ -68,6 +72,8 @@ def rejected(architectures: Iterable[int]) -> Iterator[str]:
     """A line for every tile that a table holds and a GPU cannot run well."""
     for arch in architectures:
         for family, (factor, *_) in FAMILIES.items():
+            if family == "float8" and arch < FIRST_ARCH:
+                continue
             for splits in (1, 2):
                 tiles = [
                     tile

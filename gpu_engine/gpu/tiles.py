@@ -6,7 +6,7 @@ estimated from a GPU's data sheet; no number here was measured yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,7 +50,17 @@ GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
         GemmTile(128, 128, 128, 8, 3), GemmTile(128, 64, 64, 4, 4), GemmTile(64, 64, 128, 4, 4),
         GemmTile(16, 64, 128, 4, 4),
     ),
+    "float8": (
+        GemmTile(128, 128, 128, 8, 3), GemmTile(128, 64, 64, 4, 4), GemmTile(64, 64, 128, 4, 4),
+        GemmTile(16, 64, 128, 4, 4),
+    ),
+    "float8_half": (GemmTile(128, 64, 64, 4, 4), GemmTile(64, 64, 128, 4, 4), GemmTile(16, 64, 128, 4, 4)),
     "planes": (GemmTile(64, 64, 64, 4, 3), GemmTile(16, 64, 64, 4, 3)),
+    "narrow": (
+        GemmTile(128, 128, 64, 8, 3), GemmTile(64, 128, 64, 4, 3), GemmTile(64, 64, 64, 4, 4),
+        GemmTile(16, 128, 128, 4, 3), GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 4, 4),
+    ),
+    "narrow_ieee": (GemmTile(32, 128, 16, 4, 3), GemmTile(16, 64, 32, 4, 4)),
     "sums": (
         GemmTile(16, 32, 4, 4, 3), GemmTile(4, 64, 8, 4, 3), GemmTile(1, 128, 32, 4, 3), GemmTile(1, 32, 64, 4, 3),
         GemmTile(32, 1, 64, 4, 3),
@@ -62,9 +72,11 @@ GEMM_TILES: dict[str, tuple[GemmTile, ...]] = {
     f"{PERSISTENT}tf32": (GemmTile(128, 256, 32, 8, 3), GemmTile(128, 128, 32, 8, 4)),
     f"{PERSISTENT}bytes": (GemmTile(128, 256, 128, 8, 3), GemmTile(128, 128, 128, 8, 4)),
 }  # fmt: skip
-"""By how factors are multiplied: "half" in 16 bits, "converted" from float32 to these, "bytes" of 8 bits, "planes" of
-16 bits as two bytes, "sums" without matrix instructions, the others as they say; "persistent_...": the same by programs
-that walk over tiles."""
+"""By how factors are multiplied: "half" in 16 bits, "converted" from float32 to these, "bytes" and "float8" of 8 bits
+("float8_half" as float16), "planes" of 16 bits as two bytes, "narrow" with weights that become numbers between load and
+product, "sums" without matrix instructions, the others as they say; "persistent_...": the same by programs that walk
+over tiles. "narrow_ieee" has fewer than 64 rows: from those on Triton 3.6 makes tf32 of float32 that is computed from
+bytes, on sm_100."""
 SPLITS = (1, 2, 4, 8)
 """In how many parts what is summed over may be cut, each a program of its own."""
 
@@ -90,7 +102,17 @@ GPUS = {
     100: Gpu(148, 7.5e12, 2.5e11, 227 << 10, 50e9, 7e12),
     120: Gpu(170, 1.2e12, 3e11, 99 << 10, 40e9, 1.7e12),
 }
-RATES = {"half": 1.0, "converted": 0.7, "tf32": 0.5, "bytes": 2.0, "planes": 0.6, "double": 0.03}
+RATES = {
+    "half": 1.0,
+    "narrow": 0.5,
+    "converted": 0.7,
+    "tf32": 0.5,
+    "bytes": 2.0,
+    "float8": 2.0,
+    "float8_half": 0.7,
+    "planes": 0.6,
+    "double": 0.03,
+}
 """Multiplications relative to `half_rate`; what is not here has no matrix instructions."""
 LEAST_PERSISTENT = 1 << 31
 """Multiplications of a product from which on making descriptors, about 1 us, is little beside it. Estimated."""
@@ -153,15 +175,27 @@ TYPICAL = Extents(16, 128, 128, 128, 0)
 """What a symbolic extent is taken to be."""
 
 
+def gpu_of(arch: int) -> Gpu:
+    """What is known of the GPUs of an architecture, or of the one before it."""
+    return GPUS[max(found for found in GPUS if found <= arch)]
+
+
 def choose(
-    family: str, extents: Extents, arch: int, *, heavy: bool = False, persistent: Epilogue | None = None
-) -> tuple[Choice, ...]:  # fmt: skip
+    family: str,
+    extents: Extents,
+    arch: int,
+    *,
+    heavy: bool = False,
+    persistent: Epilogue | None = None,
+    fit: Callable[[GemmTile], GemmTile] = lambda tile: tile,
+) -> tuple[Choice, ...]:
     """The tiles for a product of GEMM_TILES' `family`: one, or one for each range of a symbolic M.
 
-    `heavy`: the epilogue needs many registers. `persistent`: what it takes where programs may walk over tiles.
+    `heavy`: the epilogue needs many registers. `persistent`: what it takes where programs may walk over tiles. `fit`
+    gives tiles the form that a kernel takes.
     """
-    gpu = _gpu(arch)
-    tiles = candidates(family, extents.nbytes, arch, heavy=heavy)
+    gpu = gpu_of(arch)
+    tiles = list(map(fit, candidates(family, extents.nbytes, arch, heavy=heavy)))
     lasting: list[GemmTile] = []
     if persistent is not None and arch in PERSISTENT_ARCHITECTURES.get(family, ()):
         walked, waiting = PERSISTENT + family, persistent.nbytes
@@ -175,21 +209,12 @@ def choose(
     ])  # fmt: skip
 
 
-def processors(arch: int) -> int:
-    """How many multiprocessors GPUs of an architecture have, about."""
-    return _gpu(arch).processors
-
-
-def _gpu(arch: int) -> Gpu:
-    return GPUS[max(found for found in GPUS if found <= arch)]
-
-
 def candidates(
     family: str, nbytes: int, arch: int, *, heavy: bool = False, waiting_nbytes: int = 0
 ) -> list[GemmTile]:  # fmt: skip
     """The tiles of a family that a GPU has the shared memory for, also for half a tile of points with
     `waiting_nbytes` each; if `heavy`, with registers left for an epilogue."""
-    limit = _gpu(arch).shared_nbytes
+    limit = gpu_of(arch).shared_nbytes
     second = 2 if family == f"{PERSISTENT}converted" else nbytes
     return [
         tile
