@@ -6,6 +6,7 @@ process, and computes some things that no GPU does (triton 3.6 to 3.9):
 * bfloat16 is computed in float32 and rounded to nearest even, not as integers (triton issue 11584);
 * `tl.maximum`, `minimum` and `clamp` drop NaN unless the kernel says otherwise;
 * a float32 `tl.dot` without input_precision="ieee" loses 13 bits of both factors;
+* `tl.cumsum` and `cumprod` of integers wrap in the type that they have;
 * `tl.dot` keeps the GPU's least extents and knows every precision that the GPU knows;
 * libdevice has functions instead of stubs;
 * lanes that a load masks off, without `other`, hold garbage;
@@ -116,6 +117,8 @@ def _patched_language() -> Any:
     scope.set_attr(tl.tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
     scope.set_attr(shipped.ReduceOps, "sum", _sum)
     scope.set_attr(shipped.ReduceOps, "min_max", _min_max)
+    scope.set_attr(shipped.ScanOps, "cumsum", _scan(np.cumsum))
+    scope.set_attr(shipped.ScanOps, "cumprod", _scan(np.cumprod))
     for name, function in LIBDEVICE.items():
         scope.set_attr(libdevice, name, _library_function(name, function))
     return scope
@@ -313,6 +316,16 @@ def _sum(self: Any, tensor: Any) -> Any:
     if tensor.dtype in (tl.bfloat16, tl.float16):
         raise TypeError(f"tl.sum of {tensor.dtype} adds up in that type on the GPU: convert to float32 first")
     return _SHIPPED_SUM(self, tensor)
+
+
+def _scan(function: Callable[..., Any]) -> Callable[[Any, Any], list[Any]]:
+    """NumPy adds up narrow integers in wide ones, a GPU in their own type."""
+
+    def scan(self: Any, tensor: Any) -> list[Any]:
+        values = tensor.handle.data
+        return [self.to_tensor(function(values, axis=self.axis, dtype=values.dtype), tensor.dtype)]
+
+    return scan
 
 
 def _by_element(function: Callable[[float], float]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from gpu_engine.errors import DeviceError
 from gpu_engine.gpu.binary import Binary, check_parameters, parameter_nbytes
+from gpu_engine.gpu.expectations import shortfalls
 from gpu_engine.gpu.kernel import DIVISIBILITY, CudaKernel, Kernel, TritonKernel
 from gpu_engine.gpu.nvrtc import compile_cuda
 from gpu_engine.gpu.triton_source import jit_function
@@ -118,9 +119,7 @@ def problems(kernel: TritonKernel, binary: Any, used: Resources, arch: int) -> l
         found.append(f"spills: {used.stack_nbytes} bytes of stack, {used.spills} local loads and stores")
     if used.shared_nbytes > SHARED_LIMITS[arch]:
         found.append(f"{used.shared_nbytes:,} bytes of shared memory, {SHARED_LIMITS[arch]:,} are there")
-    wanted = "tl.dot(" in kernel.text and 'input_precision="ieee"' not in kernel.text
-    if wanted and not used.matrix_instructions:
-        found.append("tl.dot did not become a matrix instruction")
+    found += shortfalls(kernel, binary.asm["ttir"], arch, used.load_bits, used.count)
     for line in binary.asm["ttgir"].splitlines():
         if "async_tma_copy" in line:
             box = re.search(r"tensordesc<tensor<([\dx]+)x[a-z]", line)

@@ -1,7 +1,8 @@
 """Configurations of tiled kernels, and which one a shape gets.
 
-Starting points are those that PyTorch's inductor ships; `tile_filter` drops what does not fit a GPU. What one costs is
-estimated from a GPU's data sheet; no number here was measured yet.
+Starting points are those that PyTorch's inductor ships; `tile_filter` drops what does not fit a GPU. The one that was
+measured fastest for extents like a product's is taken where `tuned_tiles` has a table for the GPU; else what one costs
+is estimated from a GPU's data sheet.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gpu_engine.gpu import tuned_tiles
 from gpu_engine.ir.dims import Dim, number
 
 
@@ -125,19 +127,23 @@ TYPICAL = Extents(16, 128, 128, 128, 0)
 """What a symbolic extent is taken to be."""
 
 
-def choose(family: str, extents: Extents, arch: int, *, heavy: bool = False) -> tuple[Choice, ...]:
+def choose(
+    family: str, extents: Extents, arch: int, *, heavy: bool = False, kind: str = "gemm"
+) -> tuple[Choice, ...]:  # fmt: skip
     """The tiles for a product of GEMM_TILES' `family`: one, or one for each range of a symbolic M.
 
-    `heavy`: the epilogue needs many registers.
+    `heavy`: the epilogue needs many registers. `kind` is "gemm", or "conv" where factors are gathered from windows.
     """
-    gpu = GPUS[max(found for found in GPUS if found <= arch)]
     tiles = candidates(family, extents.nbytes, arch, heavy=heavy)
+
+    def best(extents: Extents) -> tuple[GemmTile, int]:
+        measured = _measured(family, tiles, extents, arch, kind)
+        return measured or _best(family, tiles, extents, GPUS[max(found for found in GPUS if found <= arch)])
+
     others = (extents.batch, extents.n, extents.k)
     if isinstance(extents.m, int) or not all(isinstance(extent, int) for extent in others):
-        return (Choice(1, None, *_best(family, tiles, extents, gpu)),)
-    return _merged([
-        Choice(least, end, *_best(family, tiles, extents._replace(m=typical), gpu)) for least, end, typical in RANGES
-    ])  # fmt: skip
+        return (Choice(1, None, *best(extents)),)
+    return _merged([Choice(least, end, *best(extents._replace(m=typical))) for least, end, typical in RANGES])
 
 
 def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> list[GemmTile]:
@@ -149,6 +155,16 @@ def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> l
         if _staged_nbytes(tile, nbytes) <= limit
         and not (heavy and tile.block_m * tile.block_n > LIGHT_SUMS * tile.num_warps * 32)
     ]
+
+
+def _measured(
+    family: str, tiles: Sequence[GemmTile], extents: Extents, arch: int, kind: str
+) -> tuple[GemmTile, int] | None:  # fmt: skip
+    """What was fastest for extents like these on a GPU of this architecture, if it is among `tiles` still."""
+    known = [extent if isinstance(extent, int) else number(typical) for extent, typical in zip(extents, TYPICAL, strict=True)]
+    found = tuned_tiles.nearest(tuned_tiles.records(arch, tuned_tiles.FOLDER), family, kind, extents.nbytes, known[:4])
+    fitting = ((GemmTile(*record.tile), record.splits) for record in found)
+    return next(((tile, splits) for tile, splits in fitting if tile in tiles), None)
 
 
 def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) -> tuple[GemmTile, int]:
