@@ -95,8 +95,8 @@ def _median_s(
     problem: Problem, choice: Choice, driver: Any, timer: Timer, runs: int, rng: np.random.Generator
 ) -> float:  # fmt: skip
     ready = prepared(plan_with(problem, choice), driver, rng)
-    for _ in range(WARM_RUNS if runs > 1 else 0):
-        timer(lambda: ready.run(driver))
+    for _ in range(WARM_RUNS):
+        ready.run(driver)
     return statistics.median(timer(lambda: ready.run(driver)) for _ in range(runs))
 
 
@@ -127,24 +127,6 @@ def tuned(
 def survives(family: str, tile: Any, arch: int) -> bool:
     """Whether compiling a tile shows nothing against it: see `tile_filter`."""
     return not examined(family, tile, arch)[1]
-
-
-class ColdTimer:
-    """Times with CUDA events; a write as large as twice the L2 cache goes before."""
-
-    def __init__(self, cupy: Any, ordinal: int) -> None:
-        self._cupy = cupy
-        nbytes = 2 * int(cupy.cuda.runtime.getDeviceProperties(ordinal)["l2CacheSize"])
-        self._flush = cupy.empty(max(nbytes, 1), np.uint8)
-        self._first, self._last = cupy.cuda.Event(), cupy.cuda.Event()
-
-    def __call__(self, run: Callable[[], None]) -> float:
-        self._flush.fill(0)
-        self._first.record()
-        run()
-        self._last.record()
-        self._last.synchronize()
-        return float(self._cupy.cuda.get_elapsed_time(self._first, self._last)) / 1e3
 
 
 def kernels_of(problems: Sequence[Problem]) -> list[Any]:

@@ -67,14 +67,16 @@ def problem_of(node: Node, extents: Mapping[str, int], options: GpuOptions) -> P
     op = _plain(node.op, extents)
     if op is None or None in types:
         return None
-    values = tuple(Value(kind, value.const) for kind, value in zip(types, node.inputs, strict=False) if kind)
+    values = tuple(Value(kind, value.constant) for kind, value in zip(types, node.inputs, strict=False) if kind)
     outputs = tuple(Value(kind) for kind in op.infer(*(value.type for value in values)))
-    inputs = tuple(value for value in values if value.const is None)
+    inputs = tuple(value for value in values if value.constant is None)
     names = tuple(f"x{i}" for i in range(len(inputs)))
     graph = Graph(inputs, outputs, (Node(op, values, outputs, node.source),), names, ("y",))
     asked: list[tuple[str, str, Extents]] = []
 
-    def noted(family: str, extents: Extents, arch: int, *, heavy: bool = False, kind: str = "gemm") -> tuple[Choice, ...]:
+    def noted(
+        family: str, extents: Extents, arch: int, *, heavy: bool = False, kind: str = "gemm"
+    ) -> tuple[Choice, ...]:
         asked.append((family, kind, extents))
         return choose(family, extents, arch, heavy=heavy, kind=kind)
 

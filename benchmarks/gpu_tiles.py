@@ -18,13 +18,16 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from benchmarks.gpu_measure import RUNS, ColdTimer, kernels_of, survives, tuned
+import triton
+
+from benchmarks.gpu_measure import RUNS, kernels_of, survives, tuned
 from benchmarks.gpu_problems import problems_of
 from gpu_engine.errors import DeviceError
 from gpu_engine.gpu.offline import compile_binary
 from gpu_engine.gpu.options import PRECISIONS, GpuOptions
 from gpu_engine.gpu.tile_filter import rejected
 from gpu_engine.gpu.tuned_tiles import FOLDER, Table, write_table
+from gpu_engine.runtime.late import load
 
 MODELS = (
     "resnet50", "mobilenetv2", "efficientnet_b0", "bert_base", "vit_tiny", "unet", "ppocrv4_det", "ppocrv4_rec",
@@ -35,29 +38,27 @@ MODELS = (
 def measure(models: Sequence[str], batches: Sequence[int], precisions: Sequence[str], runs: int, folder: Path) -> Path:
     """The table's file. DeviceError with the reason where there is no GPU or no CuPy."""
     try:
-        import cupy
-        import triton
-
-        from gpu_engine.gpu.cuda import CudaDevice, CudaDriver
+        gpu = load("benchmarks.gpu_clock:Gpu")()
     except ImportError as error:
-        raise DeviceError(f"measuring needs CuPy and Triton: {error}") from error
-    device = CudaDevice(0, source=compile_binary)
-    arch = device.arch
+        raise DeviceError(f"a GPU is reached through CuPy: {error}") from error
     problems = [
         problem
         for name in models
         for precision in precisions
-        for problem in problems_of(name, batches, GpuOptions(precision, arch))
+        for problem in problems_of(name, batches, GpuOptions(precision, gpu.arch))
     ]
     kernels = kernels_of(problems)
-    print(f"{len(problems)} problems, {len(kernels)} kernels on {device.reason}", flush=True)
+    _tell(f"{len(problems)} problems, {len(kernels)} kernels on {gpu.name}")
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_binary, kernels, [arch] * len(kernels)))
-    driver = CudaDriver(0, arch, compile_binary)
-    with driver.active():
-        records = tuned(problems, driver, ColdTimer(cupy, 0), cache(survives), runs, lambda line: print(line, flush=True))
+        list(pool.map(compile_binary, kernels, [gpu.arch] * len(kernels)))
+    with gpu.driver.active():
+        records = tuned(problems, gpu.driver, gpu.timer, cache(survives), runs, _tell)
     today = datetime.date.today().isoformat()
-    return write_table(Table(device.reason.split(",")[0], arch, today, triton.__version__, tuple(records)), folder)
+    return write_table(Table(gpu.name, gpu.arch, today, triton.__version__, tuple(records)), folder)
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

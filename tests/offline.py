@@ -109,7 +109,9 @@ def verdicts_of(wanted: Sequence[Wanted], known: Verdicts, jobs: int) -> Found:
 
 def table(found: Found, only_wrong: bool) -> Table:
     grid = Table(*TITLES)
-    for (kernel, arch), verdict in sorted(found.items(), key=lambda item: (item[0][0].name, item[0][1], item[0][0].digest)):
+    for (kernel, arch), verdict in sorted(
+        found.items(), key=lambda item: (item[0][0].name, item[0][1], item[0][0].digest)
+    ):
         if only_wrong and not verdict.wrong:
             continue
         used = verdict.used

@@ -136,9 +136,19 @@ def check_running(x: NDArray[Any], axis: int, kind: TensorType | None = None, **
 @pytest.mark.parametrize("dtype", [*FLOATS, INT8, INT32, UINT64], ids=str)
 @pytest.mark.parametrize("form", ["sum", "prod"])
 def test_running_totals(rng: np.random.Generator, dtype: DType, form: str) -> None:
-    for shape, axis in [((5,), 0), ((3, 33), 1), ((40, 2, 3), 0), ((2, 7, 5), 1), ((2, 1), 1), ((0, 4), 1), ((4, 0), 1)]:
+    for shape, axis in [
+        ((5,), 0),
+        ((3, 33), 1),
+        ((40, 2, 3), 0),
+        ((2, 7, 5), 1),
+        ((2, 1), 1),
+        ((0, 4), 1),
+        ((4, 0), 1),
+    ]:
         how = {"form": form, "exclusive": int(rng.integers(2)), "reverse": int(rng.integers(2))}
-        check_running(random(rng, dtype, shape, int(is_float(dtype) and 0 not in shape and rng.integers(2))), axis, **how)
+        check_running(
+            random(rng, dtype, shape, int(is_float(dtype) and 0 not in shape and rng.integers(2))), axis, **how
+        )
 
 
 @pytest.mark.parametrize("exclusive", [0, 1])

@@ -24,7 +24,7 @@ _BITS = re.compile(r"\*[a-z]+(\d+)")
 
 @dataclass(frozen=True)
 class Dot:
-    """A product of a kernel: rows of its tile, and the type of its factors ("f16"), "tf32" for float32 rounded to it."""
+    """A product of a kernel: rows of its tile, and the type of its factors, "tf32" for float32 rounded to it."""
 
     rows: int
     kind: str
@@ -32,7 +32,10 @@ class Dot:
 
 def dots(ttir: str) -> list[Dot]:
     """The products in Triton's own form of a kernel."""
-    return [Dot(int(found["rows"]), "tf32" if "tf32" in found["options"] else found["kind"]) for found in _DOT.finditer(ttir)]
+    return [
+        Dot(int(found["rows"]), "tf32" if "tf32" in found["options"] else found["kind"])
+        for found in _DOT.finditer(ttir)
+    ]
 
 
 def matrix_instruction(dot: Dot, arch: int) -> str | None:

@@ -60,9 +60,10 @@ class Resources:
 
     @property
     def load_bits(self) -> int:
-        """The widest load from global memory."""
-        widths = [int(found[1]) for text in self.instructions if (found := re.match(r"LDG\.E\S*\.(64|128)\b", text))]
-        return max(widths, default=32 if self.count("LDG") else 0)
+        """The widest load from global memory, to registers or to shared memory."""
+        found = (re.match(r"(?:LDG|LDGSTS)\.E\S*\.(64|128)\b", text) for text in self.instructions)
+        widths = [int(width[1]) for width in found if width is not None]
+        return max(widths, default=32 if self.count("LDG") or self.count("LDGSTS") else 0)
 
 
 def compiled(kernel: TritonKernel, arch: int) -> Any:

@@ -161,7 +161,9 @@ def _measured(
     family: str, tiles: Sequence[GemmTile], extents: Extents, arch: int, kind: str
 ) -> tuple[GemmTile, int] | None:  # fmt: skip
     """What was fastest for extents like these on a GPU of this architecture, if it is among `tiles` still."""
-    known = [extent if isinstance(extent, int) else number(typical) for extent, typical in zip(extents, TYPICAL, strict=True)]
+    known = [
+        extent if isinstance(extent, int) else number(typical) for extent, typical in zip(extents, TYPICAL, strict=True)
+    ]
     found = tuned_tiles.nearest(tuned_tiles.records(arch, tuned_tiles.FOLDER), family, kind, extents.nbytes, known[:4])
     fitting = ((GemmTile(*record.tile), record.splits) for record in found)
     return next(((tile, splits) for tile, splits in fitting if tile in tiles), None)

@@ -144,7 +144,9 @@ def _random_inputs(engine: Any, shapes: Mapping[str, Sequence[int]], seed: int) 
 
 def _extents(ports: Sequence[Port], shapes: Mapping[str, Sequence[int]]) -> dict[str, Dim]:
     """What the shapes say of symbolic extents; 1 for the others."""
-    found: dict[str, Dim] = dict.fromkeys((name for port in ports for dim in port.shape for name in dims.symbols(dim)), 1)
+    found: dict[str, Dim] = dict.fromkeys(
+        (name for port in ports for dim in port.shape for name in dims.symbols(dim)), 1
+    )
     for port in ports:
         for dim, extent in zip(port.shape, shapes.get(port.name, ()), strict=False):
             found.update({name: extent for name in dims.symbols(dim) if dim == dims.symbol(name)})

@@ -1,8 +1,9 @@
-"""TopK, Unique and NonMaxSuppression as functions over an array module, which an `Array` node holds: devices with kernels for
-them know them."""
+"""TopK, Unique and NonMaxSuppression as functions over an array module, which an `Array` node holds: devices with
+kernels for them know them."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def unique(xp: Any, x: Any, *, axis: int | None = None, sorted: int = 1) -> Any:
     NaN equals NaN, but a slice along `axis` that holds one equals no other.
     """
     x, axis = (x.reshape(-1), 0) if axis is None else (x, axis % x.ndim)
-    rows = x if x.ndim == 1 else xp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+    beside = math.prod(x.shape[:axis]) * math.prod(x.shape[axis + 1 :])
+    rows = x if x.ndim == 1 else xp.moveaxis(x, axis, 0).reshape(x.shape[axis], beside)
     keys = rows.astype(compute_dtype(x.dtype), copy=False) if x.dtype != STRING else rows
     _, first, inverse, counts = xp.unique(
         keys, return_index=True, return_inverse=True, return_counts=True, axis=0 if keys.ndim > 1 else None

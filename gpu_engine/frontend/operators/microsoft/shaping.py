@@ -13,6 +13,7 @@ from gpu_engine.frontend.registry import array_operator, emit_array, emit_map, n
 from gpu_engine.ir import dims, ops
 from gpu_engine.ir.dtypes import INT64
 from gpu_engine.ir.graph import Builder, TensorType, Value
+from gpu_engine.ir.ops.selection import microsoft_unique
 
 
 @operator("ExpandDims", since=1, domain=MICROSOFT)
