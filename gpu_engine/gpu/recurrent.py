@@ -81,7 +81,7 @@ def _forms(rows: Dim, hidden: int, dtype: DType, weights: DType) -> list[tuple[F
     single = Form(1, block_n, block_k, 8 if block_n * block_k >= 4096 else 4)
     if compute_dtype(dtype) == FLOAT64 or (isinstance(rows, int) and rows <= FEW_ROWS):
         return [(single, 1)]
-    deep, num_warps = (64, 8) if weights.itemsize == 2 and width >= 64 else (32, 4)
+    deep, num_warps = 64 if weights.itemsize == 2 and width >= 64 else 32, 8 if width >= 64 else 4
     tiled = Form(TILE_ROWS, min(64, max(16, width)), min(deep, max(16, width)), num_warps)
     if isinstance(rows, int):
         return [(tiled, 1)]
