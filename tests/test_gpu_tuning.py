@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,14 @@ def test_a_table_counts_for_its_own_gpu_family_and_extents(
     measured = choose(family, extents, arch, kind=kind)
     monkeypatch.setattr(tuned_tiles, "FOLDER", tuned / "none")
     assert measured == choose(family, extents, arch, kind=kind)
+
+
+def test_parts_need_steps(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = GEMM_TILES["ieee"][-1].block_k * 3
+    record = replace(records()[0], bucket=bucket((1, 8, 768, few)))
+    write_table(Table("NVIDIA H200", 90, "2026-11-29", "3.6.0", (record,)), tuned / "few")
+    monkeypatch.setattr(tuned_tiles, "FOLDER", tuned / "few")
+    assert choose("ieee", Extents(1, 8, 768, few, 4), 90)[0].splits == 1
 
 
 def test_a_tile_that_is_no_candidate_any_more_is_not_taken(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,13 +160,22 @@ def candidates(family: str, nbytes: int, arch: int, *, heavy: bool = False) -> l
 def _measured(
     family: str, tiles: Sequence[GemmTile], extents: Extents, arch: int, kind: str
 ) -> tuple[GemmTile, int] | None:  # fmt: skip
-    """What was fastest for extents like these on a GPU of this architecture, if it is among `tiles` still."""
+    """What was fastest for extents like these on a GPU of this architecture, if it is among `tiles` still and k has
+    steps enough for its parts."""
     known = [
         extent if isinstance(extent, int) else number(typical) for extent, typical in zip(extents, TYPICAL, strict=True)
     ]
     found = tuned_tiles.nearest(tuned_tiles.records(arch, tuned_tiles.FOLDER), family, kind, extents.nbytes, known[:4])
     fitting = ((GemmTile(*record.tile), record.splits) for record in found)
-    return next(((tile, splits) for tile, splits in fitting if tile in tiles), None)
+    deep = extents.k if isinstance(extents.k, int) else 0
+    return next(
+        (
+            (tile, splits)
+            for tile, splits in fitting
+            if tile in tiles and (splits == 1 or 2 * splits * tile.block_k <= deep)
+        ),
+        None,
+    )
 
 
 def _best(family: str, tiles: Sequence[GemmTile], extents: Extents, gpu: Gpu) -> tuple[GemmTile, int]:
