@@ -23,18 +23,19 @@ TTIR = """
     %acc = tt.dot %a, %b, %c : tensor<128x64xf16> * tensor<64x256xf16> -> tensor<128x256xf32> loc(#loc77)
     %acc = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x32xf32> * tensor<32x128xf32> -> tensor<64x128xf32>
     %acc = tt.dot %a, %b, %c : tensor<16x16xf32> * tensor<16x64xf32> -> tensor<16x64xf32> loc(#loc102)
+    %acc = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x64xi8> * tensor<64x64xi8> -> tensor<64x64xi32>
 """
-HALF, ROUNDED, EXACT = Dot(128, "f16"), Dot(64, "tf32"), Dot(16, "f32")
+HALF, ROUNDED, EXACT, BYTES = Dot(128, "f16"), Dot(64, "tf32"), Dot(16, "f32"), Dot(64, "i8")
 
 
 def test_products_are_read_off_a_kernel() -> None:
-    assert dots(TTIR) == [HALF, ROUNDED, EXACT]
+    assert dots(TTIR) == [HALF, ROUNDED, EXACT, BYTES]
 
 
 @pytest.mark.parametrize(
     ("dot", "wanted"),
     [(HALF, ("HMMA", "HGMMA", "UTCHMMA", "HMMA")), (ROUNDED, ("HMMA", "HGMMA", "UTCHMMA", "HMMA")),
-     (EXACT, (None,) * 4), (Dot(16, "bf16"), ("HMMA",) * 4), (Dot(64, "i8"), ("IMMA", "IGMMA", "IMMA", "IMMA")),
+     (EXACT, (None,) * 4), (Dot(16, "bf16"), ("HMMA",) * 4), (BYTES, ("IMMA", "IGMMA", "IMMA", "IMMA")),
      (Dot(32, "f64"), ("DMMA",) * 4)],
 )  # fmt: skip
 def test_every_architecture_has_its_matrix_instruction(dot: Dot, wanted: tuple[str | None, ...]) -> None:
@@ -46,9 +47,10 @@ def test_a_missing_instruction_and_narrow_loads_are_said() -> None:
     found = list(shortfalls(kernel, TTIR, 90, 64, lambda name: name == "HMMA"))
     assert found == [
         "no HGMMA for tl.dot of 128 rows of f16", "no HGMMA for tl.dot of 64 rows of tf32",
+        "no IGMMA for tl.dot of 64 rows of i8",
         "loads of 64 bits where 128 are possible",
     ]  # fmt: skip
-    assert not list(shortfalls(kernel, TTIR, 90, 128, lambda name: name == "HGMMA"))
+    assert not list(shortfalls(kernel, TTIR, 90, 128, lambda name: name in ("HGMMA", "IGMMA")))
 
 
 def pointwise(dtype: DType, *shapes: tuple[dims.Dim, ...]) -> TritonKernel:

@@ -32,10 +32,12 @@ class Dot:
 
 def dots(ttir: str) -> list[Dot]:
     """The products in Triton's own form of a kernel."""
-    return [
-        Dot(int(found["rows"]), "tf32" if "tf32" in found["options"] else found["kind"])
-        for found in _DOT.finditer(ttir)
-    ]
+    return [Dot(int(found["rows"]), _kind(found["kind"], found["options"])) for found in _DOT.finditer(ttir)]
+
+
+def _kind(kind: str, options: str) -> str:
+    """Triton says tf32 of integers too."""
+    return "tf32" if kind == "f32" and "tf32" in options else kind
 
 
 def matrix_instruction(dot: Dot, arch: int) -> str | None:
