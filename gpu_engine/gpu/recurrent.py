@@ -75,8 +75,8 @@ def _is_supported(op: Recurrent, x: Value, weights: Value, given: dict[str, Valu
 
 
 def _forms(kind: str, rows: Dim, hidden: int, dtype: DType, weights: DType) -> list[tuple[Form, Dim]]:
-    """The forms that a batch may take, each with 1 or 0 as its extents say: one of them is launched. An LSTM's four sums
-    spill in 4 warps, a GRU's in 8."""
+    """The forms that a batch may take, each with 1 or 0 as its extents say: one of them is launched. The four sums of
+    an LSTM spill in 4 warps, those of a GRU in 8."""
     width = power_of_two(hidden)
     block_n, block_k = min(128, width), min(32, width)
     single = Form(1, block_n, block_k, 8 if block_n * block_k >= 4096 else 4)
