@@ -106,7 +106,9 @@ def parse_shapes(specs: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 def table(report: Report) -> Table:
     """A row for every output and precision."""
-    grid = Table(*TITLES, title=f"{report.model} on {report.device}, beside {REFERENCE}")
+    grid = Table(title=f"{report.model} on {report.device}, beside {REFERENCE}")
+    for title in TITLES:
+        grid.add_column(title, overflow="fold")
     for row in report.distances:
         ratio = "exact" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
         grid.add_row(
