@@ -140,7 +140,7 @@ def emit_windows(
     depth = windows.taps * windows.depth
     nbytes = lowering.buffers[windows.image.buffer].dtype.itemsize
     extents = Extents(batch, rows, columns, depth, nbytes)
-    for choice in choose(step[0], extents, options.arch, heavy=is_heavy(layer.root)):
+    for choice in choose(step[0], extents, options.arch, heavy=is_heavy(layer.root), kind="conv"):
         product = Product(
             replace(unused, buffer=windows.image.buffer), unused, rows, columns, windows.steps(choice.tile.block_k),
             layer.shape, 0, layer.root, layer.operands, layer.out, layer.dtype, walked, windows.write_loop, "conv",

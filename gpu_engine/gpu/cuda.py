@@ -164,6 +164,11 @@ class CudaDevice:
         return f"cuda:{self._ordinal}"
 
     @property
+    def arch(self) -> int:
+        """90 for sm_90."""
+        return int(self._arch)
+
+    @property
     def reason(self) -> str:
         return f"{self._name}, sm_{self._arch}"
 

@@ -6,6 +6,7 @@ process, and computes some things that no GPU does (triton 3.6 to 3.9):
 * bfloat16 is computed in float32 and rounded to nearest even, not as integers (triton issue 11584);
 * `tl.maximum`, `minimum` and `clamp` drop NaN unless the kernel says otherwise;
 * a float32 `tl.dot` without input_precision="ieee" loses 13 bits of both factors;
+* `tl.cumsum` and `cumprod` of integers wrap in the type that they have;
 * `tl.dot` keeps the GPU's least extents and knows every precision that the GPU knows;
 * libdevice has functions instead of stubs;
 * lanes that a load masks off, without `other`, hold garbage;
@@ -37,7 +38,7 @@ from triton.runtime.jit import JITFunction
 
 from gpu_engine.errors import ExecutionError
 from gpu_engine.gpu.kernel import TritonKernel
-from gpu_engine.gpu.triton_source import jit_function
+from gpu_engine.gpu.triton_source import jit_function, multiply
 
 Spans = tuple[NDArray[np.uint64], NDArray[np.uint64]]
 """Sorted first addresses, and the ends that belong to them."""
@@ -118,6 +119,9 @@ def _patched_language() -> Any:
     scope.set_attr(tl.tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
     scope.set_attr(shipped.ReduceOps, "sum", _sum)
     scope.set_attr(shipped.ReduceOps, "min_max", _min_max)
+    scope.set_attr(shipped.ReduceOps, "generic_reduce", _reduce)
+    scope.set_attr(shipped.ScanOps, "cumsum", _scan(np.cumsum))
+    scope.set_attr(shipped.ScanOps, "cumprod", _scan(np.cumprod))
     for name, function in LIBDEVICE.items():
         scope.set_attr(libdevice, name, _library_function(name, function))
     return scope
@@ -332,6 +336,7 @@ def _as_tf32(handle: Any) -> Any:
 
 _SHIPPED_SUM = shipped.ReduceOps.sum
 _SHIPPED_MIN_MAX = shipped.ReduceOps.min_max
+_SHIPPED_REDUCE = shipped.ReduceOps.generic_reduce
 _QUIET = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
 """NumPy's functions that warn of nothing but NaN, by those that do not."""
 
@@ -344,6 +349,25 @@ def _sum(self: Any, tensor: Any) -> Any:
     if tensor.dtype in (tl.bfloat16, tl.float16):
         raise TypeError(f"tl.sum of {tensor.dtype} adds up in that type on the GPU: convert to float32 first")
     return _SHIPPED_SUM(self, tensor)
+
+
+def _reduce(self: Any, tensors: Any) -> Any:
+    """A product at once, where the shipped one calls a function for each element."""
+    if self.combine_fn is not multiply:
+        return _SHIPPED_REDUCE(self, tensors)
+    values = tensors[0].handle.data
+    folded = np.prod(values, axis=self.axis, keepdims=self.keep_dims, dtype=values.dtype)
+    return self.to_tensor(folded, tensors[0].dtype)
+
+
+def _scan(function: Callable[..., Any]) -> Callable[[Any, Any], list[Any]]:
+    """NumPy adds up narrow integers in wide ones, a GPU in their own type."""
+
+    def scan(self: Any, tensor: Any) -> list[Any]:
+        values = tensor.handle.data
+        return [self.to_tensor(function(values, axis=self.axis, dtype=values.dtype), tensor.dtype)]
+
+    return scan
 
 
 def _by_element(function: Callable[[float], float]) -> Callable[..., Any]:

@@ -61,7 +61,8 @@ class Argument:
 
 @dataclass(frozen=True)
 class TritonKernel:
-    """`text` defines the function `name` over `arguments`, in order; `tl` and `libdevice` are at hand in it.
+    """`text` defines the function `name` over `arguments`, in order. `tl`, `libdevice` and `multiply`, of two values,
+    are at hand in it.
 
     Kernels with equal fields are the same kernel, compiled once. A program has `num_warps` * 32 threads.
     """

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from gpu_engine.errors import DeviceError
 from gpu_engine.gpu.binary import MEMORY_ALIGNMENT, Binary, check_parameters, parameter_nbytes, scratch_parameter
+from gpu_engine.gpu.expectations import shortfalls
 from gpu_engine.gpu.kernel import DIVISIBILITY, CudaKernel, Kernel, TritonKernel
 from gpu_engine.gpu.nvrtc import compile_cuda
 from gpu_engine.gpu.triton_source import jit_function
@@ -64,9 +65,10 @@ class Resources:
 
     @property
     def load_bits(self) -> int:
-        """The widest load from global memory."""
-        widths = [int(found[1]) for text in self.instructions if (found := re.match(r"LDG\.E\S*\.(64|128)\b", text))]
-        return max(widths, default=32 if self.count("LDG") else 0)
+        """The widest load from global memory, to registers or to shared memory."""
+        found = (re.match(r"(?:LDG|LDGSTS)\.E\S*\.(64|128)\b", text) for text in self.instructions)
+        widths = [int(width[1]) for width in found if width is not None]
+        return max(widths, default=32 if self.count("LDG") or self.count("LDGSTS") else 0)
 
 
 def compiled(kernel: TritonKernel, arch: int) -> Any:
@@ -133,10 +135,9 @@ def problems(kernel: TritonKernel, binary: Any, used: Resources, arch: int) -> l
         found.append(f"spills: {used.stack_nbytes} bytes of stack, {used.spills} local loads and stores")
     if used.shared_nbytes > SHARED_LIMITS[arch]:
         found.append(f"{used.shared_nbytes:,} bytes of shared memory, {SHARED_LIMITS[arch]:,} are there")
-    wanted = "tl.dot(" in kernel.text and 'input_precision="ieee"' not in kernel.text
-    if wanted and not used.matrix_instructions:
-        found.append("tl.dot did not become a matrix instruction")
-    if not wanted and any(map(_TF32_ON_BLACKWELL.search, binary.asm["ttgir"].splitlines())):
+    found += shortfalls(kernel, binary.asm["ttir"], arch, used.load_bits, used.count)
+    exact = 'input_precision="ieee"' in kernel.text
+    if exact and any(map(_TF32_ON_BLACKWELL.search, binary.asm["ttgir"].splitlines())):
         found.append("a product of float32 became one of tf32")
     if "make_tensor_descriptor(" in kernel.text and not used.count("UTMALDG"):
         found.append("loads through descriptors did not become TMA copies")

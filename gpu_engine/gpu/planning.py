@@ -24,10 +24,11 @@ GROWTH = 4
 def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes: int = LARGEST) -> Plan:
     """The plan, prepared for binding; OutOfMemory if constants that repeat their elements take more than
     `room_nbytes`."""
-    return with_program(lower_graph(graph, batching, lowering_for(options), _arranged, room_nbytes=room_nbytes))
+    return with_program(lower_graph(graph, batching, lowering_for(options), arranged, room_nbytes=room_nbytes))
 
 
-def _arranged(graph: Graph) -> Graph:
+def arranged(graph: Graph) -> Graph:
+    """The graph in the layouts and forms whose nodes are lowered."""
     joined = join_projections(assign_layouts(expand_weights(join_weights(join_float8(graph)))))
     return turn_attention(joined, reads_views)
 

@@ -1,7 +1,8 @@
 """Configurations of tiled kernels, and which one a shape gets.
 
-Starting points are those that PyTorch's inductor ships; `tile_filter` drops what does not fit a GPU. What one costs is
-estimated from a GPU's data sheet; no number here was measured yet.
+Starting points are those that PyTorch's inductor ships; `tile_filter` drops what does not fit a GPU. The one that was
+measured fastest for extents like a product's is taken where `tuned_tiles` has a table for the GPU; else what one costs
+is estimated from a GPU's data sheet.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gpu_engine.gpu import tuned_tiles
 from gpu_engine.ir.dims import Dim, number
 
 
@@ -186,13 +188,15 @@ def choose(
     arch: int,
     *,
     heavy: bool = False,
+    kind: str = "gemm",
     persistent: Epilogue | None = None,
     fit: Callable[[GemmTile], GemmTile] = lambda tile: tile,
 ) -> tuple[Choice, ...]:
     """The tiles for a product of GEMM_TILES' `family`: one, or one for each range of a symbolic M.
 
-    `heavy`: the epilogue needs many registers. `persistent`: what it takes where programs may walk over tiles. `fit`
-    gives tiles the form that a kernel takes.
+    `heavy`: the epilogue needs many registers. `kind` is "gemm", or "conv" where factors are gathered from windows.
+    `persistent`: what an epilogue takes where programs may walk over tiles. `fit` gives tiles the form that a kernel
+    takes.
     """
     gpu = gpu_of(arch)
     tiles = list(map(fit, candidates(family, extents.nbytes, arch, heavy=heavy)))
@@ -200,13 +204,15 @@ def choose(
     if persistent is not None and arch in PERSISTENT_ARCHITECTURES.get(family, ()):
         walked, waiting = PERSISTENT + family, persistent.nbytes
         lasting = candidates(walked, extents.nbytes, arch, heavy=persistent.heavy, waiting_nbytes=waiting)
+
+    def best(extents: Extents) -> tuple[GemmTile, int, bool]:
+        measured = _measured(family, tiles, extents, arch, kind)
+        return (*measured, False) if measured else _best(family, tiles, lasting, extents, gpu)
+
     others = (extents.batch, extents.n, extents.k)
     if isinstance(extents.m, int) or not all(isinstance(extent, int) for extent in others):
-        return (Choice(1, None, *_best(family, tiles, lasting, extents, gpu)),)
-    return _merged([
-        Choice(least, end, *_best(family, tiles, lasting, extents._replace(m=typical), gpu))
-        for least, end, typical in RANGES
-    ])  # fmt: skip
+        return (Choice(1, None, *best(extents)),)
+    return _merged([Choice(least, end, *best(extents._replace(m=typical))) for least, end, typical in RANGES])
 
 
 def candidates(
@@ -232,6 +238,27 @@ def is_light(tile: GemmTile) -> bool:
 def takes_parts(family: str, tile: GemmTile) -> bool:
     """Whether registers hold parts beside a tile's sums; those of float64 spill."""
     return family != "double" and is_light(tile)
+
+
+def _measured(
+    family: str, tiles: Sequence[GemmTile], extents: Extents, arch: int, kind: str
+) -> tuple[GemmTile, int] | None:  # fmt: skip
+    """What was fastest for extents like these on a GPU of this architecture, if it is among `tiles` still and k has
+    steps enough for its parts."""
+    known = [
+        extent if isinstance(extent, int) else number(typical) for extent, typical in zip(extents, TYPICAL, strict=True)
+    ]
+    found = tuned_tiles.nearest(tuned_tiles.records(arch, tuned_tiles.FOLDER), family, kind, extents.nbytes, known[:4])
+    fitting = ((GemmTile(*record.tile), record.splits) for record in found)
+    deep = extents.k if isinstance(extents.k, int) else 0
+    return next(
+        (
+            (tile, splits)
+            for tile, splits in fitting
+            if tile in tiles and (splits == 1 or 2 * splits * tile.block_k <= deep)
+        ),
+        None,
+    )
 
 
 def _best(
