@@ -28,7 +28,7 @@ from gpu_engine.gpu.gemm_steps import Step
 from gpu_engine.gpu.launches import is_multiple
 from gpu_engine.gpu.printing import stored
 from gpu_engine.gpu.text import KernelText
-from gpu_engine.gpu.tiles import Choice, Epilogue, GemmTile, gpu_of
+from gpu_engine.gpu.tiles import Choice, Epilogue, GemmTile, processors
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT8, DType
@@ -99,7 +99,7 @@ def emit_chosen(lowering: Lowering, product: Product, step: Step, choices: Itera
     """Launch the kernels of all choices; those that are persistent need a describable product."""
     for choice in choices:
         if choice.persistent:
-            emit_persistent(lowering, product, step, choice, gpu_of(arch).processors)
+            emit_persistent(lowering, product, step, choice, processors(arch))
         else:
             emit_product(lowering, product, step, choice)
 

@@ -182,6 +182,11 @@ def gpu_of(arch: int) -> Gpu:
     return GPUS[max(found for found in GPUS if found <= arch)]
 
 
+def processors(arch: int) -> int:
+    """How many multiprocessors GPUs of an architecture have, about."""
+    return gpu_of(arch).processors
+
+
 def choose(
     family: str,
     extents: Extents,
