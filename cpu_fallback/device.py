@@ -27,6 +27,7 @@ from gpu_engine.errors import DeviceError
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.lower import lower_graph
 from gpu_engine.plan.plan import Batching, Plan
+from gpu_engine.plan.weights import expand_weights
 
 GROWTH = 6
 """At most so many times as large as they are do weights become: a copy, and transforms for Winograd convolutions."""
@@ -127,5 +128,5 @@ class CpuDevice:
 
 def _arrange(graph: Graph) -> Graph:
     target = host()
-    images = join_gates(assign_layouts(widen_floats(graph), target), target)
+    images = join_gates(assign_layouts(widen_floats(expand_weights(graph)), target), target)
     return turn_attention(join_expansions(images, target), target)

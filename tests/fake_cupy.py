@@ -1,7 +1,8 @@
 """A CuPy without a GPU: the names that the CUDA device uses, over host memory, its launches interpreted.
 
 Parameters are read from memory as a driver reads them: an address for each, then as many bytes as it has. So what is
-tested is the device's own packing. `log` holds every call in order.
+tested is the device's own packing. Kernels that make tensor descriptors find scratch for them, of every program's own,
+in memory that was allocated. `log` holds every call in order.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import time
+import weakref
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -22,6 +24,7 @@ from gpu_engine.gpu.shim_runner import run
 DEVICE_NBYTES = 1 << 30
 KERNELS: dict[bytes, Kernel] = {}
 FUNCTIONS: dict[int, Kernel] = {}
+DESCRIPTOR_NBYTES = 128
 _NUMBERS = itertools.count(1)
 
 
@@ -39,9 +42,13 @@ class Pointer:
     def __init__(self, memory: np.ndarray[Any, Any], offset: int = 0) -> None:
         self.memory, self.offset = memory, offset
         self.ptr = memory.__array_interface__["data"][0] + offset
+        ALLOCATED.add(self)
 
     def __add__(self, offset: int) -> Pointer:
         return Pointer(self.memory, self.offset + offset)
+
+
+ALLOCATED: weakref.WeakSet[Pointer] = weakref.WeakSet()
 
 
 class Array(np.ndarray[Any, Any]):
@@ -106,12 +113,30 @@ def threads_of(kernel: Kernel) -> int:
 
 
 def binary_source(kernel: Kernel, arch: int) -> Binary:
-    """A binary for this fake alone, with two parameters of Triton's own."""
+    """A binary for this fake alone, with two parameters of Triton's own, the first for the scratch of descriptors."""
     cubin = kernel.digest.encode()
     KERNELS[cubin] = kernel
     own = tuple(8 if argument.is_pointer else 4 for argument in kernel.arguments)
     extra = () if isinstance(kernel, CudaKernel) else (8, 8)
-    return Binary(kernel.name, arch, cubin, threads_of(kernel), 0, 0, (*own, *extra))
+    scratch = DESCRIPTOR_NBYTES * kernel.text.count("make_tensor_descriptor")
+    return Binary(
+        kernel.name, arch, cubin, threads_of(kernel), 0, scratch, (*own, *extra), len(own) if scratch else None
+    )  # fmt: skip
+
+
+def write_scratch(kernel: Kernel, parameters: int, programs: int) -> None:
+    """Fill the scratch that a launch passes, as the descriptors of its programs do; it must be allocated and aligned,
+    and nobody else's: who else uses it finds no numbers there."""
+    nbytes = DESCRIPTOR_NBYTES * kernel.text.count("make_tensor_descriptor") * programs
+    own = len(kernel.arguments)
+    places = (ctypes.c_uint64 * (own + 2)).from_address(parameters)
+    scratch, profile = (ctypes.c_uint64.from_address(place).value for place in places[own:])
+    assert profile == 0 and (scratch != 0) == (nbytes != 0)
+    if nbytes:
+        assert scratch % DESCRIPTOR_NBYTES == 0
+        rooms = [(pointer.ptr, pointer.ptr + len(pointer.memory) - pointer.offset) for pointer in ALLOCATED]
+        assert any(low <= scratch and scratch + nbytes <= high for low, high in rooms), "scratch outside of memory"
+        ctypes.memset(scratch, 0xFF, nbytes)
 
 
 def fake_cupy(log: list[tuple[Any, ...]], devices: int = 1) -> dict[str, ModuleType]:
@@ -137,6 +162,7 @@ def fake_cupy(log: list[tuple[Any, ...]], devices: int = 1) -> dict[str, ModuleT
         if isinstance(kernel, CudaKernel):
             run(kernel, (gx, gy, gz), values)
         else:
+            write_scratch(kernel, parameters, gx * gy * gz)
             interpret(kernel, (gx, gy, gz), values)
 
     def count() -> int:

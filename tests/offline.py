@@ -1,8 +1,9 @@
 """Compile every GPU kernel of the models at full size: `python -m tests.offline --arch sm_80 sm_90 sm_100`.
 
 Prints a row for each kernel and architecture: registers, spills, shared memory, matrix instructions, the width of its
-loads, and what is wrong. The exit code is 1 if anything is. No GPU is needed; what Triton compiled before it finds in
-its cache.
+loads, and what is wrong; then a line for each architecture and precision. The exit code is 1 if anything is wrong. No
+GPU is needed. Verdicts are kept in `.cache/offline`: a run that was cut off goes on where it stopped, and a second one
+takes seconds. `--wrong` leaves out the rows of kernels with nothing wrong.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -22,62 +24,57 @@ from rich.table import Table
 
 from benchmarks.inputs import Feed
 from benchmarks.models import MODELS
-from gpu_engine.gpu.binary import check_parameters, parameter_nbytes
-from gpu_engine.gpu.kernel import CudaKernel, Kernel
+from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.launches import ArrayCall
-from gpu_engine.gpu.nvrtc import compile_cuda
-from gpu_engine.gpu.offline import Resources, compiled, cubin_resources, problems, resources
 from gpu_engine.gpu.options import PRECISIONS, GpuOptions
 from gpu_engine.gpu.planning import gpu_plan, kernels_of
+from gpu_engine.ir.dims import Dim, number, substitute
+from gpu_engine.ir.graph import Graph
 from gpu_engine.passes.batchability import prove
-from gpu_engine.plan.plan import Plan
+from gpu_engine.plan.plan import Plan, Step
 from gpu_engine.plan.signature import Signature
 from gpu_engine.tools.bundles import imported, parse_arch
+from tests.offline_verdicts import Verdict, Verdicts, inspected
 
 DEFAULT_MODELS = (
     "resnet50", "mobilenetv2", "efficientnet_b0", "bert_base", "vit_tiny", "unet", "ppocrv4_det", "ppocrv4_rec",
     "silero_vad", "smart_turn_v3_2_int8",
 )  # fmt: skip
+TITLES = ("kernel", "arch", "registers", "spills", "shared", "matrix instructions", "load bits", "wrong", "digest")
+SUMMARY_TITLES = ("arch", "precision", "kernels", "spills", "most shared", "with matrix instructions", "wrong")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of one kernel on one architecture; `error` if it did not compile."""
+class Wanted:
+    """A kernel of a plan for one architecture and precision."""
 
     kernel: Kernel
     arch: int
-    used: Resources | None
-    wrong: tuple[str, ...]
+    precision: str
 
 
-def inspected(kernel: Kernel, arch: int) -> Verdict:
-    """Compile one kernel and read its machine code."""
-    try:
-        if isinstance(kernel, CudaKernel):
-            used = cubin_resources(compile_cuda(kernel, arch).cubin)
-            return Verdict(kernel, arch, used, ("spills",) if used.spills or used.stack_nbytes else ())
-        binary = compiled(kernel, arch)
-        check_parameters(kernel, parameter_nbytes(binary.asm["ptx"]))
-        used = resources(binary)
-    except Exception as error:
-        return Verdict(kernel, arch, None, (str(error).strip().splitlines()[-1][:200],))
-    return Verdict(kernel, arch, used, tuple(problems(kernel, binary, used, arch)))
+Found = dict[tuple[Kernel, int], Verdict]
 
 
-def plan_of(model: bytes, precision: str, arch: int) -> Plan:
-    graph = imported(model)
-    return gpu_plan(graph, prove(graph), GpuOptions(precision, arch))
-
-
-def launched(plan: Plan, feed: Feed) -> int:
-    """How many launches one inference takes: of the kernels for different extents of a product, one is chosen.
+def executed(plan: Plan, feed: Feed) -> Iterator[tuple[Step, tuple[int, ...], Callable[[Dim], int]]]:
+    """(step, grid, the number that an extent is) for every launch of one inference: of the kernels for different
+    extents of a product, one is chosen.
 
     Segments whose extents only running tells are left out.
     """
     fit = Signature(plan).fit([feed[port.name].shape for port in plan.input_ports])
     segment = plan.program.segments[0]
     values = segment.numbers.evaluate(fit.extents)
-    return sum(all(values[place] for place in places) for places in segment.grids.values())
+    known = dict(zip(segment.names, fit.extents, strict=True))
+    for i, places in segment.grids.items():
+        grid = tuple(values[place] for place in places)
+        if all(grid):
+            yield plan.steps[i], grid, lambda dim: number(substitute(dim, known))
+
+
+def launched(plan: Plan, feed: Feed) -> int:
+    """How many launches one inference takes."""
+    return sum(1 for _ in executed(plan, feed))
 
 
 def counts(plan: Plan, feed: Feed | None) -> str:
@@ -88,21 +85,69 @@ def counts(plan: Plan, feed: Feed | None) -> str:
     return f"{launches}{len(kernels_of(plan))} kernels, {len(arrays)} array steps {' '.join(names)}".rstrip()
 
 
-def table(verdicts: Sequence[Verdict]) -> Table:
-    grid = Table(
-        "kernel", "arch", "registers", "spills", "shared", "matrix instructions", "load bits", "wrong", "digest"
-    )
-    for found in verdicts:
-        used = found.used
+def wanted_of(
+    name: str, precisions: Sequence[str], architectures: Sequence[int], tell: Callable[[str], None]
+) -> Iterator[Wanted]:
+    """The kernels of a model of the catalogue, or of a file."""
+    model = MODELS.get(name)
+    graph: Graph = imported((Path(name) if model is None else model.path()).read_bytes())
+    feed = None if model is None else model.feed(*model.timed_shape)
+    batching = prove(graph)
+    for precision, arch in product(precisions, architectures):
+        plan = gpu_plan(graph, batching, GpuOptions(precision, arch))
+        tell(f"{name}, {precision}, sm_{arch}: {counts(plan, feed)}")
+        yield from (Wanted(kernel, arch, precision) for kernel in kernels_of(plan))
+
+
+def verdicts_of(wanted: Sequence[Wanted], known: Verdicts, jobs: int) -> Found:
+    """Those on disk, the others made by so many processes."""
+    pairs = dict.fromkeys((one.kernel, one.arch) for one in wanted)
+    found = {pair: verdict for pair in pairs if (verdict := known.get(*pair)) is not None}
+    missing = [pair for pair in pairs if pair not in found]
+    with (
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+        Progress(console=Console(file=sys.stderr), transient=True) as progress,
+    ):
+        task = progress.add_task("kernels", total=len(missing))
+        started = {pool.submit(inspected, *pair): pair for pair in missing}
+        for future in as_completed(started):
+            pair, verdict = started.pop(future), future.result()
+            known.add(*pair, verdict)
+            found[pair] = verdict
+            progress.advance(task)
+    return found
+
+
+def table(found: Found, only_wrong: bool) -> Table:
+    grid = Table(*TITLES)
+    for (kernel, arch), verdict in sorted(
+        found.items(), key=lambda item: (item[0][0].name, item[0][1], item[0][0].digest)
+    ):
+        if only_wrong and not verdict.wrong:
+            continue
+        used = verdict.used
         cells = ("-",) * 5
         if used is not None:
             matrix = " ".join(f"{name} {count}" for name, count in used.matrix_instructions.items())
             cells = (
                 str(used.registers), str(used.spills), f"{used.shared_nbytes:,}", matrix or "-", str(used.load_bits)
             )  # fmt: skip
+        grid.add_row(kernel.name, f"sm_{arch}", *cells, "; ".join(verdict.wrong) or "-", kernel.digest[:8])
+    return grid
+
+
+def summary(wanted: Sequence[Wanted], found: Found) -> Table:
+    """A line for each architecture and precision; kernels that several models or precisions have count once in each."""
+    grid = Table(*SUMMARY_TITLES)
+    for arch, precision in dict.fromkeys((one.arch, one.precision) for one in wanted):
+        kernels = dict.fromkeys(one.kernel for one in wanted if (one.arch, one.precision) == (arch, precision))
+        verdicts = [found[kernel, arch] for kernel in kernels]
+        used = [verdict.used for verdict in verdicts if verdict.used is not None]
         grid.add_row(
-            found.kernel.name, f"sm_{found.arch}", *cells, "; ".join(found.wrong) or "-", found.kernel.digest[:8]
-        )
+            f"sm_{arch}", precision, str(len(kernels)), str(sum(bool(one.spills or one.stack_nbytes) for one in used)),
+            f"{max((one.shared_nbytes for one in used), default=0):,}",
+            str(sum(bool(one.matrix_instructions) for one in used)), str(sum(bool(one.wrong) for one in verdicts)),
+        )  # fmt: skip
     return grid
 
 
@@ -112,30 +157,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", default=DEFAULT_MODELS, help="names of the catalogue or paths")
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=PRECISIONS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--wrong", action="store_true", help="only rows of kernels with something wrong")
     options = parser.parse_args(arguments)
     console = Console(width=190)
-    wanted: dict[tuple[Kernel, int], None] = {}
-    for name in options.model:
-        model = MODELS.get(name)
-        data = (Path(name) if model is None else model.path()).read_bytes()
-        feed = None if model is None else model.feed(*model.timed_shape)
-        for precision in options.precision:
-            for arch in map(parse_arch, options.arch):
-                plan = plan_of(data, precision, arch)
-                console.print(f"{name}, {precision}, sm_{arch}: {counts(plan, feed)}")
-                wanted |= dict.fromkeys((kernel, arch) for kernel in kernels_of(plan))
-    verdicts = []
-    with (
-        ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool,
-        Progress(console=Console(file=sys.stderr), transient=True) as progress,
-    ):
-        task = progress.add_task("kernels", total=len(wanted))
-        for verdict in pool.map(inspected, *zip(*wanted, strict=True)) if wanted else ():
-            verdicts.append(verdict)
-            progress.advance(task)
-    console.print(table(sorted(verdicts, key=lambda found: (found.kernel.name, found.arch, found.kernel.digest))))
-    wrong = sum(bool(found.wrong) for found in verdicts)
-    console.print(f"{len(verdicts)} compiled kernels, {wrong} with something wrong")
+    architectures = [parse_arch(text) for text in options.arch]
+    wanted = [
+        one for name in options.model for one in wanted_of(name, options.precision, architectures, console.print)
+    ]  # fmt: skip
+    found = verdicts_of(wanted, Verdicts(), options.jobs)
+    console.print(table(found, options.wrong))
+    console.print(summary(wanted, found))
+    wrong = sum(bool(verdict.wrong) for verdict in found.values())
+    console.print(f"{len(found)} compiled kernels, {wrong} with something wrong")
     return 1 if wrong else 0
 
 

@@ -73,6 +73,16 @@ def test_what_stays_channels_first() -> None:
     assert_near(found, run_graph(graph, {"x": x})["y"])
 
 
+def test_layers_of_other_extents_share_a_kernel() -> None:
+    """Images, channels and strides are numbers that launches pass."""
+    batch, found = dims.symbol("batch"), []
+    for extent, channels, stride in ((56, 64, 1), (28, 128, 1), (28, 128, 2)):
+        op, types = conv((3, 3), stride, (1, 1)), [TensorType(FLOAT32, (batch, extent, extent, channels))]
+        w = np.zeros((128, channels, 3, 3), np.float32)
+        found.append({kernel.text for kernel in kernels(plan_of(op, [*types, TensorType(FLOAT32, w.shape)], {1: w}))})
+    assert found[0] & found[1] and found[1] & found[2]
+
+
 MACHINE_CODE = {
     "half": (CASES["3x3"][0], (8, 28, 28, 128), (128, 128, 3, 3), FLOAT16, "fp32", "HGMMA", "LDGSTS.E.BYPASS.128"),
     "few": (CASES["3x3"][0], (8, 28, 28, 24), (32, 24, 3, 3), FLOAT16, "fp32", "HGMMA", "LDGSTS.E.BYPASS.128"),

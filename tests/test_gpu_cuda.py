@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 pytest.importorskip("triton")
 
 import gpu_engine
 from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.gpu import gemm, persistent_gemm
 from gpu_engine.gpu.shim_runner import has_compiler
+from gpu_engine.gpu.tiles import Choice, GemmTile
 from gpu_engine.options import validated
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import KERNEL_COMPILER, load
@@ -99,6 +102,43 @@ def test_kernels_in_cuda_c_are_launched_alike(log: Log) -> None:
     assert [entry[:3] for entry in log if entry[0] == "launch"] == [("launch", "top_k", (3, 1, 1))]
 
 
+def products() -> onnx.ModelProto:
+    """[n, 32] float16 times [32, 48], relu, times [48, 16]."""
+    rng = np.random.default_rng()
+    weights = [
+        helper.make_tensor(name, TensorProto.FLOAT16, shape, rng.standard_normal(shape).astype(np.float16))
+        for name, shape in (("w", (32, 48)), ("v", (48, 16)))
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "v"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["n", k]) for name, k in (("x", 32), ("y", 16))]
+    graph = helper.make_graph(nodes, "products", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def test_descriptors_have_scratch_of_their_own(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All launches of a stream share it until one wants more; those that were packed before keep theirs."""
+    choice = Choice(1, None, GemmTile(16, 32, 16, 4, 2), 1, persistent=True)
+    monkeypatch.setattr(gemm, "choose", lambda *args, **options: (choice,))
+    monkeypatch.setattr(persistent_gemm, "processors", lambda arch: 5)
+    monkeypatch.setattr(importlib.import_module("gpu_engine.gpu.cuda"), "LEAST_SCRATCH", 1)
+    rng, model = np.random.default_rng(), products()
+    with gpu_engine.compile(model, device="cuda") as ours, gpu_engine.compile(model, device="cpu") as cpu:
+        for rows in (1, 40, 17, 90, 1):
+            x = rng.standard_normal((rows, 32)).astype(np.float16)
+            for found, expected in zip(ours.run([x]), cpu.run([x]), strict=True):
+                np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=1e-2, atol=1e-1)
+    launches = [entry[1:3] for entry in log if entry[0] == "launch"]
+    assert {name for name, _ in launches} == {"persistent_gemm_float16"}
+    assert max(grid for _, grid in launches) == (5, 1, 1)
+    nbytes = 3 * fake_cupy.DESCRIPTOR_NBYTES
+    reserved = [entry[1] for entry in log if entry[0] == "alloc" and entry[1] in (2 * nbytes, 5 * nbytes)]
+    assert reserved == [2 * nbytes, 5 * nbytes]
+
+
 def test_requests_on_two_streams_share_one_copy_of_the_weights(log: Log) -> None:
     rng = np.random.default_rng()
     with gpu_engine.compile(network(), device="cuda", streams=2, requests=16) as engine:
@@ -164,3 +204,22 @@ def test_without_triton_the_reason_is_said(log: Log, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("gpu_engine.compiler.load", loaded)
     with pytest.raises(DeviceError, match="Triton is not installed"):
         gpu_engine.compile(network(), device="cuda")
+
+
+def test_a_product_in_parts_is_one_launch(log: Log) -> None:
+    """[n, 1024] times [1024, 24]: few tiles share what is summed over, and count in memory that starts as zeros."""
+    rng = np.random.default_rng()
+    weights = rng.standard_normal((1024, 24), np.float32) / np.float32(32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1024])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 24])], [numpy_helper.from_array(weights, "w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    with gpu_engine.compile(model, device="cuda", auto_batching=False) as engine:
+        for rows in (1, 20):
+            log.clear()
+            x = rng.standard_normal((rows, 1024), np.float32)
+            np.testing.assert_allclose(engine.run([x])[0], x @ weights, 1e-3, 1e-4)
+            (grid,) = [entry[2] for entry in log if entry[0] == "launch"]
+            assert grid[1] > 1

@@ -1,4 +1,4 @@
-"""CUDA C kernels beside their references: scatter, TopK and NonMaxSuppression; the shim that runs them; NVRTC."""
+"""CUDA C kernels beside their references: scatter, TopK, Unique, NonMaxSuppression; the shim that runs them; NVRTC."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gpu_engine.gpu.nvrtc import compile_cuda
 from gpu_engine.gpu.offline import cubin_resources
 from gpu_engine.gpu.shim_runner import BarrierError, run
 from gpu_engine.ir import dims
-from gpu_engine.ir.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT32, INT64, UINT32, DType
+from gpu_engine.ir.dtypes import BFLOAT16, BOOL, FLOAT16, FLOAT32, FLOAT64, INT8, INT32, INT64, UINT32, DType
 from gpu_engine.ir.graph import TensorType
 from gpu_engine.ir.ops.array import Array
 from gpu_engine.ir.ops.scatter import scatter_along, scatter_nd
-from gpu_engine.ir.ops.selection import non_max_suppression, top_of
+from gpu_engine.ir.ops.selection import microsoft_unique, non_max_suppression, top_of, unique
 from tests.gpu_runner import array_steps, execute, graph_of, lowered
 
 needs_compiler = pytest.mark.skipif(not shim_runner.has_compiler(), reason="g++ compiles CUDA C for the host")
@@ -164,6 +164,59 @@ def test_top_k_of_any_shape() -> None:
         compare(execute(plan, [x]), top(TensorType(FLOAT32, (n, m)), 1, m // 2, True).evaluate(np, x))
 
 
+def groups(kind: TensorType, axis: int | None, ordered: int, function: Any = unique) -> Array:
+    found, count = dims.symbol("u1"), dims.product(kind.shape) if axis is None else kind.shape[axis]
+    values = (found,) if axis is None else (*kind.shape[:axis], found, *kind.shape[axis + 1 :])
+    shapes = [(kind.dtype, values), (INT64, (found,)), (INT64, (count,)), (INT64, (found,))]
+    if function is microsoft_unique:
+        return Array(function, tuple(TensorType(*shapes[i]) for i in (0, 2, 3)), binds=("u1",))
+    attributes = (("axis", axis), ("sorted", ordered))
+    return Array(function, tuple(TensorType(*shape) for shape in shapes), attributes, binds=("u1",))
+
+
+def check_groups(op: Array, x: Any, kind: TensorType | None = None) -> None:
+    """One launch, then a step that takes what it found."""
+    plan = lowered(graph_of(op, [kind or TensorType(x.dtype, x.shape)]))
+    assert [type(step.kernel) for step in plan.steps] == [Launch, ArrayCall]
+    compare(execute(plan, [x]), op.evaluate(np, x))
+
+
+@needs_compiler
+@pytest.mark.parametrize("ordered", [0, 1])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT64, BOOL])
+def test_unique_elements(dtype: DType, ordered: int) -> None:
+    for shape in ((), (1,), (300,), (3, 5, 7), (0, 4)):
+        x = numbers(dtype, shape)
+        check_groups(groups(TensorType(dtype, shape), None, ordered), x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("ordered", [0, 1])
+@pytest.mark.parametrize("dtype", [FLOAT32, INT64])
+def test_unique_slices(dtype: DType, ordered: int) -> None:
+    for shape, axis in (((9,), 0), ((40, 2), 0), ((2, 30, 1), 1), ((1, 2, 20), 2), ((0, 3), 0)):
+        x = numbers(dtype, shape)
+        check_groups(groups(TensorType(dtype, shape), axis, ordered), x)
+
+
+@needs_compiler
+def test_unique_in_order_of_appearance() -> None:
+    """As com.microsoft has it: no NaN equals another."""
+    for count in (0, 33, 500):
+        x = numbers(FLOAT32, (count,))
+        check_groups(groups(TensorType(FLOAT32, (count,)), None, 0, microsoft_unique), x)
+
+
+@needs_compiler
+def test_unique_of_any_shape() -> None:
+    kind = TensorType(INT32, (N, M))
+    for axis in (None, 1):
+        plan = lowered(graph_of(groups(kind, axis, 1), [kind]))
+        for n, m in ((3, 9), (1, 1), (2, 0)):
+            x = numbers(INT32, (n, m))
+            compare(execute(plan, [x]), groups(TensorType(INT32, (n, m)), axis, 1).evaluate(np, x))
+
+
 def suppression(present: tuple[bool, ...], centred: bool) -> Array:
     kind = TensorType(INT64, (dims.symbol("u1"), 3))
     attributes = (("center_point_box", int(centred)),)
@@ -245,6 +298,9 @@ def all_kernels() -> list[CudaKernel]:
     for dtype, count in ((FLOAT16, 5), (INT64, 5), (FLOAT32, 2000)):
         kind = TensorType(dtype, (4, 20000))
         ops.append((top(kind, 1, count, True), [kind]))
+    rows = TensorType(FLOAT32, (N, 3))
+    ops += [(groups(rows, axis, ordered), [rows]) for axis in (None, 0) for ordered in (0, 1)]
+    ops.append((groups(TensorType(FLOAT64, (N,)), None, 0, microsoft_unique), [TensorType(FLOAT64, (N,))]))
     limits = [TensorType(INT64, (1,)), TensorType(FLOAT32, (1,)), TensorType(FLOAT32, (1,))]
     boxes = [TensorType(FLOAT32, (1, 50, 4)), TensorType(FLOAT32, (1, 3, 50)), *limits]
     ops += [(suppression((True,) * 5, centred), boxes) for centred in (True,)]

@@ -1,4 +1,4 @@
-"""Reductions, softmax and norms on the GPU beside their references."""
+"""Reductions, running totals, softmax and norms on the GPU beside their references."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import BFLOAT16, BOOL, FLOAT16, FLOAT32, FLOAT64, INT8, INT32, UINT64, DType, is_float
 from gpu_engine.ir.graph import TensorType
 from gpu_engine.ir.ops import ArgReduce, LayerNorm, LocalResponseNorm, Reduce, Softmax
+from gpu_engine.ir.ops.array import Array
+from gpu_engine.ir.ops.running import accumulate
 from tests.gpu_runner import graph_of, kernels, lowered, run_op
 
 FLOATS = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
@@ -113,6 +115,64 @@ def test_arg_reduce_in_two_launches(rng: np.random.Generator, last: bool) -> Non
         np.testing.assert_array_equal(run_op(op, [x])[0], op.evaluate(np, x)[0])
 
 
+def running(kind: TensorType, axis: int, form: str = "sum", exclusive: int = 0, reverse: int = 0) -> Array:
+    attributes = (("axis", axis), ("kind", form), ("exclusive", exclusive), ("reverse", reverse))
+    return Array(accumulate, (kind,), attributes)
+
+
+def check_running(x: NDArray[Any], axis: int, kind: TensorType | None = None, **how: Any) -> None:
+    op = running(TensorType(x.dtype, x.shape), axis, **how)
+    wide = x.astype(np.float64) if is_float(x.dtype) else x
+    wanted = accumulate(np, wide, **dict(op.attributes))
+    (found,) = run_op(running(kind, axis, **how) if kind else op, [x], [kind] if kind else None, seed=3)
+    assert found.dtype == x.dtype
+    if is_float(x.dtype):
+        tolerance = TOLERANCES[x.dtype.itemsize]
+        np.testing.assert_allclose(found.astype(np.float64), wanted, tolerance, tolerance * np.sqrt(x.shape[axis]))
+    else:
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, INT8, INT32, UINT64], ids=str)
+@pytest.mark.parametrize("form", ["sum", "prod"])
+def test_running_totals(rng: np.random.Generator, dtype: DType, form: str) -> None:
+    for shape, axis in [
+        ((5,), 0),
+        ((3, 33), 1),
+        ((40, 2, 3), 0),
+        ((2, 7, 5), 1),
+        ((2, 1), 1),
+        ((0, 4), 1),
+        ((4, 0), 1),
+    ]:
+        how = {"form": form, "exclusive": int(rng.integers(2)), "reverse": int(rng.integers(2))}
+        check_running(
+            random(rng, dtype, shape, int(is_float(dtype) and 0 not in shape and rng.integers(2))), axis, **how
+        )
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize("reverse", [0, 1])
+def test_long_running_totals(rng: np.random.Generator, exclusive: int, reverse: int) -> None:
+    """Blocks with a carry, then programs that share an axis, which takes two launches."""
+    for dtype, shape, axis, launches in (
+        (FLOAT32, (2, 5000), 1, 1), (INT32, (300, 3), 0, 1), (FLOAT32, (20001,), 0, 2), (FLOAT16, (9001, 2), 0, 2),
+    ):  # fmt: skip
+        x = random(rng, dtype, shape)
+        kind = TensorType(dtype, shape)
+        how = {"exclusive": exclusive, "reverse": reverse}
+        assert len(kernels(lowered(graph_of(running(kind, axis, **how), [kind])))) == launches
+        check_running(x * dtype.type(0.1) if is_float(dtype) else x, axis, **how)
+    check_running(rng.choice([1, -1, 2, 0.5], 20001).astype(np.float64), 0, form="prod", exclusive=exclusive)
+
+
+def test_one_plan_adds_up_any_extents(rng: np.random.Generator) -> None:
+    for shape in [(1, 1), (3, 1030), (0, 5), (40, 33)]:
+        for axis, exclusive, reverse in [(0, 0, 1), (1, 1, 0)]:
+            x = random(rng, FLOAT32, shape)
+            check_running(x, axis, TensorType(FLOAT32, (M, N)), exclusive=exclusive, reverse=reverse)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("log", [False, True])
 def test_softmax(rng: np.random.Generator, dtype: DType, log: bool) -> None:
@@ -167,6 +227,8 @@ def test_rows_are_loaded_16_bytes_at_a_time(dtype: DType) -> None:
         machine_code(LayerNorm(2, 1e-5), rows, weight, weight),
         machine_code(Softmax(1), TensorType(dtype, (4096, 1000))),
         machine_code(Reduce("sum", (0, 1), False), TensorType(dtype, (8192, 4096))),
+        machine_code(running(TensorType(dtype, (4096, 4096)), 1), TensorType(dtype, (4096, 4096))),
+        machine_code(running(TensorType(dtype, (4096, 4096)), 0, reverse=1), TensorType(dtype, (4096, 4096))),
     ):
         assert used.load_bits == 128
         assert used.registers <= 64

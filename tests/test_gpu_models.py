@@ -18,8 +18,9 @@ from benchmarks.fetch import Unavailable
 from benchmarks.inputs import Feed
 from benchmarks.models import MODELS
 from gpu_engine.gpu.launches import ArrayCall
-from gpu_engine.plan.plan import Plan
-from tests.offline import launched
+from gpu_engine.gpu.planning import kernels_of
+from tests.gpu_plans import EXPORTS, GOLDEN, blocks, difference
+from tests.offline import executed, plan_of
 
 IMAGES = ("resnet18", "resnet50", "mobilenetv2", "mobilenetv3_large", "efficientnet_b0", "resnet18_qdq")
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -35,6 +36,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 DEFAULT = ("silero_vad", "ppocr_cls_v2")
 LAUNCHES = {"resnet50": 60, "mobilenetv2": 60, "bert_base": 100}
+DISTINCT = {"resnet50": (40, 20), "mobilenetv2": (40, 20), "bert_base": (20, 15)}
+"""Kernels that a plan has for any number of rows, and that one inference launches."""
 
 
 def smaller(name: str, side: int = 64) -> tuple[bytes, Feed]:
@@ -75,15 +78,43 @@ def test_the_gpu_gives_what_the_cpu_gives(name: str) -> None:
 
 
 @pytest.mark.models
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launches_of_an_inference(name: str) -> None:
+def test_launches_of_an_inference(name: str, precision: str) -> None:
     model = MODELS[name]
     try:
-        path = model.path()
+        data = model.path().read_bytes()
     except Unavailable as reason:
         pytest.skip(str(reason))
-    with gpu_engine.compile(path, device="interpret") as engine:
-        plan: Plan = engine.plan  # type: ignore[union-attr]
+    plan = plan_of(data, precision, 90)
     arrays = [step.source for step in plan.steps if isinstance(step.kernel, ArrayCall)]
     assert not arrays
-    assert launched(plan, model.feed(*model.timed_shape)) <= LAUNCHES[name]
+    whole, used = DISTINCT[name]
+    assert len(kernels_of(plan)) <= whole
+    for batch in (1, 16, 64):
+        steps = [step.kernel for step, *_ in executed(plan, model.feed(batch, *model.timed_shape[1:]))]
+        assert len(steps) <= LAUNCHES[name]
+        assert len({step.kernel for step in steps}) <= used
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.models] if name in EXPORTS else []) for name in GOLDEN]
+)
+def test_golden_plan(name: str) -> None:
+    """`python -m tests.gpu_plans --update` rewrites it."""
+    try:
+        changes = difference(name)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert not changes, changes
+
+
+def test_blocks_give_what_the_cpu_gives() -> None:
+    model, feed = blocks()
+    with (
+        gpu_engine.compile(model, device="interpret", auto_batching=False) as ours,
+        gpu_engine.compile(model, device="cpu", auto_batching=False) as cpu,
+    ):
+        for rows in (1, 3):
+            many = {name: np.repeat(array, rows, axis=0) for name, array in feed.items()}
+            np.testing.assert_allclose(ours.run(many)["y"], cpu.run(many)["y"], 1e-4, 1e-4)

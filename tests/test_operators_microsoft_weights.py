@@ -10,6 +10,7 @@ import pytest
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.operators.microsoft.weights import CODES
+from gpu_engine.passes.pipeline import optimize
 from tests.microsoft_models import Array, Inputs, agree, integers, node_model, numbers, onnxruntime_exactly
 from tests.one_node import graph_of
 from tests.reference import kinds
@@ -86,10 +87,11 @@ def test_columns_in_another_order(bits: int, padded: bool) -> None:
     agree("MatMulNBits", inputs, known=WEIGHTS, atol=2e-4, expected=[a @ weights.T], **attributes)
 
 
-def test_constant_weights_become_numbers_at_once() -> None:
+def test_constant_weights_become_numbers_while_compiling() -> None:
     inputs = inputs_of(quantized(4), 4, numbers(3, 40), "packed")
     graph = graph_of(node_model("MatMulNBits", inputs, {"N": 6, "K": 40, "block_size": 16}, 1, WEIGHTS, ("a",)))
-    assert kinds(graph) == ["MatMul"]
+    assert kinds(graph) == ["Dequantize", "MatMul"]
+    assert kinds(optimize(graph)) == ["MatMul"]
 
 
 @pytest.mark.parametrize("kind", [0, 1])

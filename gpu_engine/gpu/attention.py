@@ -110,7 +110,7 @@ def choose(multiplied: DType, precision: str, factors: Factors, *, added: bool) 
     elif precision == "tf32":
         tile = AttentionTile(64, 32, 4, 3) if features <= 64 else AttentionTile(64, 16 if features > 128 else 32, 8, 2)
     else:
-        tile = AttentionTile(64, 32, 8, 3) if features <= 64 else AttentionTile(32, 16, 8, 2)
+        tile = AttentionTile(64, 32, 8, 2) if features <= 64 else AttentionTile(32, 16, 8, 2)
     if isinstance(factors.queries, int) and factors.queries <= LEAST_ROWS:
         return AttentionTile(LEAST_ROWS, min(tile.keys, 64), 4, tile.num_stages)
     return tile

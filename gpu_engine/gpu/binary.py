@@ -15,6 +15,7 @@ from gpu_engine.gpu.kernel import Kernel
 
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _ENTRY = re.compile(r"\.entry\s+\w+\s*\((.*?)\)\s*\n", re.DOTALL)
+_READ = re.compile(r"\[\w+_param_(\d+)[\]+]")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[busf](8|16|32|64)\b[^,\[]*(?:\[(\d+)\])?")
 
 
@@ -22,8 +23,9 @@ _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[busf](8|16|32|64)\b[
 class Binary:
     """`cubin` holds the function `entry` for the architecture `arch` (90: sm_90).
 
-    A block has `threads` threads and `shared_nbytes` of dynamic shared memory; every program needs `scratch_nbytes` of
-    global scratch. `parameters` are bytes of each, the kernel's own first.
+    A block has `threads` threads and `shared_nbytes` of dynamic shared memory. `parameters` are bytes of each, the
+    kernel's own first. Every program needs `scratch_nbytes` of global scratch, whose address is the parameter numbered
+    `scratch_parameter`; none: None.
     """
 
     entry: str
@@ -33,8 +35,11 @@ class Binary:
     shared_nbytes: int
     scratch_nbytes: int
     parameters: tuple[int, ...]
+    scratch_parameter: int | None = None
 
 
+MEMORY_ALIGNMENT = 256
+"""Bytes; what devices allocate begins at multiples of it."""
 BinarySource = Callable[[Kernel, int], Binary]
 """source(kernel, arch) gives a kernel's binary, compiled now or ahead of time; DeviceError where it has none."""
 
@@ -48,6 +53,17 @@ def parameter_nbytes(ptx: str) -> tuple[int, ...]:
     if len(found) != entry[1].count(".param"):
         raise DeviceError(f"parameters of an unknown kind: {' '.join(entry[1].split())}")
     return tuple(_SIZES[bits] * int(count or 1) for bits, count in found)
+
+
+def scratch_parameter(ptx: str, own: int, scratch_nbytes: int) -> int | None:
+    """Which parameter behind the kernel's `own` is the address of global scratch: the one that is read. None where
+    programs need no scratch; DeviceError where that cannot be told."""
+    read = sorted({number for found in _READ.findall(ptx) if (number := int(found)) >= own})
+    if not scratch_nbytes:
+        return None
+    if len(read) != 1:
+        raise DeviceError(f"global scratch is wanted, and of the parameters behind the {own} first {read} are read")
+    return read[0]
 
 
 def check_parameters(kernel: Kernel, parameters: tuple[int, ...]) -> None:

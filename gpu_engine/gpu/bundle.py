@@ -21,7 +21,7 @@ from gpu_engine.errors import DeviceError, InvalidModel
 from gpu_engine.gpu.binary import Binary
 from gpu_engine.gpu.kernel import Kernel
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, MODEL = "manifest.json", "model.onnx"
 SUFFIX = ".bundle"
 LARGEST_MANIFEST = 64 << 20
@@ -41,6 +41,7 @@ class Entry:
     shared_nbytes: int
     scratch_nbytes: int
     parameters: tuple[int, ...]
+    scratch_parameter: int | None
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ class Bundle:
         with zipfile.ZipFile(self.path) as archive:
             cubin = archive.read(found.cubin)
         return Binary(
-            found.entry, arch, cubin, found.threads, found.shared_nbytes, found.scratch_nbytes, found.parameters
-        )
+            found.entry, arch, cubin, found.threads, found.shared_nbytes, found.scratch_nbytes, found.parameters,
+            found.scratch_parameter,
+        )  # fmt: skip
 
 
 def is_bundle(source: object) -> TypeGuard[str | Path]:
@@ -94,7 +96,7 @@ def write_bundle(
         entries.append(
             Entry(
                 kernel.name, kernel.digest, made.entry, arch, member, made.threads, made.shared_nbytes,
-                made.scratch_nbytes, made.parameters,
+                made.scratch_nbytes, made.parameters, made.scratch_parameter,
             )
         )  # fmt: skip
     manifest = {

@@ -11,11 +11,13 @@ import numpy as np
 from gpu_engine.gpu.conv_kernels import Windows
 from gpu_engine.gpu.direct_conv import Layer, emit_direct
 from gpu_engine.gpu.epilogues import is_heavy
+from gpu_engine.gpu.float8 import FLOAT8
 from gpu_engine.gpu.gemm import FEW, K_FIRST, converted, step_of
 from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
 from gpu_engine.gpu.gemm_steps import Step
 from gpu_engine.gpu.maps import Walked, emit_copy
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.persistent_gemm import emit_chosen, walking_epilogue
 from gpu_engine.gpu.printing import is_printable, is_printable_dtype
 from gpu_engine.gpu.tiles import Extents, choose
 from gpu_engine.gpu.windows import Axis, Image, never_outside, pitches, valid
@@ -47,7 +49,9 @@ def lower_last_conv(
     w = node.inputs[1]
     layer = layer_of(op.epilogue, op.accumulate or node.inputs[0].dtype, node, inputs, outputs[0])
     dtypes = [value.dtype for value in node.inputs[:2]]
-    if not is_printable(layer.root) or not all(map(is_printable_dtype, (layer.dtype, *dtypes))):
+    if not is_printable(layer.root) or not all(
+        is_printable_dtype(dtype) or dtype in FLOAT8 for dtype in (layer.dtype, *dtypes)
+    ):
         return False
     if not all(isinstance(extent, int) and extent > 0 for extent in w.shape[2:]):
         return False
@@ -121,8 +125,9 @@ def _emit_dense(
     )  # fmt: skip
     nbytes = lowering.buffers[factors[0]].dtype.itemsize
     extents = Extents(1, rows, columns, depth, nbytes)
-    for choice in choose(step[0], extents, options.arch, heavy=is_heavy(layer.root)):
-        emit_product(lowering, product, step[1], choice)
+    persistent = walking_epilogue(lowering, product, step[0], options.arch)
+    choices = choose(step[0], extents, options.arch, heavy=is_heavy(layer.root), persistent=persistent)
+    emit_chosen(lowering, product, step[1], choices, options.arch)
     return True
 
 
@@ -131,11 +136,11 @@ def emit_windows(
 ) -> None:  # fmt: skip
     """Launch a product over windows; `walked` are the axes of the result that the batch, rows and columns count."""
     batch, rows, columns = (dims.product(layer.shape[axis] for axis in axes) for axes in walked)
-    unused = Factor(windows.weights, (), 1, 1)
+    unused = Factor(windows.weights, (), 0, 0)
     depth = windows.taps * windows.depth
     nbytes = lowering.buffers[windows.image.buffer].dtype.itemsize
     extents = Extents(batch, rows, columns, depth, nbytes)
-    for choice in choose(step[0], extents, options.arch, heavy=is_heavy(layer.root)):
+    for choice in choose(step[0], extents, options.arch, heavy=is_heavy(layer.root), kind="conv"):
         product = Product(
             replace(unused, buffer=windows.image.buffer), unused, rows, columns, windows.steps(choice.tile.block_k),
             layer.shape, 0, layer.root, layer.operands, layer.out, layer.dtype, walked, windows.write_loop, "conv",

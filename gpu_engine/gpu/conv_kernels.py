@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from gpu_engine.gpu.epilogues import number
-from gpu_engine.gpu.gemm_kernels import Product
+from gpu_engine.gpu.gemm_kernels import Product, clamped_lines
 from gpu_engine.gpu.gemm_steps import Step
 from gpu_engine.gpu.launches import is_multiple
 from gpu_engine.gpu.text import KernelText
@@ -52,15 +52,17 @@ class Windows:
 
     def write_loop(self, text: KernelText, product: Product, step: Step, tile: GemmTile, splits: int) -> None:
         """See `gemm_kernels.Loop`. Factors are 0 where a step has no element."""
-        rows = _clamped(text, "rows", product.m, tile.block_m)
-        columns = text.let("column", _clamped(text, "columns", product.n, tile.block_n))
+        rows, columns = clamped_lines(text, product, tile)
+        columns = text.let("column", columns)
         grouped = product.batch and not self.phased
-        first = sum_of(scaled(text, "batch", self.depth * self.image.channel_pitch)) if grouped else ""
+        with text.apart("groups"):
+            first = sum_of(scaled(text, "batch", self.depth * self.image.channel_pitch)) if grouped else ""
         walked = walk(text, self.image, text.let("row", rows), "batch" if self.phased else "0", first)
         text.line(f"steps = tl.arange(0, {tile.block_k})")
         start = text.buffer(self.weights)
         if product.batch:
-            start += f" + batch * ({number(text, self.depth * product.n)} * {self.taps})"
+            with text.apart("weights of a group"):
+                start += f" + batch * ({number(text, self.depth * product.n)} * {self.taps})"
         text.line(f"b_from = {start}")
         write = self._write_tap if self.by_taps(tile.block_k) else self._write_taps
         with text.block(f"for k in range(low, high, {tile.block_k}):"):
@@ -72,15 +74,16 @@ class Windows:
             text.line("tap = 0")
             text.line("channel = k + steps")
         else:
-            depth = number(text, self.padded_depth(block))
+            with text.apart("depth"):
+                depth = number(text, self.padded_depth(block))
             text.line(f"tap = k // {depth}")
             text.line(f"channel = k - tap * {depth} + steps")
         terms, masks = walked.tap(text, "tap")
-        channels = [] if is_multiple(self.depth, block) else [f"(channel < {number(text, self.depth)})"]
+        channels = [] if is_multiple(self.depth, block) else [f"(channel < {self._depth(text)})"]
         there = [f"({mask})[:, None]" for mask in masks]
         place = f"({walked.place} + {terms})[:, None] + ({sum_of(self._channels(text))})[None, :]"
         _load(text, "a", text.buffer(self.image.buffer), place, there + [f"{mask}[None, :]" for mask in channels])
-        line = "channel" if self.taps == 1 else f"(tap * {number(text, self.depth)} + channel)"
+        line = "channel" if self.taps == 1 else f"(tap * {self._depth(text)} + channel)"
         place = self._weights_at(text, line, columns, product)
         _load(text, "b", "b_from", place, [f"{mask}[:, None]" for mask in channels])
 
@@ -99,17 +102,18 @@ class Windows:
         )
 
     def _weights_at(self, text: KernelText, line: str, columns: str, product: Product) -> str:
-        if self.turned:
-            return f"{line}[:, None] + {columns}[None, :] * {number(text, self.taps * self.depth)}"
-        return f"{line}[:, None] * {number(text, product.n)} + {columns}[None, :]"
+        with text.apart("weights"):
+            if self.turned:
+                return f"{line}[:, None] + {columns}[None, :] * {number(text, self.taps * self.depth)}"
+            return f"{line}[:, None] * {number(text, product.n)} + {columns}[None, :]"
+
+    def _depth(self, text: KernelText) -> str:
+        with text.apart("channels"):
+            return number(text, self.depth)
 
     def _channels(self, text: KernelText) -> list[str]:
-        return scaled(text, "channel", self.image.channel_pitch)
-
-
-def _clamped(text: KernelText, index: str, extent: Dim, block: int) -> str:
-    """A line outside repeats one inside: what it loads is never stored."""
-    return index if is_multiple(extent, block) else f"{index} % {number(text, extent)}"
+        with text.apart("image"):
+            return scaled(text, "channel", self.image.channel_pitch)
 
 
 def _load(text: KernelText, name: str, start: str, place: str, masks: Sequence[str]) -> None:

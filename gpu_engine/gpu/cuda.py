@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
-from gpu_engine.gpu.driver import HostArray, Piece, Pieces
+from gpu_engine.gpu.driver import HostArray, Piece, Touched
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
@@ -31,6 +31,8 @@ from gpu_engine.plan.zones import Ints
 STATIC_SHARED_NBYTES = 48 << 10
 """A block that wants more dynamic shared memory has to say so first."""
 OLDEST_ARCH = 80
+LEAST_SCRATCH = 64 << 10
+"""Bytes of scratch, enough for the descriptors that a program on each multiprocessor makes."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class CudaDriver:
         with self._device:
             self._stream = cupy.cuda.Stream(non_blocking=True)
         self._zero = np.zeros(1, np.int64)
+        self._scratch: list[CudaMemory] = []
 
     def active(self) -> AbstractContextManager[Any]:
         """The thread's current device and stream."""
@@ -95,26 +98,35 @@ class CudaDriver:
             driver.funcSetAttribute(function.ptr, attribute, binary.shared_nbytes)
         return Loaded(module, function.ptr, binary)
 
-    def pack(self, loaded: Loaded, words: Ints) -> NDArray[np.uint64]:
-        """The address of every parameter. A word of 32 bits is the low half of its 8 bytes; Triton's own parameters
-        are 0 where a kernel has no scratch."""
+    def pack(self, loaded: Loaded, words: Ints, grid: tuple[int, int, int]) -> NDArray[np.uint64]:
+        """The address of every parameter, and behind them that of the scratch. A word of 32 bits is the low half of its
+        8 bytes; Triton's own parameters are 0 but for the scratch."""
         own = words.__array_interface__["data"][0] + 8 * np.arange(len(words), dtype=np.uint64)
-        extra = len(loaded.binary.parameters) - len(words)
-        return np.concatenate([own, np.full(extra, self._zero.__array_interface__["data"][0], np.uint64)])
+        binary = loaded.binary
+        extra = np.full(len(binary.parameters) - len(words), self._zero.__array_interface__["data"][0], np.uint64)
+        scratch = self._scratch_for(binary.scratch_nbytes * grid[0] * grid[1] * grid[2])
+        packed = np.concatenate([own, extra, np.array([scratch], np.uint64)])
+        if binary.scratch_parameter is not None:
+            packed[binary.scratch_parameter] = packed.__array_interface__["data"][0] + 8 * (len(packed) - 1)
+        return packed
+
+    def _scratch_for(self, nbytes: int) -> int:
+        """The address of so much memory for the launches of this stream, which use it one after the other. What was
+        reserved before stays: launches that were packed before use it."""
+        if not nbytes:
+            return 0
+        if not self._scratch or self._scratch[-1].nbytes < nbytes:
+            self._scratch.append(CudaMemory(max(nbytes, LEAST_SCRATCH)))
+        return self._scratch[-1].address
 
     def launch(
         self,
         loaded: Loaded,
         grid: tuple[int, int, int],
         packed: NDArray[np.uint64],
-        pieces: Callable[[], tuple[Pieces, Pieces]],
+        touched: Callable[[], Touched],
     ) -> None:
         binary = loaded.binary
-        if binary.scratch_nbytes:
-            scratch = cupy.cuda.alloc(binary.scratch_nbytes * grid[0] * grid[1] * grid[2])
-            holder = np.array([scratch.ptr], np.int64)
-            packed = packed.copy()
-            packed[len(packed) - 2] = holder.__array_interface__["data"][0]
         parameters = packed.__array_interface__["data"][0]
         driver.launchKernel(
             loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, self._stream.ptr, parameters, 0
@@ -168,6 +180,11 @@ class CudaDevice:
     @property
     def name(self) -> str:
         return f"cuda:{self._ordinal}"
+
+    @property
+    def arch(self) -> int:
+        """90 for sm_90."""
+        return int(self._arch)
 
     @property
     def reason(self) -> str:

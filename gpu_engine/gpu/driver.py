@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,14 @@ HostArray = NDArray[Any]
 Piece = tuple[int, int]
 """(address, bytes)"""
 Pieces = Sequence[Piece]
+
+
+class Touched(NamedTuple):
+    """The memory that a step declares to read and to write; what of it holds zeros before and after the step."""
+
+    reads: Pieces
+    writes: Pieces
+    zeroed: Pieces = ()
 
 
 class Memory(Protocol):
@@ -62,14 +70,12 @@ class Driver(Protocol):
         """The kernel ready to launch on this device."""
         ...
 
-    def pack(self, loaded: Any, words: Ints) -> Any:
+    def pack(self, loaded: Any, words: Ints, grid: tuple[int, int, int]) -> Any:
         """The parameters of a launch, from 8 bytes for each argument, which stay where they are."""
         ...
 
-    def launch(
-        self, loaded: Any, grid: tuple[int, int, int], packed: Any, pieces: Callable[[], tuple[Pieces, Pieces]]
-    ) -> None:
-        """Start a kernel. `pieces` gives the memory that its step declares to read and to write, if asked."""
+    def launch(self, loaded: Any, grid: tuple[int, int, int], packed: Any, touched: Callable[[], Touched]) -> None:
+        """Start a kernel. `touched` gives the memory that its step declares, if asked."""
         ...
 
     def discard(self, piece: Piece) -> None:

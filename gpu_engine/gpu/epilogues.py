@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from gpu_engine.gpu.launches import is_multiple
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.text import KernelText
-from gpu_engine.ir import expr
+from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dims import Dim
 from gpu_engine.ir.expr import Expr
 from gpu_engine.plan.axes import Shape, collapsed
+from gpu_engine.plan.lower import Lowering
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def finish(
     for node in expr.walk(root):
         if node.op == "arg" and node.value:
             operand = operands[node.value - 1]
-            values[node.value] = text.load(operand.buffer, *place(text, operand, walks, shape))
+            with text.apart(f"operand {node.value}"):
+                values[node.value] = text.load(operand.buffer, *place(text, operand, walks, shape))
     return text.evaluate(root, values)
 
 
@@ -74,8 +76,18 @@ def inside(walks: Iterable[Walk]) -> str | None:
 
 
 def number(text: KernelText, dim: Dim) -> str:
-    """A number that kernels share as a parameter, or a literal where Triton knows more of that."""
-    return text.parameter(dim) if is_multiple(dim) else text.number(dim)
+    """A number that kernels share as a parameter, times the greatest power of two that divides it and matters to the
+    width of loads, which Triton does not know of otherwise; 0 and 1 are literals."""
+    if dim in (0, 1):
+        return str(dim)
+    factor = next(power for power in (16, 8, 4, 2, 1) if power <= text.widest and is_multiple(dim, power))
+    part = text.parameter(dims.floor_div(dim, factor), hint=False)
+    return part if factor == 1 else f"({part} * {factor})"
+
+
+def widest(lowering: Lowering, buffers: Iterable[int]) -> int:
+    """The elements that a load of 16 bytes has of the narrowest of the buffers."""
+    return max(16 // lowering.buffers[buffer].dtype.itemsize for buffer in buffers)
 
 
 def _steps(text: KernelText, index: str, axes: Sequence[tuple[Dim, list[Dim]]]) -> list[str]:

@@ -88,24 +88,47 @@ class FoldTile:
         self._bases = [self._sum(stream, indices, axes.kept, i) for i, stream in enumerate(streams)]
         self._range = ("0", text.number(self.count)) if shape.splits == 1 else self._share()
 
+    @property
+    def folded_shape(self) -> tuple[int, int]:
+        """The shape of a tile in which the folded axis has one element."""
+        return (self._width, 1) if self.axis else (1, self._width)
+
+    def lanes(self, count: int) -> str:
+        """Numbers from 0 along the axis that is folded."""
+        return f"tl.arange(0, {count})" + ("[None, :]" if self.axis else "[:, None]")
+
     @contextmanager
-    def blocks(self) -> Iterator[Block]:
-        """Lines for one block after the other; where one is all, lines for that one."""
+    def blocks(self, *, backwards: bool = False) -> Iterator[Block]:
+        """Lines for one block after the other, with `backwards` the last one first; where one is all, lines for it."""
         start, stop = self._range
+        text, block = self._text, self._block
         if self.whole:
             yield self._at("0", stop)
             return
-        here = self._text.fresh("start")
-        with self._text.block(f"for {here} in range({start}, {stop}, {self._block}):"):
-            yield self._at(here, stop)
+        here = text.fresh("start")
+        if not backwards:
+            with text.block(f"for {here} in range({start}, {stop}, {block}):"):
+                yield self._at(here, stop)
+            return
+        count = text.let("count", f"({stop} - {start} + {block - 1}) // {block}")
+        with text.block(f"for {here} in range({count}):"):
+            yield self._at(text.let("start", f"{start} + ({count} - 1 - {here}) * {block}"), stop)
 
     def store_folded(self, stream: int, value: str) -> None:
         """Write a tile in which the folded axis has one element; with splits, one such tile for each."""
         place = f"{self._bases[stream]}"
         if self._splits > 1:
             place += f" + tl.program_id(1) * {self._text.number(self._axes.places)}"
-        shape = (self._width, 1) if self.axis else (1, self._width)
-        self._text.store(self._streams[stream].buffer, f"{place} + tl.zeros({shape}, tl.int32)", value, self._mask)
+        place += f" + tl.zeros({self.folded_shape}, tl.int32)"
+        self._text.store(self._streams[stream].buffer, place, value, self._mask)
+
+    def load_splits(self, stream: int, other: str) -> tuple[str, str]:
+        """(numbers of the splits along the folded axis, what `store_folded` wrote for each of them)."""
+        text = self._text
+        share = text.let("share", self.lanes(self._splits))
+        place = f"{self._bases[stream]} + {share} * {text.number(self._axes.places)}"
+        masked = self._mask and other
+        return share, text.load(self._streams[stream].buffer, place, self._mask, masked)
 
     def _kept(self) -> list[str]:
         """The indices along the kept axes."""
@@ -142,8 +165,7 @@ class FoldTile:
 
     def _at(self, start: str, stop: str) -> Block:
         text, block = self._text, self._block
-        lanes = f"tl.arange(0, {block})" + ("[None, :]" if self.axis else "[:, None]")
-        index = text.let("f", f"{start} + {lanes}")
+        index = text.let("f", f"{start} + {self.lanes(block)}")
         full = self._splits == 1 and dims.modulo(self.count, block) == 0 and self.count != 0
         mask = None if full else text.let("m", f"{index} < {stop}")
         indices = text.unravelled(index, [extent for extent, _ in self._axes.folded])
@@ -174,6 +196,14 @@ class Block:
     def folded_mask(self) -> str | None:
         """The lanes that are elements along the folded axes."""
         return self._mask
+
+    def moved(self, distance: int) -> Block:
+        """The elements so many places further along the one axis that is folded, where there are any."""
+        text = self._tile._text
+        index = text.let("f", f"{self.index} + {distance}")
+        edge = f"({index} >= 0)" if distance < 0 else f"({index} < {text.number(self._tile.count)})"
+        mask = text.let("m", _both(self._mask, edge) or "")
+        return Block(self._tile, index, mask, [index] if self._indices else [])
 
     def load(self, stream: int, other: str | None = None) -> str:
         """Elements in computing form; lanes that are none hold `other`, or garbage."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gpu_engine.gpu.distinct import lower_unique
+from gpu_engine.gpu.scans import lower_accumulate
 from gpu_engine.gpu.scatter import lower_scatter
 from gpu_engine.gpu.suppression import lower_suppression
 from gpu_engine.gpu.top_k import lower_top_k
 from gpu_engine.ir.graph import Node
 from gpu_engine.ir.ops.array import Array
+from gpu_engine.ir.ops.running import accumulate
 from gpu_engine.ir.ops.scatter import scatter_along, scatter_nd
-from gpu_engine.ir.ops.selection import non_max_suppression, top_of
+from gpu_engine.ir.ops.selection import microsoft_unique, non_max_suppression, top_of, unique
 from gpu_engine.plan.lower import Lowering
 
 Buffers = tuple[int, ...]
@@ -21,6 +24,9 @@ KERNELS: dict[Callable[..., Any], Callable[[Lowering, Array, Node, Buffers, Buff
     scatter_nd: lower_scatter,
     top_of: lower_top_k,
     non_max_suppression: lower_suppression,
+    accumulate: lower_accumulate,
+    unique: lower_unique,
+    microsoft_unique: lower_unique,
 }
 
 

@@ -127,7 +127,7 @@ def _index(text: KernelText, buffer: int, dtype: DType, place: str, mask: str | 
 
 def _checked(text: KernelText, raw: str, extent: Dim) -> tuple[str, str]:
     """(places along an axis as int32, whether they are inside it)."""
-    end = text.number(extent)
+    end = text.parameter(extent, hint=False)
     wrapped = text.let("k", f"tl.where({raw} < 0, {raw} + {end}, {raw})")
     known = text.let("known", f"({wrapped} >= 0) & ({wrapped} < {end})")
     return text.let("k", f"tl.where({known}, {wrapped}, 0).to(tl.int32)"), known

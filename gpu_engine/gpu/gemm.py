@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from gpu_engine.gpu.epilogues import is_heavy
-from gpu_engine.gpu.gemm_kernels import Factor, Product, emit_product
-from gpu_engine.gpu.gemm_steps import PLANES, Step, byte_step, dot_step, sum_step
+from gpu_engine.gpu.float8 import FIRST_ARCH, FLOAT8
+from gpu_engine.gpu.gemm_kernels import Factor, Product
+from gpu_engine.gpu.gemm_steps import PLANES, Step, byte_step, dot_step, float8_step, sum_step
 from gpu_engine.gpu.maps import Walked
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.persistent_gemm import emit_chosen, walking_epilogue
 from gpu_engine.gpu.printing import is_printable
 from gpu_engine.gpu.tiles import Extents, choose
 from gpu_engine.ir import dims, expr
@@ -35,7 +37,7 @@ from gpu_engine.plan.lower import Lowering
 Buffers = tuple[int, ...]
 FEW = 4
 """Rows or columns up to which matrix instructions are not worth the zeros that fill them: float32 has none anyway."""
-K_FIRST = ("tf32", "bytes", "planes")
+K_FIRST = ("tf32", "bytes", "planes", "float8", "float8_half")
 """Families whose matrix instructions want what is summed over side by side."""
 FACTORS: dict[str, DType] = {"fp32": FLOAT32, "tf32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
 
@@ -60,8 +62,9 @@ def lower_matmul(
     product = _product(lowering, given, node, (factors[0], b, *inputs[2:]), outputs[0], lead)
     nbytes = lowering.buffers[factors[0]].dtype.itemsize
     extents = Extents(dims.product(lead), m, product.n, product.k, nbytes)
-    for choice in choose(family, extents, options.arch, heavy=is_heavy(root)):
-        emit_product(lowering, product, step, choice)
+    persistent = walking_epilogue(lowering, product, family, options.arch)
+    choices = choose(family, extents, options.arch, heavy=is_heavy(root), persistent=persistent)
+    emit_chosen(lowering, product, step, choices, options.arch)
     return True
 
 
@@ -112,6 +115,8 @@ def step_of(
 ) -> tuple[str, Step] | None:  # fmt: skip
     """(family of tiles, how a step multiplies) for a product of type `dtype`, of few rows or columns perhaps."""
     given = lowering.buffers[factors[0]].dtype, lowering.buffers[factors[1]].dtype
+    if dtype == FLOAT32 and all(kind in FLOAT8 for kind in given):
+        return "float8" if options.arch >= FIRST_ARCH else "float8_half", float8_step(given, options.arch)
     if dtype in (FLOAT16, BFLOAT16):
         return "half", dot_step(FLOAT32, dtype, given)
     if dtype == FLOAT64:
@@ -142,7 +147,7 @@ def _product(
     k = next((depth for depth in depths if isinstance(depth, int)), depths[0])
     if not lead:
         a, b = (a if op.transpose_a else (dims.product(a[:-1]), a[-1])), b[-2:]
-    left, right = _factor(buffers[0], a, lead, op.transpose_a), _factor(buffers[1], b, lead, not op.transpose_b)
+    left, right = factor_of(buffers[0], a, lead, op.transpose_a), factor_of(buffers[1], b, lead, not op.transpose_b)
     operands = tuple(
         Walked(buffer, broadcast_strides(value.shape, shape))
         for buffer, value in zip(buffers[2:], node.inputs[2:], strict=True)
@@ -153,7 +158,7 @@ def _product(
     return Product(left, right, m, shape[-1], k, shape, rows, root, operands, out, dtype)
 
 
-def _factor(buffer: int, own: Shape, lead: Shape, outer_is_last: bool) -> Factor:
+def factor_of(buffer: int, own: Shape, lead: Shape, outer_is_last: bool) -> Factor:
     """A buffer of matrices whose m or n is the last axis, or the one before it."""
     *batch, first, last = broadcast_strides(own, (*lead, *own[-2:]))
     outer, inner = (last, first) if outer_is_last else (first, last)

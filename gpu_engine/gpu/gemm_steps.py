@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gpu_engine.gpu.float8 import FIRST_ARCH, FLOAT8, decoded
 from gpu_engine.gpu.kernel import language_dtype
 from gpu_engine.gpu.text import KernelText
 from gpu_engine.gpu.tiles import GemmTile
-from gpu_engine.ir.dtypes import INT8, INT16, INT32, UINT8, UINT16, DType
+from gpu_engine.ir.dtypes import FLOAT32, INT8, INT16, INT32, UINT8, UINT16, DType
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,32 @@ def dot_step(sums: DType, factor: DType, given: tuple[DType, DType], precision: 
 
     name = precision if factor.itemsize == 4 else str(factor)
     return Step(name, sums, start, add, others=("0.0", "0.0"))
+
+
+FLOAT8_PRODUCTS = 32
+"""After so many products of float8 sums are added up in float32. With 0, Triton 3.6 makes float16 of them on sm_90."""
+
+
+def float8_step(given: tuple[DType, DType], arch: int) -> Step:
+    """Matrix instructions for float8 where there are such, else for float16, which holds them all; sums in float32.
+
+    Those of sm_90 keep about 14 bits of the products that they add up, however the sums go on
+    (https://arxiv.org/abs/2412.19437, 3.3.2).
+    """
+    native = arch >= FIRST_ARCH
+    options = f", max_num_imprecise_acc={FLOAT8_PRODUCTS}" if native else ""
+    a, b = (
+        f"{name}.to({FLOAT8[dtype].name}, bitcast=True)" if native else decoded(name, dtype)
+        for name, dtype in zip("ab", given, strict=True)
+    )
+
+    def start(text: KernelText, tile: GemmTile) -> None:
+        text.line(f"acc = tl.zeros(({tile.block_m}, {tile.block_n}), tl.float32)")
+
+    def add(text: KernelText) -> None:
+        text.line(f"acc = tl.dot({a}, {b}, acc{options}, out_dtype=tl.float32)")
+
+    return Step("float8" if native else "float8_half", FLOAT32, start, add)
 
 
 def sum_step(sums: DType, given: tuple[DType, DType]) -> Step:

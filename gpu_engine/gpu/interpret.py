@@ -1,7 +1,8 @@
 """device="interpret": the GPU's plan and kernels on the host, checked at every access. For tests and for CI.
 
-Memory starts, and ends its use, as NaN; every lane of every load and store must lie in what its step declares; the
-programs of a launch run in an order that a seed chooses. Of CUDA C kernels none of this but the memory is checked.
+Memory starts, and ends its use, as NaN; every lane of every load and store must lie in what its step declares; counters
+must be zero before and after a launch, whose programs run in an order that a seed chooses. Of CUDA C kernels none of
+this but the memory is checked.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.device_arrays import DeviceArray, DeviceModule
-from gpu_engine.gpu.driver import HostArray, Piece, Pieces
-from gpu_engine.gpu.interpreter import interpret, interpreting, spans
+from gpu_engine.gpu.driver import HostArray, Piece, Pieces, Touched
+from gpu_engine.gpu.interpreter import AccessError, interpret, interpreting, spans
 from gpu_engine.gpu.kernel import CudaKernel, Kernel
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
@@ -79,7 +80,7 @@ class Interpreter:
     def load(self, kernel: Kernel) -> Kernel:
         return kernel
 
-    def pack(self, loaded: Kernel, words: Ints) -> list[int]:
+    def pack(self, loaded: Kernel, words: Ints, grid: tuple[int, int, int]) -> list[int]:
         return [int(word) for word in words]
 
     def launch(
@@ -87,13 +88,15 @@ class Interpreter:
         loaded: Kernel,
         grid: tuple[int, int, int],
         packed: list[int],
-        pieces: Callable[[], tuple[Pieces, Pieces]],
+        touched: Callable[[], Touched],
     ) -> None:
         if isinstance(loaded, CudaKernel):
             run(loaded, grid, packed)
             return
-        reads, writes = pieces()
+        reads, writes, zeroed = touched()
+        _check_zeros(loaded, zeroed, "finds")
         interpret(loaded, grid, packed, spans([*reads, *writes]), spans(writes), self._shuffle)
+        _check_zeros(loaded, zeroed, "leaves")
 
     def discard(self, piece: Piece) -> None:
         address, nbytes = piece
@@ -107,6 +110,12 @@ class Interpreter:
 
     def finish(self) -> None:
         """Everything has happened by then."""
+
+
+def _check_zeros(kernel: Kernel, pieces: Pieces, verb: str) -> None:
+    for address, nbytes in pieces:
+        if any(ctypes.string_at(address, nbytes)):
+            raise AccessError(f"{kernel.name} {verb} counters that are not zero")
 
 
 class InterpretDevice:

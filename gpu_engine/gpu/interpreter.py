@@ -6,9 +6,11 @@ process, and computes some things that no GPU does (triton 3.6 to 3.9):
 * bfloat16 is computed in float32 and rounded to nearest even, not as integers (triton issue 11584);
 * `tl.maximum`, `minimum` and `clamp` drop NaN unless the kernel says otherwise;
 * a float32 `tl.dot` without input_precision="ieee" loses 13 bits of both factors;
+* `tl.cumsum` and `cumprod` of integers wrap in the type that they have;
 * `tl.dot` keeps the GPU's least extents and knows every precision that the GPU knows;
 * libdevice has functions instead of stubs;
 * lanes that a load masks off, without `other`, hold garbage;
+* what tensor descriptors load and store is checked lane by lane, as pointers are;
 * a kernel sees the names of its own module only.
 """
 
@@ -36,7 +38,7 @@ from triton.runtime.jit import JITFunction
 
 from gpu_engine.errors import ExecutionError
 from gpu_engine.gpu.kernel import TritonKernel
-from gpu_engine.gpu.triton_source import jit_function
+from gpu_engine.gpu.triton_source import jit_function, multiply
 
 Spans = tuple[NDArray[np.uint64], NDArray[np.uint64]]
 """Sorted first addresses, and the ends that belong to them."""
@@ -96,7 +98,8 @@ def interpreting() -> Iterator[Any]:
         builder.__class__ = _Builder
         builder.permit(None, None, "")
         builder.codegen_fns["min_dot_size"] = min_dot_size(GPUTarget("cuda", 90, 32))
-        builder.options = shipped.InterpreterOptions(allowed_dot_input_precisions=PRECISIONS)
+        # checks of overflow assert in debugging only, and take two fifths of the time whether they assert or not
+        builder.options = shipped.InterpreterOptions(allowed_dot_input_precisions=PRECISIONS, sanitize_overflow=False)
         JITFunction.__call__ = _call
         try:
             yield builder
@@ -116,6 +119,9 @@ def _patched_language() -> Any:
     scope.set_attr(tl.tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
     scope.set_attr(shipped.ReduceOps, "sum", _sum)
     scope.set_attr(shipped.ReduceOps, "min_max", _min_max)
+    scope.set_attr(shipped.ReduceOps, "generic_reduce", _reduce)
+    scope.set_attr(shipped.ScanOps, "cumsum", _scan(np.cumsum))
+    scope.set_attr(shipped.ScanOps, "cumprod", _scan(np.cumprod))
     for name, function in LIBDEVICE.items():
         scope.set_attr(libdevice, name, _library_function(name, function))
     return scope
@@ -158,6 +164,18 @@ def _language_type(kind: str) -> Any:
     return tl.str_to_ty(kind, None)
 
 
+class _Descriptor(shipped.TensorDescHandle):  # type: ignore[misc]
+    """A block's pointers and mask, this a block as well, which before triton 3.9 it is not."""
+
+    def validate(self) -> None:
+        super().validate()
+        assert all(extent.data.item() > 0 for extent in self.shape), "a descriptor describes no empty tensor"
+
+    def materialize_pointers(self, offsets: Any) -> tuple[Any, Any]:
+        pointers, mask = super().materialize_pointers(offsets)
+        return pointers, mask if isinstance(mask, TensorHandle) else TensorHandle(mask, tl.int1)
+
+
 class _Builder(shipped.InterpreterBuilder):  # type: ignore[misc]
     """Every operation of the language ends in one of its methods. Their argument lists differ between versions."""
 
@@ -184,6 +202,13 @@ class _Builder(shipped.InterpreterBuilder):  # type: ignore[misc]
     def create_atomic_cas(self, pointers: Any, *rest: Any) -> Any:
         self._check(self._writes, pointers, np.ones(pointers.data.shape, bool), "atomic")
         return super().create_atomic_cas(pointers, *rest)
+
+    def create_make_tensor_descriptor(
+        self, base: Any, shape: Any, strides: Any, block: Any, is_signed: Any, *rest: Any
+    ) -> Any:  # fmt: skip
+        made = _Descriptor(base, shape, strides, block, *rest)
+        made.validate()
+        return made
 
     def _check(self, allowed: Spans | None, pointers: Any, mask: Any, what: str) -> None:
         if allowed is None:
@@ -223,10 +248,14 @@ class _Builder(shipped.InterpreterBuilder):  # type: ignore[misc]
             return TensorHandle(source.data.astype(narrow).view(np.uint8), target.scalar)
         return super().create_fp_to_fp(source, target, rounding)
 
+    def get_bf16(self, value: float) -> Any:
+        return TensorHandle(_to_bfloat16(np.array([value])), tl.bfloat16)
+
     def create_dot(self, a: Any, b: Any, accumulator: Any, input_precision: Any, *rest: Any) -> Any:
         if input_precision == ir.INPUT_PRECISION.TF32:
             a, b = _as_tf32(a), _as_tf32(b)
-        return super().create_dot(_widened(a), _widened(b), accumulator, input_precision, *rest)
+        a, b = (_widened(_decoded(factor)) for factor in (a, b))
+        return super().create_dot(a, b, accumulator, input_precision, *rest)
 
     def create_maxnumf(self, left: Any, right: Any) -> Any:
         return self._without_nan(np.fmax, left, right)
@@ -271,6 +300,12 @@ for _name in dir(shipped.InterpreterBuilder):
 _FLOAT8 = {"fp8e4nv": ml_dtypes.float8_e4m3fn, "fp8e5": ml_dtypes.float8_e5m2}
 
 
+def _decoded(handle: Any) -> Any:
+    """float8 as float32, also NaN, which the shipped conversion takes for a number."""
+    narrow = _FLOAT8.get(str(handle.dtype.scalar))
+    return handle if narrow is None else TensorHandle(handle.data.view(narrow).astype(np.float32), tl.float32)
+
+
 def _is_bfloat16(handle: Any) -> bool:
     return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16
 
@@ -301,6 +336,7 @@ def _as_tf32(handle: Any) -> Any:
 
 _SHIPPED_SUM = shipped.ReduceOps.sum
 _SHIPPED_MIN_MAX = shipped.ReduceOps.min_max
+_SHIPPED_REDUCE = shipped.ReduceOps.generic_reduce
 _QUIET = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
 """NumPy's functions that warn of nothing but NaN, by those that do not."""
 
@@ -313,6 +349,25 @@ def _sum(self: Any, tensor: Any) -> Any:
     if tensor.dtype in (tl.bfloat16, tl.float16):
         raise TypeError(f"tl.sum of {tensor.dtype} adds up in that type on the GPU: convert to float32 first")
     return _SHIPPED_SUM(self, tensor)
+
+
+def _reduce(self: Any, tensors: Any) -> Any:
+    """A product at once, where the shipped one calls a function for each element."""
+    if self.combine_fn is not multiply:
+        return _SHIPPED_REDUCE(self, tensors)
+    values = tensors[0].handle.data
+    folded = np.prod(values, axis=self.axis, keepdims=self.keep_dims, dtype=values.dtype)
+    return self.to_tensor(folded, tensors[0].dtype)
+
+
+def _scan(function: Callable[..., Any]) -> Callable[[Any, Any], list[Any]]:
+    """NumPy adds up narrow integers in wide ones, a GPU in their own type."""
+
+    def scan(self: Any, tensor: Any) -> list[Any]:
+        values = tensor.handle.data
+        return [self.to_tensor(function(values, axis=self.axis, dtype=values.dtype), tensor.dtype)]
+
+    return scan
 
 
 def _by_element(function: Callable[[float], float]) -> Callable[..., Any]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from gpu_engine.gpu.narrow_products import NarrowMatMul
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite, use_counts
+from gpu_engine.ir.graph import Builder, Graph, Node, Op, Value, rewrite, use_counts
 from gpu_engine.ir.ops import Attention, MatMul, Reshape, Slice, Transpose
 
 
@@ -53,8 +55,24 @@ class Projection:
         return self.node.outputs[0]
 
     @property
-    def weights(self) -> Value:
-        return self.node.inputs[1]
+    def weights(self) -> tuple[Value, ...]:
+        """Constants: the second factor, or the parts of a narrow one."""
+        op = self.node.op
+        return self.node.inputs[1 : 1 + op.parts] if isinstance(op, NarrowMatMul) else self.node.inputs[1:2]
+
+    @property
+    def extras(self) -> tuple[Value, ...]:
+        """Operands of the epilogue."""
+        return self.node.inputs[1 + len(self.weights) :]
+
+    @property
+    def axis(self) -> int:
+        """That of the weights' columns."""
+        return 0 if isinstance(self.node.op, NarrowMatMul) and self.node.op.product.transpose_b else 1
+
+    @property
+    def columns(self) -> Dim:
+        return self.weights[0].shape[self.axis]
 
 
 def _projection(value: Value, makers: Mapping[Value, Node], uses: Mapping[Value, int]) -> Projection | None:
@@ -63,12 +81,20 @@ def _projection(value: Value, makers: Mapping[Value, Node], uses: Mapping[Value,
     while node is not None and uses[value] == 1 and isinstance(node.op, Reshape | Transpose):
         value, parted = node.inputs[0], value.shape
         node = makers.get(value)
-    if node is None or uses[value] != 1 or not isinstance(node.op, MatMul) or node.op.transpose_b:
+    if node is None or uses[value] != 1 or not _has_columns(node.op):
         return None
     weights = node.inputs[1]
     if weights.constant is None or weights.rank != 2 or parted[:-2] != value.shape[:-1]:
         return None
     return Projection(node, parted[-2:])
+
+
+def _has_columns(op: Op) -> bool:
+    """Whether weights have columns that others may lie beside."""
+    if isinstance(op, NarrowMatMul):
+        along_n = 0 if op.product.transpose_b else 1
+        return not op.weights.block or op.weights.axis != along_n
+    return isinstance(op, MatMul) and not op.transpose_b
 
 
 def _fit(group: Sequence[Projection]) -> bool:
@@ -78,9 +104,9 @@ def _fit(group: Sequence[Projection]) -> bool:
         other.node.inputs[0] is first.node.inputs[0]
         and other.node.op == first.node.op
         and other.heads == first.heads
-        and other.weights.shape == first.weights.shape
-        and len(other.node.inputs) == len(first.node.inputs)
-        and all(_is_row(value, other.weights.shape[1]) for value in other.node.inputs[2:])
+        and [value.type for value in other.weights] == [value.type for value in first.weights]
+        and len(other.extras) == len(first.extras)
+        and all(_is_row(value, other.columns) for value in other.extras)
         for other in group
     )
 
@@ -92,13 +118,17 @@ def _is_row(value: Value, columns: object) -> bool:
 
 def _joined(group: Sequence[Projection], x: Value, builder: Builder) -> list[Value]:
     """The results of all products of a group: slices of [..., products, heads, features]."""
-    weights = builder.constant(np.concatenate([projection.weights.constant for projection in group], axis=1))
+    first = group[0]
+    weights = [
+        builder.constant(np.concatenate([_beside(value.constant, first) for value in parts], axis=first.axis))
+        for parts in zip(*(projection.weights for projection in group), strict=True)
+    ]
     rows = [
         builder.constant(np.concatenate([np.ravel(value.constant) for value in operands]))
-        for operands in zip(*(projection.node.inputs[2:] for projection in group), strict=True)
+        for operands in zip(*(projection.extras for projection in group), strict=True)
     ]
-    whole = builder.emit(group[0].node.op, x, weights, *rows)
-    lead, heads = whole.shape[:-1], group[0].heads
+    whole = builder.emit(first.node.op, x, *weights, *rows)
+    lead, heads = whole.shape[:-1], first.heads
     parted = builder.emit(Reshape((*lead, len(group), *heads)), whole)
     steps = (1,) * parted.rank
     parts = []
@@ -107,3 +137,11 @@ def _joined(group: Sequence[Projection], x: Value, builder: Builder) -> list[Val
         part = builder.emit(Slice(starts, steps, (*lead, 1, *heads)), parted)
         parts.append(builder.emit(Reshape(projection.result.shape), part))
     return parts
+
+
+def _beside(part: Any, projection: Projection) -> Any:
+    """Weights, or scales or zero points of such, with an element for every column."""
+    matrix = part.reshape((1,) * (2 - part.ndim) + part.shape)
+    shape = list(matrix.shape)
+    shape[projection.axis] = projection.columns
+    return np.broadcast_to(matrix, shape)

@@ -30,19 +30,18 @@ TRITON_TYPES: dict[DType, str] = {
     FLOAT32: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16", FLOAT64: "fp64",
     INT8: "i8", INT16: "i16", INT32: "i32", INT64: "i64",
     UINT8: "u8", UINT16: "u16", UINT32: "u32", UINT64: "u64", BOOL: "u8",
-    BY_ONNX_NUMBER[17]: "fp8e4nv", BY_ONNX_NUMBER[19]: "fp8e5",
+    BY_ONNX_NUMBER[17]: "u8", BY_ONNX_NUMBER[19]: "u8",
 }  # fmt: skip
-"""Elements as kernels find them in memory. A bool is a byte that is 0 or 1."""
+"""Elements as kernels find them in memory. A bool is a byte that is 0 or 1; a float8 is its bits (`gpu.float8`)."""
 LANGUAGE_NAMES = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64", "i8": "int8", "i16": "int16",
     "i32": "int32", "i64": "int64", "u8": "uint8", "u16": "uint16", "u32": "uint32", "u64": "uint64",
-    "fp8e4nv": "float8e4nv", "fp8e5": "float8e5",
 }  # fmt: skip
 
 C_TYPES = {
     "fp32": "float", "fp64": "double", "i8": "signed char", "u8": "unsigned char", "i16": "short",
     "u16": "unsigned short", "i32": "int", "u32": "unsigned int", "i64": "long long", "u64": "unsigned long long",
-    "fp16": "unsigned short", "bf16": "unsigned short", "fp8e4nv": "unsigned char", "fp8e5": "unsigned char",
+    "fp16": "unsigned short", "bf16": "unsigned short",
 }  # fmt: skip
 """By the types of arguments. Floats that C does not have are their bits."""
 
@@ -62,7 +61,8 @@ class Argument:
 
 @dataclass(frozen=True)
 class TritonKernel:
-    """`text` defines the function `name` over `arguments`, in order; `tl` and `libdevice` are at hand in it.
+    """`text` defines the function `name` over `arguments`, in order. `tl`, `libdevice` and `multiply`, of two values,
+    are at hand in it.
 
     Kernels with equal fields are the same kernel, compiled once. A program has `num_warps` * 32 threads.
     """

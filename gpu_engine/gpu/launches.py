@@ -18,11 +18,17 @@ Grid = tuple[Dim, Dim, Dim]
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel over a grid of programs; `words` are its arguments."""
+    """A kernel over a grid of programs; `words` are its arguments.
+
+    `zeroed` are buffers, in the step's scratch, that hold zeros when it starts and again when it has ended. All of a
+    slot lie in one place, so launches that have some must follow each other: were they ever to run at the same time,
+    each would need its own.
+    """
 
     kernel: Kernel
     grid: Grid
     words: tuple[Word, ...]
+    zeroed: tuple[int, ...] = ()
 
 
 ArrayFunction = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]

@@ -17,6 +17,7 @@ from gpu_engine.gpu.gemm import lower_matmul
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.maps import lower_map
 from gpu_engine.gpu.movement import lower_concat, lower_expand, lower_slice, lower_transpose
+from gpu_engine.gpu.narrow_products import NarrowMatMul, lower_narrow_matmul
 from gpu_engine.gpu.norms import lower_layer_norm, lower_local_response_norm
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.padding import lower_pad
@@ -89,6 +90,7 @@ CHOOSING: dict[type, Callable[[GpuOptions, Lowering, Any, Node, Buffers, Buffers
     Attention: lower_attention,
     TurnedAttention: lower_turned_attention,
     MatMul: lower_matmul,
+    NarrowMatMul: lower_narrow_matmul,
     LastConv: lower_last_conv,
     LastConvTranspose: lower_last_conv_transpose,
 }

@@ -19,7 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gpu_engine.errors import DeviceError
-from gpu_engine.gpu.binary import Binary, check_parameters, parameter_nbytes
+from gpu_engine.gpu.binary import MEMORY_ALIGNMENT, Binary, check_parameters, parameter_nbytes, scratch_parameter
+from gpu_engine.gpu.expectations import shortfalls
 from gpu_engine.gpu.kernel import DIVISIBILITY, CudaKernel, Kernel, TritonKernel
 from gpu_engine.gpu.nvrtc import compile_cuda
 from gpu_engine.gpu.triton_source import jit_function
@@ -32,6 +33,11 @@ MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA"
 _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+(?:\.[A-Za-z0-9_]+)*)", re.MULTILINE
 )  # fmt: skip
+_BLOCK = re.compile(r"tensordesc<(?:tensor<)?([\dx]+)x[a-z]")
+_BUFFER = re.compile(r"memdesc<([\dx]+)x[a-z]")
+_TF32_ON_BLACKWELL = re.compile(r"tc_gen5_mma.*memdesc<\d+x\d+xf32, #shared")
+_CREATED = re.compile(r"ttng\.tensormap_create (%\w+), %\w+, \[([^\]]*)\]")
+_SEEN = re.compile(r"ttng\.reinterpret_tensor_descriptor (%\w+) ")
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,10 @@ class Resources:
 
     @property
     def load_bits(self) -> int:
-        """The widest load from global memory."""
-        widths = [int(found[1]) for text in self.instructions if (found := re.match(r"LDG\.E\S*\.(64|128)\b", text))]
-        return max(widths, default=32 if self.count("LDG") else 0)
+        """The widest load from global memory, to registers or to shared memory."""
+        found = (re.match(r"(?:LDG|LDGSTS)\.E\S*\.(64|128)\b", text) for text in self.instructions)
+        widths = [int(width[1]) for width in found if width is not None]
+        return max(widths, default=32 if self.count("LDG") or self.count("LDGSTS") else 0)
 
 
 def compiled(kernel: TritonKernel, arch: int) -> Any:
@@ -84,13 +91,23 @@ def compile_binary(kernel: Kernel, arch: int) -> Binary:
         made = compiled(kernel, arch)
     except Exception as error:
         raise DeviceError(f"kernel {kernel.name} does not compile for sm_{arch}: {error}") from error
-    parameters = parameter_nbytes(made.asm["ptx"])
-    check_parameters(kernel, parameters)
+    parameters, scratch = parameters_of(kernel, made)
     metadata = made.metadata
     return Binary(
         metadata.name, arch, made.asm["cubin"], metadata.num_warps * 32, metadata.shared, metadata.global_scratch_size,
-        parameters,
+        parameters, scratch,
     )  # fmt: skip
+
+
+def parameters_of(kernel: TritonKernel, binary: Any) -> tuple[tuple[int, ...], int | None]:
+    """(bytes of every parameter of what `compiled` made, which of them is the address of global scratch, if one is);
+    DeviceError where launches pass something else."""
+    ptx, metadata = binary.asm["ptx"], binary.metadata
+    parameters = parameter_nbytes(ptx)
+    check_parameters(kernel, parameters)
+    if metadata.global_scratch_size and MEMORY_ALIGNMENT % metadata.global_scratch_align:
+        raise DeviceError(f"kernel {kernel.name} wants scratch at multiples of {metadata.global_scratch_align} bytes")
+    return parameters, scratch_parameter(ptx, len(kernel.arguments), metadata.global_scratch_size)
 
 
 def resources(binary: Any) -> Resources:
@@ -118,15 +135,32 @@ def problems(kernel: TritonKernel, binary: Any, used: Resources, arch: int) -> l
         found.append(f"spills: {used.stack_nbytes} bytes of stack, {used.spills} local loads and stores")
     if used.shared_nbytes > SHARED_LIMITS[arch]:
         found.append(f"{used.shared_nbytes:,} bytes of shared memory, {SHARED_LIMITS[arch]:,} are there")
-    wanted = "tl.dot(" in kernel.text and 'input_precision="ieee"' not in kernel.text
-    if wanted and not used.matrix_instructions:
-        found.append("tl.dot did not become a matrix instruction")
-    for line in binary.asm["ttgir"].splitlines():
-        if "async_tma_copy" in line:
-            box = re.search(r"tensordesc<tensor<([\dx]+)x[a-z]", line)
-            staging = re.findall(r"memdesc<([\dx]+)x[a-z]", line)
-            if box and staging and box[1] != staging[-1]:
-                found.append(f"a TMA box of {box[1]} but a buffer of {staging[-1]}")
+    found += shortfalls(kernel, binary.asm["ttir"], arch, used.load_bits, used.count)
+    exact = 'input_precision="ieee"' in kernel.text
+    if exact and any(map(_TF32_ON_BLACKWELL.search, binary.asm["ttgir"].splitlines())):
+        found.append("a product of float32 became one of tf32")
+    if "make_tensor_descriptor(" in kernel.text and not used.count("UTMALDG"):
+        found.append("loads through descriptors did not become TMA copies")
+    if getattr(binary.metadata, "tensordesc_meta", None):
+        found.append("descriptors that the host makes: launches pass none")
+    return found + box_problems(binary.asm["ttgir"])
+
+
+def box_problems(ttgir: str) -> list[str]:
+    """Descriptors whose boxes are not the blocks that are copied, and blocks that are not their buffers in shared
+    memory: copies would overrun them, or their barriers wait for ever."""
+    found, boxes = [], {}
+    for line in ttgir.splitlines():
+        if created := _CREATED.search(line):
+            boxes[created[1]] = [int(extent) for extent in reversed(re.findall(r"%c(\d+)_i32", created[2]))]
+        block, buffers = _BLOCK.search(line), _BUFFER.findall(line)
+        if seen := _SEEN.search(line):
+            extents = [int(extent) for extent in block[1].split("x")] if block else []
+            *outer, inner = boxes.get(seen[1]) or [0]
+            if not inner or outer != extents[:-1] or extents[-1] % inner:
+                found.append(f"a descriptor's box of {[*outer, inner]} for blocks of {extents}")
+        if "async_tma_copy" in line and not (block and buffers and block[1] == buffers[-1]):
+            found.append(f"a TMA block of {block and block[1]} but a buffer of {buffers[-1:]}")
     return found
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gpu_engine.gpu.float8_products import join_float8
 from gpu_engine.gpu.joined_products import join_projections
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.layouts import assign_layouts
 from gpu_engine.gpu.lowering import lowering_for
+from gpu_engine.gpu.narrow_products import join_weights
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.program import Program, with_program
 from gpu_engine.gpu.turned_attention import reads_views
@@ -16,6 +18,7 @@ from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.lower import lower_graph
 from gpu_engine.plan.plan import LARGEST, Batching, Plan
 from gpu_engine.plan.turned_attention import turn_attention
+from gpu_engine.plan.weights import expand_weights
 
 GROWTH = 4
 """At most so many times as large as they are do weights become: a copy, and one in the order that a kernel reads."""
@@ -24,7 +27,7 @@ GROWTH = 4
 def gpu_plan(graph: Graph, batching: Batching, options: GpuOptions, room_nbytes: int = LARGEST) -> Plan:
     """The plan, prepared for binding; OutOfMemory if constants that repeat their elements take more than
     `room_nbytes`."""
-    return with_program(lower_graph(graph, batching, lowering_for(options), _arranged, room_nbytes=room_nbytes))
+    return with_program(lower_graph(graph, batching, lowering_for(options), arranged, room_nbytes=room_nbytes))
 
 
 def device_properties(options: GpuOptions, name: str, uuid: str, built: bool = False) -> Mapping[str, Any]:
@@ -42,8 +45,10 @@ def device_properties(options: GpuOptions, name: str, uuid: str, built: bool = F
     }
 
 
-def _arranged(graph: Graph) -> Graph:
-    return turn_attention(join_projections(assign_layouts(graph)), reads_views)
+def arranged(graph: Graph) -> Graph:
+    """The graph in the layouts and forms whose nodes are lowered."""
+    joined = join_projections(assign_layouts(expand_weights(join_weights(join_float8(graph)))))
+    return turn_attention(joined, reads_views)
 
 
 def kernels_of(plan: Plan) -> tuple[Kernel, ...]:

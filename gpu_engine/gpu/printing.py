@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_engine.gpu.float8 import FLOAT8, decoded, encoded, rounded
 from gpu_engine.gpu.kernel import TRITON_TYPES, language_dtype
 from gpu_engine.ir.dtypes import BOOL, FLOAT32, FLOAT64, INT64, UINT64, DType, compute_dtype, is_float, limits
 from gpu_engine.ir.expr import Expr, walk
@@ -32,7 +33,7 @@ def is_printable_dtype(dtype: DType) -> bool:
 
 
 def _has_form(node: Expr) -> bool:
-    if not is_printable_dtype(node.dtype):
+    if not is_printable_dtype(node.dtype) and node.dtype not in FLOAT8:
         return False
     if node.op in ("arg", "const", "cast"):
         return True
@@ -48,14 +49,18 @@ def computing(dtype: DType) -> str:
 
 
 def loaded(text: str, dtype: DType) -> str:
-    """What a load of memory gives, in computing form."""
+    """What a load of memory gives, in computing form; a name where it is a float8."""
     if dtype == BOOL:
         return f"{text} != 0"
+    if dtype in FLOAT8:
+        return f"({decoded(text, dtype)}).to(tl.float32)"
     return text if compute_dtype(dtype) == dtype else f"{text}.to({computing(dtype)})"
 
 
 def stored(text: str, dtype: DType) -> str:
     """A value in computing form as memory holds it."""
+    if dtype in FLOAT8:
+        return encoded(text, dtype)
     return f"{text}.to({language_dtype(dtype)})" if dtype == BOOL or compute_dtype(dtype) != dtype else text
 
 
@@ -103,8 +108,10 @@ def _converted(x: str, source: DType, target: DType, saturate: bool) -> str:
     if is_float(source) and not is_float(target):
         return _truncated(x, target)
     if is_float(target) and compute_dtype(target) != target:
-        rounded = x if compute_dtype(source) == FLOAT32 and is_float(source) else f"{x}.to(tl.float32)"
-        return f"{rounded}.to({language_dtype(target)}).to(tl.float32)"
+        wide = x if compute_dtype(source) == FLOAT32 and is_float(source) else f"{x}.to(tl.float32)"
+        if target in FLOAT8:
+            return rounded(wide, target, saturate=False)
+        return f"{wide}.to({language_dtype(target)}).to(tl.float32)"
     return x if compute_dtype(source) == compute_dtype(target) else f"{x}.to({computing(target)})"
 
 
@@ -128,6 +135,8 @@ def _saturated(x: str, source: DType, target: DType) -> str:
         if target.itemsize == 8:
             return f"{x}.to(tl.float64)"
         wide = x if compute_dtype(source) == FLOAT32 else f"{x}.to(tl.float32)"
+        if target in FLOAT8:
+            return rounded(wide, target, saturate=True)
         clipped = f"tl.clamp({wide}, {float(low)!r}, {float(high)!r}, {NAN})"
         return clipped if target == FLOAT32 else f"{clipped}.to({language_dtype(target)}).to(tl.float32)"
     if not is_float(source):

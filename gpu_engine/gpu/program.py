@@ -6,7 +6,7 @@ launches at a time, eight bytes for each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from gpu_engine.plan.binding import Numbers, op_resolver
 from gpu_engine.plan.lower import segments
 from gpu_engine.plan.plan import Plan, Step, root
 from gpu_engine.plan.words import Gather, Word, gather
-from gpu_engine.plan.zones import Ints, Zone, new_requirements, segment_of_buffers, zone
+from gpu_engine.plan.zones import Ints, Zone, new_requirements, overlaid_zone, segment_of_buffers, zone
 
 MOST_ELEMENTS = (1 << 31) - 1
 """Kernels index with 32 bits."""
@@ -33,7 +33,8 @@ class Segment:
 
     `gather` says where each argument of a launch comes from. `firsts[i]` is the first argument of step i's launch and
     `grids[i]` where its extents stand; `elements` are the sizes of tensors that kernels index. `resolvers` give the
-    operations of array steps their extents. `dying` are the arena's buffers that a step is the last to use; what gives
+    operations of array steps their extents. `counters` are what launches find and leave full of zeros, all in one
+    place. `dying` are the arena's buffers that a step is the last to use; what gives
     results may still read them.
     """
 
@@ -41,6 +42,7 @@ class Segment:
     numbers: Numbers
     arena: Zone
     ports: Zone
+    counters: Zone
     steps: range
     gather: Gather
     firsts: dict[int, int]
@@ -100,10 +102,13 @@ class _Builder:
         buffers = self.plan.buffers
         outward = {root(buffers, i) for i in (*self.plan.inputs, *self.plan.outputs)}
         owned = [b for b, home in self.homes.items() if home == self.index and buffers[b].dtype != STRING]
-        arena = zone(self.plan, [buffer for buffer in owned if buffer not in outward], self.numbers, share=True)
-        ports = zone(self.plan, [buffer for buffer in owned if buffer in outward], self.numbers, share=False)
-        self.numbers.require(new_requirements(self.plan, self.names, self.index == 0))
         launches = {i: self.plan.steps[i].kernel for i in self.steps if isinstance(self.plan.steps[i].kernel, Launch)}
+        zeroed = {buffer for launch in launches.values() for buffer in launch.zeroed}
+        plain = [buffer for buffer in owned if buffer not in outward | zeroed]
+        arena = zone(self.plan, plain, self.numbers, share=True)
+        ports = zone(self.plan, [buffer for buffer in owned if buffer in outward], self.numbers, share=False)
+        counters = overlaid_zone(self.plan, sorted(zeroed), self.numbers)
+        self.numbers.require(new_requirements(self.plan, self.names, self.index == 0))
         firsts = {i: self._first(launch) for i, launch in launches.items()}
         grids = {i: tuple(map(self.numbers.place, launch.grid)) for i, launch in launches.items()}
         touched = {b for i in launches for b in _touched(self.plan.steps[i])}
@@ -112,11 +117,11 @@ class _Builder:
         resolvers = {i: op_resolver(self.plan.steps[i].kernel.op, self.numbers) for i in calls}
         shapes = self._shapes(calls)
         constants = {buffer: i for i, buffer in enumerate(self.constants)}
-        gathered = gather(self.plan, self.words, self.numbers, arena.owned + ports.owned, constants)
+        gathered = gather(self.plan, self.words, self.numbers, arena.owned + ports.owned + counters.owned, constants)
         self.numbers.compile()
         last = self.plan.steps[self.steps[-1]] if self.steps else None
         return Segment(
-            self.names, self.numbers, arena, ports, self.steps, gathered, firsts, grids,
+            self.names, self.numbers, arena, ports, counters, self.steps, gathered, firsts, grids,
             shapes, np.array(elements, np.intp), resolvers, self._dying(arena),
             self.steps[-1] if last is not None and last.binds else None,
         )  # fmt: skip
@@ -174,11 +179,11 @@ class Bound:
 def bind(
     segment: Segment,
     extents: tuple[int, ...],
-    allocate: Any,
+    allocate: Callable[[Sequence[int]], Sequence[Any]],
     weights: Ints,
     before: Sequence[Bound],
 ) -> Bound:
-    """The segment bound to `extents`, in memory from `allocate(bytes of the arena, bytes of the ports)`.
+    """The segment bound to `extents`, in memory from `allocate([bytes of the arena, of the ports, of the counters])`.
 
     `weights` are the addresses of the program's constants; `before` are the bound segments that ran already, whose
     buffers this one may read. InputError if the extents contradict each other, OutOfMemory where kernels cannot index
@@ -188,15 +193,17 @@ def bind(
     numbers = np.array(values, np.int64)
     if len(segment.elements) and (most := int(numbers[segment.elements].max())) > MOST_ELEMENTS:
         raise OutOfMemory(f"a tensor of {most:,} elements: kernels index up to {MOST_ELEMENTS:,}; use smaller batches")
-    (arena, arena_nbytes), (ports, ports_nbytes) = (zone.offsets(numbers) for zone in (segment.arena, segment.ports))
-    memory = allocate(arena_nbytes, ports_nbytes)
+    zones = (segment.arena, segment.ports, segment.counters)
+    laid = [zone.offsets(numbers) for zone in zones]
+    memories = allocate([nbytes for _, nbytes in laid])
     located = {
         buffer: (piece, offset, size)
-        for zone, offsets, piece in ((segment.arena, arena, memory[0]), (segment.ports, ports, memory[1]))
+        for zone, (offsets, _), piece in zip(zones, laid, memories, strict=True)
         for buffer, offset, size in zip(zone.owned, offsets.tolist(), numbers[zone.sizes].tolist(), strict=True)
     }
     sources, (shifted, by) = segment.gather, segment.gather.shifts
-    parts = [numbers, arena + memory[0].address, ports + memory[1].address, weights, sources.literals]
+    own = [offsets + piece.address for (offsets, _), piece in zip(laid, memories, strict=True)]
+    parts = [numbers, *own, weights, sources.literals]
     if sources.foreign:
         parts.append(np.array([_foreign_address(owner, before) for owner in sources.foreign], np.int64))
     words = np.take(np.concatenate(parts), sources.places)
@@ -218,4 +225,4 @@ def located(owner: int, chain: Sequence[Bound]) -> tuple[Any, int, int]:
 def zone_nbytes(segment: Segment, extents: Sequence[int]) -> int:
     """Bytes of a segment's memory."""
     values = np.array(segment.numbers.evaluate(tuple(extents)), np.int64)
-    return sum(zone.offsets(values)[1] for zone in (segment.arena, segment.ports))
+    return sum(zone.offsets(values)[1] for zone in (segment.arena, segment.ports, segment.counters))

@@ -56,7 +56,7 @@ def lower_recurrent(lowering: Lowering, op: Recurrent, node: Node, inputs: Buffe
     groups = [tuple(range(len(op.reverse)))]
     if len(set(op.activations)) > 1:
         groups = [(direction,) for direction in groups[0]]
-    for form, share in _forms(x.shape[1], hidden, x.dtype, weights.dtype):
+    for form, share in _forms(op.kind, x.shape[1], hidden, x.dtype, weights.dtype):
         for group in groups:
             writer = _Writer(lowering, op, node, buffers, outputs, form, group, turned)
             writer.launch(share)
@@ -74,15 +74,19 @@ def _is_supported(op: Recurrent, x: Value, weights: Value, given: dict[str, Valu
     return all(is_printable(f) and all(n.dtype == wide for n in expr.walk(f) if n.op == "arg") for f in functions)
 
 
-def _forms(rows: Dim, hidden: int, dtype: DType, weights: DType) -> list[tuple[Form, Dim]]:
-    """The forms that a batch may take, each with 1 or 0 as its extents say: one of them is launched."""
+def _forms(kind: str, rows: Dim, hidden: int, dtype: DType, weights: DType) -> list[tuple[Form, Dim]]:
+    """The forms that a batch may take, each with 1 or 0 as its extents say: one of them is launched. In float32 the
+    four sums of an LSTM spill in blocks of 64."""
     width = power_of_two(hidden)
     block_n, block_k = min(128, width), min(32, width)
     single = Form(1, block_n, block_k, 8 if block_n * block_k >= 4096 else 4)
     if compute_dtype(dtype) == FLOAT64 or (isinstance(rows, int) and rows <= FEW_ROWS):
         return [(single, 1)]
-    deep, num_warps = (64, 8) if weights.itemsize == 2 and width >= 64 else (32, 4)
-    tiled = Form(TILE_ROWS, min(64, max(16, width)), min(deep, max(16, width)), num_warps)
+    if weights.itemsize == 2 and width >= 64:
+        tiled = Form(TILE_ROWS, 64, 64, 8)
+    else:
+        most = 32 if kind == "lstm" else 64
+        tiled = Form(TILE_ROWS, min(most, max(16, width)), min(32, max(16, width)), 4)
     if isinstance(rows, int):
         return [(tiled, 1)]
     many = dims.minimum(1, dims.floor_div(rows - 1, FEW_ROWS))

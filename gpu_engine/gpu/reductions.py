@@ -62,7 +62,7 @@ class Fold:
     def across(self, text: KernelText, lanes: str, tile: FoldTile) -> str:
         """The name of the totals of all lanes, in computing form."""
         if self.operation == "prod":
-            return _product(text, lanes, tile)
+            return text.let("total", f"tl.reduce({lanes}, {tile.axis}, multiply, keep_dims=True)")
         folded = f"tl.{self.operation}({{}}, axis={tile.axis}, keep_dims=True)"
         if self.operation == "sum" or not is_float(self.dtype):
             total = text.let("total", f"{folded.format(lanes)}.to({self.computed})")
@@ -70,22 +70,6 @@ class Fold:
         missing = text.let("nan", f"tl.max(({lanes} != {lanes}).to(tl.int32), axis={tile.axis}, keep_dims=True)")
         found = folded.format(f"tl.where({lanes} == {lanes}, {lanes}, {self.neutral})")
         return text.let("total", f'tl.where({missing} != 0, float("nan"), {found})')
-
-
-def _product(text: KernelText, lanes: str, tile: FoldTile) -> str:
-    """Products of pairs, of pairs of these, and so on; there is no tl.prod."""
-    rows, columns = tile.shape
-    while (columns if tile.axis else rows) > 1:
-        if tile.axis:
-            columns //= 2
-            pairs = f"tl.reshape({lanes}, ({rows}, {columns}, 2))"
-        else:
-            rows //= 2
-            pairs = f"tl.permute(tl.reshape({lanes}, ({rows}, 2, {columns})), (0, 2, 1))"
-        left, right = text.fresh("left"), text.fresh("right")
-        text.line(f"{left}, {right} = tl.split({pairs})")
-        lanes = text.let("total", f"{left} * {right}")
-    return lanes
 
 
 def lower_reduce(lowering: Lowering, op: Reduce, node: Node, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from gpu_engine.errors import ExecutionError, GpuEngineError
 from gpu_engine.gpu.clocks import StepClocks
 from gpu_engine.gpu.control import Body, controls, run_bodies
-from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, Pieces, host_array
+from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, Touched, host_array
 from gpu_engine.gpu.launches import ArrayCall, BodyCall, Launch
 from gpu_engine.gpu.program import Bound, Program, Segment, bind, located
 from gpu_engine.ir.dtypes import STRING
@@ -55,10 +55,11 @@ def _body(plan: Plan, driver: Driver) -> Body:
 
 
 class Area:
-    """A piece of device memory that grows on demand; `moves` counts how often pieces of its kind have moved."""
+    """A piece of device memory that grows on demand; `moves` counts how often pieces of its kind have moved. With
+    `zeroed` it starts full of zeros."""
 
-    def __init__(self, driver: Driver, moves: list[int]) -> None:
-        self._driver, self._moves = driver, moves
+    def __init__(self, driver: Driver, moves: list[int], *, zeroed: bool = False) -> None:
+        self._driver, self._moves, self._zeroed = driver, moves, zeroed
         self.memory = driver.allocate(0)
 
     def reserve(self, nbytes: int) -> Memory:
@@ -66,7 +67,14 @@ class Area:
         if nbytes > self.memory.nbytes:
             self.memory = self._driver.allocate(nbytes)
             self._moves[0] += 1
+            self.clear()
         return self.memory
+
+    def clear(self) -> None:
+        """Fill what has to be full of zeros."""
+        if self._zeroed and self.memory.nbytes:
+            zeros = np.zeros(self.memory.nbytes, np.uint8)
+            self._driver.upload(self._driver.array(self.memory, 0, zeros.shape, zeros.dtype), zeros)
 
 
 class GpuSlot:
@@ -77,12 +85,16 @@ class GpuSlot:
         self._clocks = StepClocks(driver, len(plan.steps)) if timed else None
         self._program: Program = plan.program
         self._moves, self._seen = [0], 0
-        self._areas = [(Area(driver, self._moves), Area(driver, self._moves)) for _ in self._program.segments]
+        self._areas = [
+            [Area(driver, self._moves, zeroed=zeroed) for zeroed in (False, False, True)]
+            for _ in self._program.segments
+        ]
         self._cache: dict[tuple[int, tuple[int, ...]], Bound] = {}
         self._bound: Bound | None = None
         self._inputs: list[HostArray] = []
         self._chain: list[Bound] = []
         self._error: BaseException | None = None
+        self._failed = False
 
     def run(self, extents: tuple[int, ...], inputs: Sequence[Any]) -> list[Any]:
         """See `control.BodySlot`."""
@@ -123,10 +135,13 @@ class GpuSlot:
                 raise error
             finally:
                 del error  # its traceback holds this frame
+        self._failed = True
         with self._driver.active():
             if self._clocks is not None:
                 self._clocks.finish()
-            return [self.output(i) for i in range(len(self._plan.outputs))]
+            outputs = [self.output(i) for i in range(len(self._plan.outputs))]
+        self._failed = False
+        return outputs
 
     def step_times(self) -> StepTimes | None:
         """See `runtime.device.Slot`."""
@@ -137,7 +152,11 @@ class GpuSlot:
         return self._on_host(self._plan.outputs[position], self._chain)
 
     def _start(self, bound: Bound, inputs: Sequence[Any]) -> None:
-        chain = [bound]
+        """Start every step. What a failed execution left in counters is cleared first."""
+        if self._failed:
+            for area in (area for areas in self._areas for area in areas):
+                area.clear()
+        self._failed, chain = True, [bound]
         for buffer, source in zip(self._plan.inputs, inputs, strict=True):
             self._write(buffer, source, chain)
         if self._clocks is not None:
@@ -151,7 +170,7 @@ class GpuSlot:
                 chain.append(self._bind(index + 1, extents, chain))
                 for buffer, result in zip(step.outputs, results, strict=True):
                     self._write(buffer, result, chain)
-        self._chain = chain
+        self._failed, self._chain = False, chain
 
     def _run(self, segment: Segment, chain: list[Bound]) -> Sequence[Any]:
         """Start the steps of one segment; what the last one gives if it binds extents."""
@@ -179,14 +198,15 @@ class GpuSlot:
         packed = bound.packed.get(i)
         if packed is None:
             first = segment.firsts[i]
-            packed = bound.packed[i] = self._driver.pack(loaded, bound.words[first : first + len(launch.words)])
+            words = bound.words[first : first + len(launch.words)]
+            packed = bound.packed[i] = self._driver.pack(loaded, words, (x, y, z))
 
-        def pieces() -> tuple[Pieces, Pieces]:
-            reads = [self._piece(buffer, chain) for buffer in step.inputs]
-            return reads, [self._piece(buffer, chain) for buffer in (*step.outputs, *step.scratch)]
+        def touched() -> Touched:
+            kinds = step.inputs, (*step.outputs, *step.scratch), launch.zeroed
+            return Touched(*([self._piece(buffer, chain) for buffer in buffers] for buffers in kinds))
 
         try:
-            self._driver.launch(loaded, (x, y, z), packed, pieces)
+            self._driver.launch(loaded, (x, y, z), packed, touched)
         except GpuEngineError as error:
             raise type(error)(f"{step.source}: {error}") from error
 
@@ -293,9 +313,9 @@ class GpuSlot:
             self._cache[index, extents] = bound
         return bound
 
-    def _reserving(self, index: int) -> Callable[[int, int], tuple[Memory, Memory]]:
-        arena, ports = self._areas[index]
-        return lambda arena_nbytes, ports_nbytes: (arena.reserve(arena_nbytes), ports.reserve(ports_nbytes))
+    def _reserving(self, index: int) -> Callable[[Sequence[int]], Sequence[Memory]]:
+        areas = self._areas[index]
+        return lambda sizes: [area.reserve(nbytes) for area, nbytes in zip(areas, sizes, strict=True)]
 
 
 class GpuStream:

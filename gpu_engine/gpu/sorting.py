@@ -29,31 +29,40 @@ SIGNED, UNSIGNED = (INT8, INT16, INT32, INT64), (UINT8, UINT16, UINT32, UINT64, 
 SORTED = (*INFINITIES, *SIGNED, *UNSIGNED)
 """What has an order that kernels know."""
 
-SORT = """
+
+def sort_function(parameters: str, arguments: str) -> str:
+    """`sort(parameters, count)` for one block, by `in_order(arguments, a, b)`, which puts places a < b in order.
+
+    A bitonic network that always puts the lesser first: places behind the end would hold the greatest, and stay.
+    """
+    return f"""
+    __device__ void sort({parameters}, int count) {{
+      for (int size = 2; size / 2 < count; size *= 2) {{
+        for (int t = threadIdx.x; t < (count + size - 1) / size * (size / 2); t += blockDim.x) {{
+          int first = t / (size / 2) * size, a = first + t % (size / 2), b = first + size - 1 - t % (size / 2);
+          if (b < count) in_order({arguments}, a, b);
+        }}
+        __syncthreads();
+        for (int gap = size / 4; gap > 0; gap /= 2) {{
+          for (int t = threadIdx.x; t < (count + 2 * gap - 1) / (2 * gap) * gap; t += blockDim.x) {{
+            int a = t / gap * 2 * gap + t % gap;
+            if (a + gap < count) in_order({arguments}, a, a + gap);
+          }}
+          __syncthreads();
+        }}
+      }}
+    }}
+"""
+
+
+SORT = f"""
     typedef unsigned long long Rank;
-    __device__ __forceinline__ void in_order(Rank* ranks, int* places, int a, int b) {
+    __device__ __forceinline__ void in_order(Rank* ranks, int* places, int a, int b) {{
       if (ranks[a] < ranks[b] || (ranks[a] == ranks[b] && places[a] < places[b])) return;
       Rank rank = ranks[a]; ranks[a] = ranks[b]; ranks[b] = rank;
       int place = places[a]; places[a] = places[b]; places[b] = place;
-    }
-    // A bitonic network that always puts the lesser first: places behind the end would hold the greatest, and stay.
-    __device__ void sort(Rank* ranks, int* places, int count) {
-      for (int size = 2; size / 2 < count; size *= 2) {
-        for (int t = threadIdx.x; t < (count + size - 1) / size * (size / 2); t += blockDim.x) {
-          int first = t / (size / 2) * size, a = first + t % (size / 2), b = first + size - 1 - t % (size / 2);
-          if (b < count) in_order(ranks, places, a, b);
-        }
-        __syncthreads();
-        for (int gap = size / 4; gap > 0; gap /= 2) {
-          for (int t = threadIdx.x; t < (count + 2 * gap - 1) / (2 * gap) * gap; t += blockDim.x) {
-            int a = t / gap * 2 * gap + t % gap;
-            if (a + gap < count) in_order(ranks, places, a, a + gap);
-          }
-          __syncthreads();
-        }
-      }
-    }
-"""
+    }}{sort_function("Rank* ranks, int* places", "ranks, places")}"""
+"""Of equal ranks the lower place comes first."""
 
 
 def rank_function(dtype: DType, largest: bool) -> str:

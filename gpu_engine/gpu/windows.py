@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpu_engine.gpu.epilogues import number
@@ -50,6 +50,15 @@ class Image:
         """Extents that the rows of a result count: of the batch, then windows."""
         return (self.batch, *(axis.count for axis in self.axes))
 
+    @property
+    def planar(self) -> bool:
+        """Whether neighbouring windows may be neighbours in memory, so that loads along them can be wide."""
+        return self.axes[-1].pitch == 1
+
+    def extent(self, text: KernelText, dim: Dim) -> str:
+        """A number that counts elements of axes."""
+        return text.number(dim) if self.planar else text.parameter(dim, hint=False)
+
 
 def pitches(shape: Shape, *, planar: bool) -> tuple[Dim, Dim, Shape]:
     """(of the batch, of channels, of every spatial axis) of an image [N, spatial..., C], or [N, C, spatial...]."""
@@ -57,7 +66,7 @@ def pitches(shape: Shape, *, planar: bool) -> tuple[Dim, Dim, Shape]:
     return (batch, rest[0], tuple(rest[1:])) if planar else (batch, rest[-1], tuple(rest[:-1]))
 
 
-def unravelled(text: KernelText, index: str, extents: Sequence[Dim]) -> list[str]:
+def unravelled(text: KernelText, index: str, extents: Sequence[Dim], form: Form = number) -> list[str]:
     """Names of the indices along axes of which `index` counts the points; "0" along those of one element."""
     names: list[str] = []
     left = [i for i, extent in enumerate(extents) if extent != 1]
@@ -67,9 +76,17 @@ def unravelled(text: KernelText, index: str, extents: Sequence[Dim]) -> list[str
         elif i == left[0]:
             names.insert(0, index)
         else:
-            names.insert(0, text.let("i", f"{index} % {number(text, extents[i])}"))
-            index = text.let("i", f"{index} // {number(text, extents[i])}")
+            with text.apart(f"extent {i}"):
+                names.insert(0, text.let("i", f"{index} % {form(text, extents[i])}"))
+                index = text.let("i", f"{index} // {form(text, extents[i])}")
     return names
+
+
+Form = Callable[[KernelText, Dim], str]
+
+
+def _literal(text: KernelText, dim: Dim) -> str:
+    return text.number(dim)
 
 
 def sum_of(terms: Sequence[str]) -> str:
@@ -97,15 +114,18 @@ class Walked:
 
         `axes` indexes what has the shape of `tap`, `window_axes` what has that of the origins.
         """
-        indices = unravelled(text, tap, [axis.taps for axis in self.image.axes])
+        indices = unravelled(text, tap, [axis.taps for axis in self.image.axes], _literal)
         terms, masks = [], []
-        for axis, index, origin, kind in zip(self.image.axes, indices, self.origins, self.kinds, strict=True):
+        for i, (index, origin, kind) in enumerate(zip(indices, self.origins, self.kinds, strict=True)):
+            axis = self.image.axes[i]
             offset = "0" if index == "0" else text.let("tap", f"{index} * {axis.step}" if axis.step != 1 else index)
-            terms += scaled(text, offset, axis.pitch)
+            with text.apart(f"axis {i}"):
+                terms += scaled(text, offset, axis.pitch)
+                high = self.image.extent(text, axis.high)
             if axis.inside:
                 continue
             at = text.let("at", f"({origin}){window_axes}" + (f" + ({offset}){axes}" if offset != "0" else ""))
-            masks.append(f"({at} >= {text.number(axis.low)}) & ({at} < {text.number(axis.high)})")
+            masks.append(f"({at} >= {text.number(axis.low)}) & ({at} < {high})")
             if axis.kernel % axis.phases:
                 masks.append(f"(({kind} + {index} * {axis.phases} < {axis.kernel}){axes})")
         return sum_of(terms), masks
@@ -113,11 +133,12 @@ class Walked:
 
 def walk(text: KernelText, image: Image, rows: str, phase: str = "0", first: str = "") -> Walked:
     """Lines before the first tap; `rows` count the windows of all images, `first` is a term more of their place."""
-    batch, *points = unravelled(text, rows, image.counts)
-    phases = unravelled(text, phase, [axis.phases for axis in image.axes])
+    batch, *points = unravelled(text, rows, image.counts, image.extent)
+    phases = unravelled(text, phase, [axis.phases for axis in image.axes], _literal)
     origins, kinds = [], []
-    terms = scaled(text, batch, image.batch_pitch) + [first] * bool(first)
-    for axis, point, q in zip(image.axes, points, phases, strict=True):
+    with text.apart("images"):
+        terms = scaled(text, batch, image.batch_pitch) + [first] * bool(first)
+    for i, (axis, point, q) in enumerate(zip(image.axes, points, phases, strict=True)):
         shift, kind = f" - {text.number(axis.before)}" if axis.before != 0 else "", "0"
         if axis.phases > 1:
             begun = text.let("q", f"{q} + {text.number(axis.before)}")
@@ -126,10 +147,12 @@ def walk(text: KernelText, image: Image, rows: str, phase: str = "0", first: str
             shift = f" + {text.number(axis.before)}"
         if point == "0":
             point = f"({rows} * 0)"
-        start = point if axis.stride == 1 else f"{point} * {axis.stride}"
+        with text.apart(f"stride {i}"):
+            start = point if axis.stride == 1 and image.planar else f"{point} * {image.extent(text, axis.stride)}"
         origins.append(text.let("origin", f"{start}{shift}"))
         kinds.append(kind)
-        terms += scaled(text, origins[-1], axis.pitch)
+        with text.apart(f"axis {i}"):
+            terms += scaled(text, origins[-1], axis.pitch)
     return Walked(image, tuple(origins), text.let("place", sum_of(terms)), tuple(kinds))
 
 

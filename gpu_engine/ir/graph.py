@@ -233,6 +233,8 @@ class Builder:
     def _fold(self, op: Op, inputs: tuple[Value, ...], types: tuple[TensorType, ...]) -> tuple[Value, ...] | None:
         if not all(value.known is not None for value in inputs) or not getattr(op, "deterministic", True):
             return None
+        if not getattr(op, "folds", True):
+            return None
         if getattr(op, "binds", ()):
             return self._fold_open(op, inputs, types)
         if not all(isinstance(extent, int) for kind in types for extent in kind.shape) or op_dims(op):

@@ -11,6 +11,7 @@ from gpu_engine.passes.bodies import optimize_bodies
 from gpu_engine.passes.coordinates import resolve_coordinates
 from gpu_engine.passes.cse import eliminate_common
 from gpu_engine.passes.fusion import fuse_pointwise
+from gpu_engine.passes.narrow_weights import keep_narrow
 from gpu_engine.passes.norms import recognize_norms
 from gpu_engine.passes.one_hot import gather_one_hot
 from gpu_engine.passes.padding import absorb_padding
@@ -26,6 +27,7 @@ from gpu_engine.passes.transposes import clean_transposes
 Pass = Callable[[Graph], Graph]
 PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("quantized products", multiply_integers),
+    ("narrow weights", keep_narrow),
     ("simplify", simplify),
     ("coordinates", resolve_coordinates),
     ("ranges", decide_comparisons),

@@ -16,7 +16,7 @@ from gpu_engine.ir import expr
 from gpu_engine.ir.dtypes import FLOAT32, INT8, INT16, INT32, UINT8, limits
 from gpu_engine.ir.expr import Expr, cast
 from gpu_engine.ir.graph import Builder, Graph, Node, Value, rewrite
-from gpu_engine.ir.ops import Conv, Map, MatMul, Pool, Reshape, Transpose
+from gpu_engine.ir.ops import Conv, Dequantize, Map, MatMul, Pool, Reshape, Transpose
 
 SUM_LIMIT = 2**31
 
@@ -40,13 +40,8 @@ def multiply_integers(graph: Graph) -> Graph:
     dequantised elements, or takes the greatest of some, does so before they are dequantised."""
     takers = [node for node in graph.nodes if isinstance(node.op, Conv | MatMul) or _keeps_grid(node)]
     factors = {value for node in takers for value in node.inputs[:2]}
-    return rewrite(rewrite(graph, _Rule(frozenset(factors)).rewritten), _folded)
-
-
-def _folded(node: Node, builder: Builder) -> Sequence[Value] | None:
-    """Maps of constants, which dequantised weights are until now."""
-    known = isinstance(node.op, Map) and all(value.constant is not None for value in node.inputs)
-    return builder.emit_all(node.op, *node.inputs) if known else None
+    rule = _Rule(frozenset(factors))
+    return rewrite(rewrite(graph, rule.rewritten), rule.restored)
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,21 @@ class _Rule:
 
     factors: frozenset[Value]
     grids: dict[Value, Grid] = field(default_factory=dict)
+    weights: dict[Value, tuple[Dequantize, tuple[Value, ...]]] = field(default_factory=dict)
+
+    def restored(self, node: Node, builder: Builder) -> Sequence[Value] | None:
+        """Weights that no integer product took, as they were; other maps of constants are folded."""
+        if not isinstance(node.op, Map) or any(value.constant is None for value in node.inputs):
+            return None
+        op, inputs = self.weights.get(node.outputs[0], (node.op, node.inputs))
+        return builder.emit_all(op, *inputs)
 
     def rewritten(self, node: Node, builder: Builder) -> Sequence[Value] | None:
         match node.op:
             case Map():
                 return self._dequantized(node, builder)
+            case Dequantize():
+                return self._weights(node, node.op, builder)
             case Conv() | MatMul():
                 return self._multiplied(node, builder)
         return self._moved(node, builder) if _keeps_grid(node) else None
@@ -86,6 +91,16 @@ class _Rule:
             self.grids[result] = Grid(integers, scale, _span(integers, centred))
         return (result,)
 
+    def _weights(self, node: Node, op: Dequantize, builder: Builder) -> Sequence[Value] | None:
+        """Weights of bytes as such a map of constants, which knows what it was."""
+        if op.block or node.inputs[0].dtype not in (INT8, UINT8):
+            return None
+        plain = Map(op.expr([value.dtype for value in node.inputs]))
+        found = self._dequantized(Node(plain, node.inputs, node.outputs, node.source), builder)
+        if found is not None:
+            self.weights[found[0]] = (op, node.inputs)
+        return found
+
     def _requantized(self, node: Node, centred: Expr, scaled: Expr, builder: Builder) -> Value | None:
         """The value that was quantised and is dequantised here, if it was on the same grid before."""
         made = builder.producer(node.inputs[0])
@@ -108,6 +123,9 @@ class _Rule:
         scaled = cast(expr.arg(0, INT16), FLOAT32) * expr.const(grid.scale.ravel()[0], FLOAT32)
         result = builder.emit(Map(scaled), integers)
         self.grids[result] = Grid(integers, grid.scale, grid.span)
+        kept = self.weights.get(node.inputs[0])
+        if kept is not None and all(value.constant.size == 1 for value in kept[1][1:]):  # type: ignore[union-attr]
+            self.weights[result] = (kept[0], (builder.emit(node.op, kept[1][0]), *kept[1][1:]))
         return (result,)
 
     def _multiplied(self, node: Node, builder: Builder) -> Sequence[Value] | None:

@@ -58,6 +58,12 @@ def zone(plan: Plan, owned: Sequence[int], numbers: Numbers, *, share: bool) -> 
     return Zone(tuple(owned), np.array(places, np.intp), Layout(regions))
 
 
+def overlaid_zone(plan: Plan, owned: Sequence[int], numbers: Numbers) -> Zone:
+    """A zone whose root buffers all begin at its start: what one step leaves in them is what the next one finds."""
+    places = [numbers.place(buffer_nbytes(plan.buffers[buffer])) for buffer in owned]
+    return Zone(tuple(owned), np.array(places, np.intp), Layout([0] * len(owned)))
+
+
 def new_requirements(plan: Plan, names: Sequence[str], first: bool) -> list[Requirement]:
     """Those that a segment is the first to know all extents of, by the `names` that it knows."""
     known, before = set(names), set() if first else set(plan.symbols)

@@ -1,4 +1,5 @@
-"""The command line: `gpu-engine demo`, `run`, `bench`, `tune`, `build`, `inspect`, `profile`, `simulate` and `ops`."""
+"""The command line: `gpu-engine demo`, `run`, `bench`, `tune`, `build`, `precision`, `inspect`, `profile`, `simulate`
+and `ops`."""
 
 from __future__ import annotations
 
@@ -22,6 +23,9 @@ from gpu_engine.tools.bench_command import Config, bench
 from gpu_engine.tools.demo import Advance, Report, run_demo
 from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
 from gpu_engine.tools.inspection_command import run_inspection
+from gpu_engine.tools.precision import as_json as report_as_json
+from gpu_engine.tools.precision import measure, parse_shapes
+from gpu_engine.tools.precision import table as report_table
 from gpu_engine.tools.profile_command import run_profile
 from gpu_engine.tools.simulation import run_simulation
 from gpu_engine.tools.tune_command import tune
@@ -125,6 +129,30 @@ def build(
         made = bundles.build(model, output, [*map(bundles.parse_arch, arch)], precision, processes, tell)
     console.print(bundles.table(made))
     print(f"{output}: {len(made.entries)} kernels, {output.stat().st_size:,} bytes")
+
+
+@app.command("precision")
+def compare_precisions(
+    model: Model,
+    inputs: Annotated[
+        list[str], typer.Option("--input", "-i", metavar="[NAME=]FILE", help="Instead of random inputs; as for run.")
+    ] = [],  # noqa: B006
+    shapes: Annotated[
+        list[str], typer.Option("--shape", metavar="NAME=1x3x224x224", help="Of a random input; may be repeated.")
+    ] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help='"cuda", "cuda:1", or "interpret" without a GPU')] = "cuda",
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how far tf32, fp16 and bf16 move a model's outputs from those of fp32."""
+    given = read_inputs(inputs) if inputs else None
+    report = measure(model, device, given, parse_shapes(shapes), seed)
+    if as_json:
+        print(report_as_json(report))
+        return
+    Console().print(report_table(report))
+    if report.skipped:
+        print(f"not numbers: {', '.join(report.skipped)}")
 
 
 @app.command()

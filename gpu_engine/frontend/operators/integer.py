@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpu_engine.frontend.operators.convolution import kernel_extents, per_channel, with_bias
-from gpu_engine.frontend.operators.quantization import centred, quantized
+from gpu_engine.frontend.operators.quantization import quantized
 from gpu_engine.frontend.registry import emit_map, operator
 from gpu_engine.frontend.windows import Windows, windows
 from gpu_engine.ir import expr, ops
 from gpu_engine.ir.dtypes import FLOAT32, INT16, INT32, is_float
 from gpu_engine.ir.expr import Expr, cast
 from gpu_engine.ir.graph import Builder, Value
+from gpu_engine.ir.ops.weights import centred
 
 
 @operator("MatMulInteger", since=10)

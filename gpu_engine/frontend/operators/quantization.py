@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from gpu_engine.errors import InvalidModel
 from gpu_engine.frontend.registry import emit_map, normal_axis, operator
-from gpu_engine.ir import dims, expr, ops
-from gpu_engine.ir.dtypes import FLOAT32, INT8, INT32, UINT8, DType, compute_dtype, from_onnx, is_float, is_integer
+from gpu_engine.ir import dims, ops
+from gpu_engine.ir.dtypes import FLOAT32, INT8, UINT8, DType, compute_dtype, from_onnx, is_float, is_integer
 from gpu_engine.ir.expr import Expr, cast, equal, maximum, minimum, round_even, where
 from gpu_engine.ir.graph import Builder, Value
+from gpu_engine.ir.ops.weights import dequantized
+
+NARROW = frozenset({INT8, UINT8, *map(from_onnx, (17, 19, 21, 22, 25, 26))})
+"""What weights are kept as: integers of 8, 4 and 2 bits, float8e4m3fn and float8e5m2."""
 
 
 @operator("QuantizeLinear", since=10)
@@ -32,7 +36,7 @@ def quantize_linear(
     dtype = from_onnx(output_dtype) if output_dtype else UINT8
     dtype = y_zero_point.dtype if y_zero_point is not None else dtype
     scale = spread(b, y_scale, x, axis, block_size)
-    zero = spread(b, y_zero_point, x, axis, block_size) if y_zero_point is not None else None
+    zero = _spread_zero(b, y_zero_point, x, axis, block_size)
 
     def quantize(e: Expr, s: Expr, z: Expr | None) -> Expr:
         e = cast(e, from_onnx(precision)) if precision else e
@@ -54,26 +58,36 @@ def dequantize_linear(
 ) -> Value:
     """https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html"""
     dtype = from_onnx(output_dtype) if output_dtype else x_scale.dtype
+    narrow = _weights(b, dtype, axis, block_size, x, x_scale, x_zero_point)
+    if narrow is not None:
+        return narrow
     scale = spread(b, x_scale, x, axis, block_size)
-    zero = spread(b, x_zero_point, x, axis, block_size) if x_zero_point is not None else None
-    wide = compute_dtype(dtype)
-
-    def dequantize(e: Expr, s: Expr, z: Expr | None) -> Expr:
-        return cast(centred(e, z, wide) * cast(s, wide), dtype)
-
-    if x.constant is None or x.dtype not in (INT8, UINT8) or x.rank < 2 or block_size:
-        return emit_map(b, dequantize, x, scale, zero)
-    return _unfolded(b, dequantize, x, scale, zero)
+    zero = _spread_zero(b, x_zero_point, x, axis, block_size)
+    return emit_map(b, lambda e, s, z: dequantized(e, s, z, dtype), x, scale, zero)
 
 
-def _unfolded(b: Builder, function: Callable[..., Expr], *inputs: Value | None) -> Value:
-    """The map of constants as a node: passes see the bytes that weights were stored as."""
-    given = [value for value in inputs if value is not None]
-    places = iter(expr.arg(i, value.dtype) for i, value in enumerate(given))
-    op = ops.Map(function(*(None if value is None else next(places) for value in inputs)))
-    (kind,) = op.infer(*(value.type for value in given))
-    (result,) = b.append(op, tuple(given), (Value(kind),))
-    return result
+def _spread_zero(b: Builder, zero: Value | None, x: Value, axis: int, block_size: int) -> Value | None:
+    return None if zero is None or _is_nothing(zero) else spread(b, zero, x, axis, block_size)
+
+
+def _is_nothing(zero: Value) -> bool:
+    """Whether a zero point only says the type: float8 has none but 0."""
+    return is_float(zero.dtype) and zero.constant is not None and not zero.constant.any()
+
+
+def _weights(b: Builder, dtype: DType, axis: int, block_size: int, *inputs: Value | None) -> Value | None:
+    """The node that keeps constants narrow, where codes, scale and zero point are constants of such a form."""
+    x, *parts = (value for value in inputs if value is not None)
+    parts = [*parts[:1], *(zero for zero in parts[1:] if not _is_nothing(zero))]
+    if x.rank < 2 or x.dtype not in NARROW or any(value.constant is None for value in (x, *parts)):
+        return None
+    blocks = [value.rank == x.rank and block_size > 0 for value in parts]
+    if not any(blocks):
+        parts = [spread(b, value, x, axis, block_size) for value in parts]
+    elif not all(blocks):
+        return None
+    op = ops.Dequantize(dtype, normal_axis(axis, x.rank), block_size) if all(blocks) else ops.Dequantize(dtype)
+    return b.emit(op, x, *parts)
 
 
 @operator("DynamicQuantizeLinear", since=11)
@@ -102,14 +116,6 @@ def quantized(ratio: Expr, zero: Expr | None, dtype: DType, *, saturate: bool = 
         return cast(shifted, dtype, saturate=saturate or not dtype.name.startswith("float8"))
     whole = round_even(ratio)
     return cast(whole if zero is None else whole + cast(zero, ratio.dtype), dtype, saturate=True)
-
-
-def centred(x: Expr, zero: Expr | None, wide: DType) -> Expr:
-    """x - zero in `wide`; integers are subtracted as int32."""
-    if zero is None:
-        return cast(x, wide)
-    between = wide if is_float(x.dtype) else INT32
-    return cast(cast(x, between) - cast(zero, between), wide)
 
 
 def spread(b: Builder, value: Value, x: Value, axis: int, block_size: int = 0) -> Value:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gpu_engine.frontend.operators.operands import (
     fresh_type,
     known_extents,
@@ -22,6 +20,7 @@ from gpu_engine.ir.expr import Expr, cast
 from gpu_engine.ir.graph import Builder, Value
 from gpu_engine.ir.ops import ArgReduce, Map, Reduce, Reshape
 from gpu_engine.ir.ops.reduction import reduced_shape
+from gpu_engine.ir.ops.running import accumulate
 
 AXES_AS_INPUT = {"ReduceSum": 13}
 """The opset in which `axes` became an input, where it is not 18."""
@@ -171,17 +170,3 @@ def accumulated(b: Builder, x: Value, axis: Value, attributes: dict[str, Any]) -
     attributes = {"axis": place, **attributes}
     mixes = None if place is None else (place,)
     return emit_array(b, accumulate, lambda b, x, *_, **__: x.type, operands, attributes, mixes=mixes)[0]
-
-
-def accumulate(xp: Any, x: Any, where: Any = None, *, axis: int | None, kind: str, exclusive: int, reverse: int) -> Any:
-    """Inclusive or exclusive running sums or products, from the start or from the end."""
-    place = (int(where.ravel()[0]) if axis is None else axis) % x.ndim
-    wide = compute_dtype(x.dtype)
-    x = xp.flip(x, place) if reverse else x
-    function, neutral = (xp.cumsum, 0) if kind == "sum" else (xp.cumprod, 1)
-    with np.errstate(all="ignore"):
-        total = function(x.astype(wide, copy=False), axis=place, dtype=wide)
-    if exclusive:
-        first = xp.full((*x.shape[:place], 1, *x.shape[place + 1 :]), neutral, wide)
-        total = xp.concatenate((first, total), axis=place)[(slice(None),) * place + (slice(0, x.shape[place]),)]
-    return xp.flip(total, place) if reverse else total

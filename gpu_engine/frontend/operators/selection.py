@@ -11,9 +11,9 @@ from gpu_engine.frontend.operators.operands import fresh_at, known_scalar
 from gpu_engine.frontend.registry import array_operator, emit_array, normal_axis, operator
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import INT64, STRING, compute_dtype
+from gpu_engine.ir.dtypes import INT64
 from gpu_engine.ir.graph import Builder, TensorType, Value
-from gpu_engine.ir.ops.selection import top_of
+from gpu_engine.ir.ops.selection import top_of, unique
 
 
 @operator("TopK", since=1)
@@ -80,17 +80,4 @@ def _unique_types(b: Builder, x: Value, *, axis: int | None = None, sorted: int 
     return (values, TensorType(INT64, (count,)), TensorType(INT64, (all_,)), TensorType(INT64, (count,)))
 
 
-@array_operator("Unique", since=11, infer=_unique_types)
-def unique(xp: Any, x: Any, *, axis: int | None = None, sorted: int = 1) -> Any:
-    """https://onnx.ai/onnx/operators/onnx__Unique.html"""
-    x, axis = (x.reshape(-1), 0) if axis is None else (x, axis % x.ndim)
-    rows = x if x.ndim == 1 else xp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
-    keys = rows.astype(compute_dtype(x.dtype), copy=False) if x.dtype != STRING else rows
-    _, first, inverse, counts = xp.unique(
-        keys, return_index=True, return_inverse=True, return_counts=True, axis=0 if keys.ndim > 1 else None
-    )
-    inverse = inverse.reshape(-1)
-    if not sorted:
-        order = xp.argsort(first)
-        first, counts, inverse = first[order], counts[order], xp.argsort(order)[inverse]
-    return xp.take(x, first, axis=axis), first, inverse, counts
+array_operator("Unique", since=11, infer=_unique_types)(unique)

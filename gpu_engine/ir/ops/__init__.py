@@ -2,7 +2,8 @@
 
 `evaluate(xp, *arrays)` is the reference over an array module: constant folding runs it, tests compare with it, and a
 device that has no kernel of its own for an operation uses it. `shape_arithmetic = True` says that it also works on
-object arrays of symbolic extents; `deterministic = False` that it must not be folded.
+object arrays of symbolic extents; `deterministic = False` that it must not be folded, and
+`folds = False` that it is not, although it could be.
 """
 
 from gpu_engine.ir.ops.attention import Attention
@@ -24,6 +25,7 @@ from gpu_engine.ir.ops.pointwise import Map
 from gpu_engine.ir.ops.pooling import Pool
 from gpu_engine.ir.ops.recurrent import Recurrent
 from gpu_engine.ir.ops.reduction import ArgReduce, LayerNorm, LocalResponseNorm, Reduce, Softmax
+from gpu_engine.ir.ops.weights import Dequantize
 
 __all__ = [
     "ArgReduce",
@@ -31,6 +33,7 @@ __all__ = [
     "Concat",
     "Conv",
     "ConvTranspose",
+    "Dequantize",
     "Expand",
     "Gather",
     "GatherElements",

@@ -1,13 +1,14 @@
-"""TopK and NonMaxSuppression as functions over an array module, which an `Array` node holds: devices with kernels for
-them know them."""
+"""TopK, Unique and NonMaxSuppression as functions over an array module, which an `Array` node holds: devices with
+kernels for them know them."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from gpu_engine.ir.dtypes import compute_dtype
+from gpu_engine.ir.dtypes import STRING, compute_dtype
 
 
 def top_of(xp: Any, x: Any, k: Any = None, *, axis: int, largest: bool, count: int | None) -> Any:
@@ -25,6 +26,37 @@ def top_of(xp: Any, x: Any, k: Any = None, *, axis: int, largest: bool, count: i
         order = xp.argsort(keys, axis=axis, kind="stable")
     chosen = order[(slice(None),) * axis + (slice(0, found),)]
     return xp.take_along_axis(x, chosen, axis=axis), chosen
+
+
+def unique(xp: Any, x: Any, *, axis: int | None = None, sorted: int = 1) -> Any:
+    """https://onnx.ai/onnx/operators/onnx__Unique.html
+
+    NaN equals NaN, but a slice along `axis` that holds one equals no other.
+    """
+    x, axis = (x.reshape(-1), 0) if axis is None else (x, axis % x.ndim)
+    beside = math.prod(x.shape[:axis]) * math.prod(x.shape[axis + 1 :])
+    rows = x if x.ndim == 1 else xp.moveaxis(x, axis, 0).reshape(x.shape[axis], beside)
+    keys = rows.astype(compute_dtype(x.dtype), copy=False) if x.dtype != STRING else rows
+    _, first, inverse, counts = xp.unique(
+        keys, return_index=True, return_inverse=True, return_counts=True, axis=0 if keys.ndim > 1 else None
+    )
+    inverse = inverse.reshape(-1)
+    if not sorted:
+        order = xp.argsort(first)
+        first, counts, inverse = first[order], counts[order], xp.argsort(order)[inverse]
+    return xp.take(x, first, axis=axis), first, inverse, counts
+
+
+def microsoft_unique(xp: Any, x: Any) -> Any:
+    """https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Unique
+
+    In the order of their first appearance; no NaN equals another.
+    """
+    _, first, inverse, counts = xp.unique(
+        x, return_index=True, return_inverse=True, return_counts=True, equal_nan=False
+    )
+    order = xp.argsort(first)
+    return x[first[order]], xp.argsort(order)[inverse.reshape(-1)], counts[order]
 
 
 def non_max_suppression(

@@ -13,13 +13,14 @@ from gpu_engine.frontend.operators.activation import leaky_relu
 from gpu_engine.frontend.operators.microsoft.domain import MICROSOFT
 from gpu_engine.frontend.operators.microsoft.products import from_nhwc, to_nhwc
 from gpu_engine.frontend.operators.pooling import max_pool, pool
-from gpu_engine.frontend.operators.quantization import centred, dequantize_linear, quantize_linear, quantized
+from gpu_engine.frontend.operators.quantization import dequantize_linear, quantize_linear, quantized
 from gpu_engine.frontend.operators.softmax import softmax, softmax_1
 from gpu_engine.frontend.registry import emit_map, normal_axis, operator, scalar
 from gpu_engine.ir import expr, ops
 from gpu_engine.ir.dtypes import FLOAT32, INT32
 from gpu_engine.ir.expr import Expr, cast, sigmoid, where
 from gpu_engine.ir.graph import Builder, Value
+from gpu_engine.ir.ops.weights import centred
 
 
 def real(x: Expr, scale: Expr, zero: Expr | None) -> Expr:

@@ -13,6 +13,7 @@ from gpu_engine.frontend.registry import array_operator, emit_array, emit_map, n
 from gpu_engine.ir import dims, ops
 from gpu_engine.ir.dtypes import INT64
 from gpu_engine.ir.graph import Builder, TensorType, Value
+from gpu_engine.ir.ops.selection import microsoft_unique
 
 
 @operator("ExpandDims", since=1, domain=MICROSOFT)
@@ -89,14 +90,4 @@ def _unique_types(b: Builder, x: Value) -> tuple[TensorType, ...]:
     return TensorType(x.dtype, (count,)), TensorType(INT64, x.shape), TensorType(INT64, (count,))
 
 
-@array_operator("Unique", since=1, domain=MICROSOFT, infer=_unique_types)
-def microsoft_unique(xp: Any, x: Any) -> Any:
-    """https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Unique
-
-    In the order of their first appearance; no NaN equals another.
-    """
-    _, first, inverse, counts = xp.unique(
-        x, return_index=True, return_inverse=True, return_counts=True, equal_nan=False
-    )
-    order = xp.argsort(first)
-    return x[first[order]], xp.argsort(order)[inverse.reshape(-1)], counts[order]
+array_operator("Unique", since=1, domain=MICROSOFT, infer=_unique_types)(microsoft_unique)

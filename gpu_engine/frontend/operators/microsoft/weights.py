@@ -15,9 +15,10 @@ from gpu_engine.frontend.operators.quantization import spread
 from gpu_engine.frontend.registry import emit_map, normal_axis, operator
 from gpu_engine.ir import dims, expr, ops
 from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import FLOAT32, INT64, UINT8, DType, is_float
+from gpu_engine.ir.dtypes import FLOAT32, INT64, UINT8, from_onnx, is_float
 from gpu_engine.ir.expr import Expr, cast, where
 from gpu_engine.ir.graph import Builder, Value
+from gpu_engine.ir.ops.weights import dequantized
 
 FP4 = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
 NF4 = (
@@ -27,6 +28,8 @@ NF4 = (
 )  # fmt: skip
 CODES = (np.array((*FP4, *(-value for value in FP4)), FLOAT32), np.array(NF4, FLOAT32))
 """What the 16 codes of bitsandbytes stand for (https://github.com/bitsandbytes-foundation/bitsandbytes): FP4, NF4."""
+CODE_DTYPES = {2: from_onnx(25), 4: from_onnx(21), 8: UINT8}
+"""The type of codes by their bits."""
 
 
 def unpacked(b: Builder, packed: Value, bits: int, *, high_first: bool = False) -> Value:
@@ -64,32 +67,54 @@ def matmul_nbits(
     if bits not in (2, 4, 8) or weight_prepacked or min(K, N, block_size) < 1:
         raise InvalidModel(f"weights [{N}, {K}] of {bits} bits in blocks of {block_size}, prepacked {weight_prepacked}")
     blocks = dims.ceil_div(K, block_size)
-    codes = unpacked(b, b.emit(ops.Reshape((N, blocks, block_size * bits // 8)), packed), bits)
+    bytes_of = b.emit(ops.Reshape((N, blocks, block_size * bits // 8)), packed)
     scale = b.emit(ops.Reshape((N, blocks, 1)), scales)
-    zero = _block_zeros(b, zero_points, (N, blocks), bits, scales.dtype)
-    if g_idx is not None:
-        codes = cut(b, b.emit(ops.Reshape((N, blocks * block_size)), codes), {1: (0, 1, K)})
-        columns = cut(b, g_idx, {0: (0, 1, K)})
-        scale, zero = (_by_column(b, value, columns) for value in (scale, zero))
-    numbers = emit_map(b, number_of, codes, scale, zero)
-    weights = cut(b, b.emit(ops.Reshape((N, dims.product(numbers.shape[1:]))), numbers), {1: (0, 1, K)})
+    zero = _block_zeros(b, zero_points, (N, blocks), bits)
+    weights = None if g_idx is not None else _narrow(b, bytes_of, scale, zero, bits, K)
+    if weights is None:
+        weights = _numbers(b, unpacked(b, bytes_of, bits), scale, zero, g_idx, K)
     left = a if a.rank > 1 else b.emit(ops.Reshape((1, *a.shape)), a)
     product = b.emit(ops.MatMul(transpose_b=True), left, weights)
     product = product if a.rank > 1 else b.emit(ops.Reshape((N,)), product)
     return product if bias is None else emit_map(b, lambda e, c: e + c, product, bias)
 
 
+def _narrow(b: Builder, packed: Value, scale: Value, zero: Value, bits: int, columns: int) -> Value | None:
+    """Weights [N, K] of constants as the node that keeps them narrow, from bytes [N, blocks, bytes of a block]."""
+    if packed.constant is None or scale.constant is None or zero.constant is None or packed.shape[-1] == 0:
+        return None
+    rows, blocks = scale.shape[:2]
+    block = dims.number(packed.shape[-1]) * 8 // bits
+    codes = packed.constant
+    if bits < 8:
+        codes = (codes[..., None] >> np.arange(0, 8, bits, dtype=UINT8)) & (2**bits - 1)
+    flat = codes.reshape(dims.number(rows), -1)[:, :columns].view(CODE_DTYPES[bits])
+    zeros = np.repeat(zero.constant[..., 0], dims.number(blocks) // zero.constant.shape[1], 1)
+    parts = b.emit(ops.Reshape((rows, blocks)), scale), b.constant(zeros)
+    return b.emit(ops.Dequantize(scale.dtype, 1, block), b.constant(flat), *parts)
+
+
+def _numbers(b: Builder, codes: Value, scale: Value, zero: Value, g_idx: Value | None, columns: int) -> Value:
+    """Weights [N, K] of codes [N, blocks, block size], computed."""
+    rows = codes.shape[0]
+    if g_idx is not None:
+        codes = cut(b, b.emit(ops.Reshape((rows, dims.product(codes.shape[1:]))), codes), {1: (0, 1, columns)})
+        index = cut(b, g_idx, {0: (0, 1, columns)})
+        scale, zero = (_by_column(b, value, index) for value in (scale, zero))
+    numbers = emit_map(b, number_of, codes, scale, zero)
+    return cut(b, b.emit(ops.Reshape((rows, dims.product(numbers.shape[1:]))), numbers), {1: (0, 1, columns)})
+
+
 def number_of(code: Expr, scale: Expr, zero: Expr | None) -> Expr:
     """What a code stands for, in the type of its scale."""
-    whole = cast(code, FLOAT32) if zero is None else cast(code, FLOAT32) - cast(zero, FLOAT32)
-    return cast(whole * cast(scale, FLOAT32), scale.dtype)
+    return dequantized(code, scale, zero, scale.dtype)
 
 
-def _block_zeros(b: Builder, zeros: Value | None, shape: tuple[Dim, Dim], bits: int, dtype: DType) -> Value:
+def _block_zeros(b: Builder, zeros: Value | None, shape: tuple[Dim, Dim], bits: int) -> Value:
     """The zero point of every block, [N, blocks, 1]: packed as the weights are, one number each, or the middle."""
     rows, blocks = shape
     if zeros is None:
-        return b.constant(np.full((1, 1, 1), 2 ** (bits - 1), dtype))
+        return b.constant(np.full((1, 1, 1), 2 ** (bits - 1), UINT8))
     if is_float(zeros.dtype):
         return b.emit(ops.Reshape((rows, blocks, 1)), zeros)
     packed = b.emit(ops.Reshape((rows, dims.ceil_div(blocks * bits, 8))), zeros)
