@@ -56,6 +56,11 @@ class Wanted:
 Found = dict[tuple[Kernel, int], Verdict]
 
 
+def plan_of(model: bytes, precision: str, arch: int) -> Plan:
+    graph = imported(model)
+    return gpu_plan(graph, prove(graph), GpuOptions(precision, arch))
+
+
 def executed(plan: Plan, feed: Feed) -> Iterator[tuple[Step, tuple[int, ...], Callable[[Dim], int]]]:
     """(step, grid, the number that an extent is) for every launch of one inference: of the kernels for different
     extents of a product, one is chosen.
