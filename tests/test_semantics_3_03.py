@@ -173,10 +173,10 @@ def test_warmup_measures_and_uses_what_a_batch_costs(
     make_engine: MakeEngine, row_s: float, call_s: float, batch: int
 ) -> None:
     recorder = RecordingDevice(working(row_s, call_s), batch_limit=8)
-    engine = make_engine(recorder, streams=2, requests=16, warmup=True)
-    plan = engine.explain_batching()
-    assert (plan.batch, plan.limiting_factor, engine.batch) == (batch, "device", batch)
-    assert "16 requests // (2 streams * 2) = 4; measured 1: " in plan.reason and f": {batch}" in plan.reason
+    engine = make_engine(recorder, streams=2, requests=32, warmup=True)
+    plan, factor = engine.explain_batching(), "device" if batch < 8 else "requests"
+    assert (plan.batch, plan.limiting_factor, engine.batch) == (batch, factor, batch)
+    assert "32 requests // (2 streams * 2) = 8; measured 1: " in plan.reason and f": {batch}" in plan.reason
     assert engine.optimal_requests == batch * 2 * 2
     assert engine.statistics().inference_count == 0, "rows of the warm-up are nobody's"
     futures = [engine.submit(rows(i)) for i in range(24)]
@@ -185,12 +185,12 @@ def test_warmup_measures_and_uses_what_a_batch_costs(
     assert max(engine.statistics().batch_sizes) <= batch
 
 
-def test_an_explicit_batch_is_never_changed_and_a_timeout_never_raises_it(make_engine: MakeEngine) -> None:
+def test_an_explicit_batch_is_never_changed_and_the_formula_never_exceeded(make_engine: MakeEngine) -> None:
     slow = RecordingDevice(working(5e-3, 0.0), batch_limit=8)
     engine = make_engine(slow, streams=1, batch=16, warmup=True)
     assert (engine.batch, engine.explain_batching().limiting_factor) == (16, "user")
     calls = RecordingDevice(working(1e-5, 2e-3), batch_limit=8)
-    assert make_engine(calls, streams=2, requests=16, batch_timeout_ms=1, warmup=True).batch == 4
+    assert make_engine(calls, streams=2, requests=16, warmup=True).batch == 4
 
 
 def test_warmup_can_be_switched_off_and_asked_for(make_engine: MakeEngine) -> None:
