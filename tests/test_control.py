@@ -82,6 +82,26 @@ def test_trips_and_conditions(trips: int, go: bool) -> None:
     agree(model_of(COUNTED), {"n": I64(trips), "go": np.bool_(go), "x": floats(2)})
 
 
+@pytest.mark.parametrize("device", ["cpu", "interpret"])
+@pytest.mark.parametrize("trips", [0, 2])
+def test_slices_of_an_open_extent_stack_without_a_trip(trips: int, device: str) -> None:
+    """The extents of slices that nobody made are those of what they would have been made of."""
+    text = """
+g (int64 n, float[N, 3] x) => (float[N, 3] last, float[T, N, 3] all) <bool go = {1}> {
+  last, all = Loop (n, go, x) <body = step (int64 i, bool before, float[N, 3] state)
+    => (bool after, float[N, 3] next, float[N, 3] seen) {
+      after = Identity (before)
+      next = Add (state, x)
+      seen = Mul (next, x)
+  }>
+}"""
+    x = floats(2, 3)
+    with gpu_engine.compile(model_of(text), device=device) as engine:
+        last, stacked = engine.run([I64(trips), x])
+    np.testing.assert_allclose(last, (trips + 1) * x, rtol=1e-6)
+    np.testing.assert_allclose(stacked, np.array([(i + 2) * x * x for i in range(trips)]).reshape(trips, 2, 3), 1e-6)
+
+
 @pytest.mark.parametrize("known", ["n", "go", "both"])
 def test_known_trips_and_conditions(known: str) -> None:
     text, inputs = COUNTED, {"n": I64(5), "go": np.bool_(True), "x": floats(2)}

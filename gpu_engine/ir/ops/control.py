@@ -6,7 +6,7 @@ operands in the same order. `symbols` are the outer extents that the bodies need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,12 @@ def run_loop(
             parts.append(result)
         going = bool(condition.reshape(()))
         iteration += 1
-    return (*state, *(stack(xp, found, kind) for found, kind in zip(slices, op.outputs[op.carried :], strict=True)))
+    kinds = [_with_known_extents(kind, bound_symbols(op.names, op.symbols)) for kind in op.outputs[op.carried :]]
+    return (*state, *(stack(xp, found, kind) for found, kind in zip(slices, kinds, strict=True)))
+
+
+def _with_known_extents(kind: TensorType, known: Mapping[str, int]) -> TensorType:
+    return TensorType(kind.dtype, tuple(dims.substitute(extent, known) for extent in kind.shape))
 
 
 def bound_symbols(names: Sequence[str], symbols: Sequence[Dim]) -> dict[str, int]:
