@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_problems import Problem, choices, plan_with
 from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.gpu.driver import Touched
 from gpu_engine.gpu.launches import Launch
 from gpu_engine.gpu.tile_filter import examined
 from gpu_engine.gpu.tiles import Choice
@@ -38,15 +39,17 @@ class Prepared:
 
     def run(self, driver: Any) -> None:
         for loaded, grid, packed in self.launches:
-            driver.launch(loaded, grid, packed, lambda: ((), ()))
+            driver.launch(loaded, grid, packed, lambda: Touched((), ()))
 
 
 def prepared(plan: Plan, driver: Any, rng: np.random.Generator) -> Prepared:
-    """A plan whose extents are all known, with random numbers where it reads and kernels loaded."""
+    """A plan whose extents are all known, with random numbers where it reads, counters at zero, and kernels loaded."""
     memories = {}
+    counters = {buffer for step in plan.steps for buffer in step.kernel.zeroed}
     for index, buffer in enumerate(plan.buffers):
         shape = tuple(map(dims.number, buffer.shape))
         content = buffer.constant if buffer.constant is not None else _content(buffer.dtype, shape, rng)
+        content = np.zeros_like(content) if index in counters else content
         if root(plan.buffers, index) == index:
             memories[index] = driver.allocate(content.nbytes)
             driver.upload(driver.array(memories[index], 0, shape, buffer.dtype), content)
@@ -56,7 +59,7 @@ def prepared(plan: Plan, driver: Any, rng: np.random.Generator) -> Prepared:
         words = np.array([_word(word, plan, memories) for word in step.kernel.words], np.int64)
         loaded = driver.load(step.kernel.kernel)
         x, y, z = map(dims.number, step.kernel.grid)
-        launches.append((loaded, (x, y, z), driver.pack(loaded, words)))
+        launches.append((loaded, (x, y, z), driver.pack(loaded, words, (x, y, z))))
         held.append(words)
     return Prepared(tuple(launches), (*held, *memories.values()))
 

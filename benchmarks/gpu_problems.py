@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 from benchmarks.models import MODELS
@@ -12,7 +13,7 @@ from gpu_engine.gpu.launches import Launch
 from gpu_engine.gpu.lowering import lowering_for
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import arranged, gpu_plan
-from gpu_engine.gpu.tiles import SPLITS, Choice, Extents, GemmTile, candidates, choose
+from gpu_engine.gpu.tiles import SPLITS, Choice, Extents, GemmTile, candidates, choose, takes_parts
 from gpu_engine.gpu.tuned_tiles import bucket
 from gpu_engine.ir import dims
 from gpu_engine.ir.dims import Dim
@@ -74,11 +75,9 @@ def problem_of(node: Node, extents: Mapping[str, int], options: GpuOptions) -> P
     graph = Graph(inputs, outputs, (Node(op, values, outputs, node.source),), names, ("y",))
     asked: list[tuple[str, str, Extents]] = []
 
-    def noted(
-        family: str, extents: Extents, arch: int, *, heavy: bool = False, kind: str = "gemm"
-    ) -> tuple[Choice, ...]:
+    def noted(family: str, extents: Extents, arch: int, *, kind: str = "gemm", **rest: Any) -> tuple[Choice, ...]:
         asked.append((family, kind, extents))
-        return choose(family, extents, arch, heavy=heavy, kind=kind)
+        return choose(family, extents, arch, kind=kind, **rest)
 
     plan = _lowered(graph, options, noted)
     if len(asked) != 1 or not all(isinstance(step.kernel, Launch) for step in plan.steps):
@@ -95,7 +94,7 @@ def choices(problem: Problem) -> list[Choice]:
         Choice(1, None, tile, splits)
         for tile in tiles
         for splits in SPLITS
-        if splits == 1 or 2 * splits * tile.block_k <= depth
+        if splits == 1 or (takes_parts(problem.family, tile) and 2 * splits * tile.block_k <= depth)
     ]
 
 
