@@ -30,7 +30,7 @@ def compiled(**options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def cpu_engine() -> Iterator[Any]:
-    with compiled(streams=1, requests=8) as engine:
+    with compiled(streams=1, requests=8, warmup=False) as engine:
         yield engine
 
 
