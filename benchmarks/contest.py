@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,10 @@ class Contender:
     @property
     def best_s(self) -> float:
         return min(self.times_s)
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.times_s)
 
 
 def contest(

@@ -1,7 +1,8 @@
 """This engine beside ONNX Runtime and OpenVINO over the whole catalogue: `python -m benchmarks.peers`.
 
 For every model, at the size that clients bring, in turns: the CPU time of one inference on one thread, then inferences
-a second with every core busy. Of many short samples the least counts, so that other work on the machine hits all alike.
+a second with every core busy. Of many short samples the least CPU time counts, so that other work on the machine hits
+all alike, and the median throughput: threads that wait for each other have lucky moments, which no client can count on.
 Every output is compared with ONNX Runtime's, its optimisations off. Each measurement becomes a row of a CSV file, and
 the ratios a chart: how many times as fast as the faster peer.
 """
@@ -78,10 +79,10 @@ def measure(case: Case, kind: str, seconds: float) -> list[Row]:
         times_s, peak_gflops = _race(opened, kind, seconds)
     rows = []
     for name in OPENERS:
-        least_s = times_s.get(name)
+        taken_s = times_s.get(name)
         error, agrees = errors.get(name, (None, True))
-        value = None if least_s is None else least_s * 1e3 if kind == CPU else cores / least_s
-        gflops = case.flops / least_s / 1e9 if case.flops and least_s and kind == CPU else None
+        value = None if taken_s is None else taken_s * 1e3 if kind == CPU else cores / taken_s
+        gflops = case.flops / taken_s / 1e9 if case.flops and taken_s and kind == CPU else None
         rows.append(
             Row(
                 date.today().isoformat(), processor(), cores, case.model.name, _shapes(case.feed), kind, name,
@@ -93,11 +94,11 @@ def measure(case: Case, kind: str, seconds: float) -> list[Row]:
 
 
 def _race(opened: Mapping[str, Opened], kind: str, seconds: float) -> tuple[dict[str, float], float]:
-    """({engine: least seconds for an inference on every core that it has}, the peak in GFLOP/s of one core)."""
+    """({engine: seconds for an inference on every core that it has}, the peak in GFLOP/s of one core)."""
     contenders = [Contender(name, engine.work) for name, engine in opened.items()]
     if kind == THROUGHPUT:
         contest(contenders, seconds * len(contenders), time.perf_counter_ns, WALL_SAMPLE_S)
-        return {contender.name: contender.best_s for contender in contenders}, 0.0
+        return {contender.name: contender.median_s for contender in contenders}, 0.0
     top, operations = peak(host())
     contest([*contenders, top], seconds * len(contenders), time.process_time_ns, CPU_SAMPLE_S)
     return {contender.name: contender.best_s for contender in contenders}, operations / top.best_s / 1e9
