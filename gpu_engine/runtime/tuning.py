@@ -18,14 +18,12 @@ from gpu_engine.runtime.device import Device, Stream
 from gpu_engine.runtime.execution import Worker
 from gpu_engine.runtime.requests import Part, gather_rows
 from gpu_engine.runtime.sizing import BatchPlan, Limits, Sizes, capped, choose, memory_cap, resized
-from gpu_engine.runtime.warmup import Measured, Row, measure, random_rows, took_s
+from gpu_engine.runtime.warmup import Measured, Row, measure, random_rows
 
 _LOGGER = logging.getLogger(__name__)
 FREQUENT = 16
 """Batches of a set of extents that were run before it is measured: what is rare is not worth it."""
 REMEMBERED, NOTES = 4096, 4
-QUICK_S = 10e-3
-"""A row that takes longer is not worth tens of them while compiling: the first requests warm the model up."""
 CHECKED_ROWS = 3
 """Rows that are run singly and together where the batch is given and nothing else is to be found out."""
 
@@ -64,12 +62,6 @@ class Tuner:
     def useful(self) -> bool:
         """Whether rows may share executions, so that there is something to find out."""
         return self.sizes.shared and self.sizes.batch.batch > 1
-
-    def is_quick(self, worker: Worker) -> bool:
-        """Whether a row takes so little that nobody notices a warm-up while compiling; runs a row that is made up."""
-        family = self._admission.fit_of_one().family
-        (row,) = random_rows(self._plan.input_ports, self._admission.input_shapes(family), 1)
-        return took_s(worker.slot, family, row, self._clock) < QUICK_S
 
     def warm(self, worker: Worker, fit: Fit | None, rows: Sequence[Row] = ()) -> None:
         """Compare and measure rows, made up unless given, on the worker's slot; raises what the device raises."""

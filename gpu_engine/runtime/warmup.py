@@ -91,11 +91,6 @@ def measure(
     return Measured({n: min(times) for n, times in costs.items()}, mismatch)
 
 
-def took_s(slot: Slot, family: Family, row: Row, clock: Clock) -> float:
-    """Seconds that an execution of one row takes, its binding included."""
-    return _run(slot, family, [row], clock)[1]
-
-
 def _run(slot: Slot, family: Family, rows: Sequence[Row], clock: Clock) -> tuple[list[Array], float]:
     """Outputs of one execution of these rows, and how long it took: as `execution` does it."""
     started = clock()
