@@ -26,6 +26,7 @@ import gpu_engine
 from benchmarks.batching_cases import CASES, Case, Feed
 from benchmarks.fetch import Unavailable
 from gpu_engine.runtime.engine import Engine
+from gpu_engine.tools.measures import percentile
 
 LOAD = 0.7
 P99_LIMIT = 3.0
@@ -159,11 +160,6 @@ def open_loop(engine: Engine, feeds: Sequence[Feed], rate: float, seconds: float
         futures.append(future)
     found = [(number % len(feeds), future.result()) for number, future in enumerate(futures)]
     return [end - at for end, at in zip(done, intended, strict=True)], found
-
-
-def percentile(values: Sequence[float], p: int) -> float:
-    """The ceil(n * p / 100)-th smallest value, counted from 1."""
-    return sorted(values)[-(-len(values) * p // 100) - 1]
 
 
 def check(result: Contest, found: Found, expected: Sequence[Any]) -> None:

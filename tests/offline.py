@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.inputs import Feed
 from benchmarks.models import MODELS
+from gpu_engine.gpu import program
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.launches import ArrayCall
 from gpu_engine.gpu.options import PRECISIONS, GpuOptions
@@ -69,12 +70,9 @@ def executed(plan: Plan, feed: Feed) -> Iterator[tuple[Step, tuple[int, ...], Ca
     """
     fit = Signature(plan).fit([feed[port.name].shape for port in plan.input_ports])
     segment = plan.program.segments[0]
-    values = segment.numbers.evaluate(fit.extents)
     known = dict(zip(segment.names, fit.extents, strict=True))
-    for i, places in segment.grids.items():
-        grid = tuple(values[place] for place in places)
-        if all(grid):
-            yield plan.steps[i], grid, lambda dim: number(substitute(dim, known))
+    for i, grid in program.launched(segment, fit.extents).items():
+        yield plan.steps[i], grid, lambda dim: number(substitute(dim, known))
 
 
 def launched(plan: Plan, feed: Feed) -> int:

@@ -226,3 +226,11 @@ def zone_nbytes(segment: Segment, extents: Sequence[int]) -> int:
     """Bytes of a segment's memory."""
     values = np.array(segment.numbers.evaluate(tuple(extents)), np.int64)
     return sum(zone.offsets(values)[1] for zone in (segment.arena, segment.ports, segment.counters))
+
+
+def launched(segment: Segment, extents: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """{step: grid} of what a segment launches at `extents`: of the kernels for different extents of a product, one has
+    programs."""
+    values = segment.numbers.evaluate(tuple(extents))
+    grids = {step: tuple(values[place] for place in places) for step, places in segment.grids.items()}
+    return {step: grid for step, grid in grids.items() if all(grid)}

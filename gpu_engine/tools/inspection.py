@@ -14,6 +14,7 @@ from gpu_engine.frontend.reader import SpecificationFunctions
 from gpu_engine.gpu.launches import ArrayCall, BodyCall
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import gpu_plan, kernels_of
+from gpu_engine.gpu.program import launched
 from gpu_engine.ir.graph import Graph
 from gpu_engine.options import parse_device
 from gpu_engine.passes.batchability import prove
@@ -148,12 +149,9 @@ def _steps(plan: Plan, members: dict[str, list[str]]) -> list[Facts]:
 
 
 def gpu_facts(graph: Graph, arch: int, precision: str, extents: Extents) -> Facts:
-    """What one inference launches on a GPU: of the kernels for different extents of a product, one is chosen. Parts
-    whose extents only running tells are left out."""
+    """What one inference launches on a GPU. Parts whose extents only running tells are left out."""
     plan = gpu_plan(graph, prove(graph), GpuOptions(precision, arch))
-    segment = plan.program.segments[0]
-    values = segment.numbers.evaluate([extents[name] for name in plan.symbols])
-    launches = [i for i, places in segment.grids.items() if all(values[place] for place in places)]
+    launches = launched(plan.program.segments[0], [extents[name] for name in plan.symbols])
     arrays = [step.kernel for step in plan.steps if isinstance(step.kernel, ArrayCall | BodyCall)]
     return {
         "arch": f"sm_{arch}",

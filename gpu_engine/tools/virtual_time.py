@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from gpu_engine.errors import QueueFull
 from gpu_engine.runtime.scheduler import Batch, Batcher
+from gpu_engine.tools.measures import rank
 
 NEVER = math.inf
 
@@ -306,5 +307,5 @@ class _Simulation:
 
 
 def percentile(ordered: Sequence[float], p: float) -> float:
-    """The ceil(n * p / 100)-th smallest of `ordered` values, counted from 1; NaN of none."""
-    return ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)] if ordered else math.nan
+    """See `measures.rank`, of `ordered` values; NaN of none."""
+    return ordered[rank(len(ordered), p) - 1] if ordered else math.nan
