@@ -85,8 +85,9 @@ def compile(
     properties        options by OpenVINO's names, {"NUM_STREAMS": 2}; ValueError for one that is unknown, that would
                       have no effect, or that contradicts an option
 
-    warmup            compare rows singly and together and time batches, while compiling or, for open extents, as
-                      requests come; None: unless the device is "interpret", whose time says nothing
+    warmup            compare rows singly and together and time batches, while compiling or, for open extents and where
+                      a row takes long, as requests come; None: unless the device is "interpret", whose time says
+                      nothing
 
     The other options are those of `options.Options`. Raises ModelError, DeviceError, TypeError or ValueError for an
     option.

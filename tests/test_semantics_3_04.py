@@ -13,6 +13,7 @@ import pytest
 from onnx import helper
 
 import gpu_engine
+from gpu_engine.errors import ExecutionError
 from gpu_engine.ir import dims, ops
 from gpu_engine.ir.dtypes import FLOAT32
 from gpu_engine.ir.graph import Graph, TensorType, verify
@@ -20,8 +21,9 @@ from gpu_engine.ir.ops.array import Array
 from gpu_engine.passes.grouping import Ungroupable, grouped
 from gpu_engine.passes.pipeline import optimize
 from gpu_engine.plan.plan import Batching
+from gpu_engine.runtime import tuning
 from gpu_engine.runtime.engine import Engine
-from tests.recording_device import F32, MakeEngine, RecordingDevice, plan_of, rows
+from tests.recording_device import F32, MakeEngine, RecordingDevice, occupy, plan_of, rows
 from tests.reference import graph_of, random_inputs, run_graph
 from tests.test_batchability import PORTS, PROVEN, REFUSED, sorted_array
 
@@ -150,6 +152,66 @@ def test_warmup_names_rows_that_differ(make_engine: MakeEngine) -> None:
     plan = engine.explain_batching()
     assert (plan.batch, plan.limiting_factor) == (1, "graph") and "8 of 12 elements" in plan.reason
     np.testing.assert_array_equal(engine.run(rows(5)), rows(5))
+
+
+def test_a_slow_model_is_not_warmed_up_while_compiling(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first batch is compared with the same rows alone, once, and its sixteenth measured."""
+    monkeypatch.setattr(tuning, "QUICK_S", 0.0)
+    recorder = RecordingDevice(lambda x: [2 * x], batch_limit=8)
+    engine = make_engine(recorder, streams=1, requests=8, warmup=True)
+    assert [launch.rows for launch in recorder.launches] == [1]
+    recorder.launches.clear()
+    for n in range(15):
+        occupied = occupy(engine, recorder, rows(9))
+        futures = [engine.submit(rows(i)) for i in range(3)]
+        recorder.release()
+        occupied[0].result(30)
+        for i, future in enumerate(futures):
+            np.testing.assert_array_equal(future.result(30), 2 * rows(i))
+        assert ("measured" in engine.explain_batching().reason) == (2 * n + 2 >= tuning.FREQUENT)
+    assert [launch.rows for launch in recorder.launches[:6]] == [1, 1, 1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_first_batch_that_would_mix_rows_is_run_apart(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    monkeypatch.setattr(tuning, "QUICK_S", 0.0)
+    recorder = RecordingDevice(lambda x: [x - x.mean(axis=0, keepdims=True)])
+    engine = make_engine(recorder, plan_of({"x": (F32, ("N", 4))}, {"y": (F32, ("N", 4))}), batch=3, warmup=True)
+    assert engine.batch == 3
+    random = np.random.default_rng()
+    if cut:
+        x = random.standard_normal((8, 4)).astype(F32)
+        np.testing.assert_array_equal(engine.run_many(x), x - x.mean(axis=0, keepdims=True))
+    else:
+        occupied = occupy(engine, recorder, rows(9))
+        futures = [engine.submit(random.standard_normal((1, 4)).astype(F32)) for _ in range(7)]
+        recorder.release()
+        for future in [*occupied, *futures]:
+            np.testing.assert_array_equal(future.result(30), np.zeros((1, 4), F32))
+    assert engine.explain_batching().limiting_factor == "graph" and engine.batch == 1
+
+
+def test_rows_that_cannot_be_compared_run_apart(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_on_two(x: Any) -> list[Any]:
+        if len(x) == 2:
+            raise ExecutionError("two rows")
+        return [x]
+
+    monkeypatch.setattr(tuning, "QUICK_S", 0.0)
+    recorder = RecordingDevice(fails_on_two)
+    engine = make_engine(recorder, streams=1, batch=3, warmup=True)
+    for _ in range(tuning.TRIES + 2):
+        occupied = occupy(engine, recorder, rows(9))
+        futures = [engine.submit(rows(i)) for i in range(2)]
+        recorder.release()
+        occupied[0].result(30)
+        for i, future in enumerate(futures):
+            np.testing.assert_array_equal(future.result(30), rows(i))
+    assert [launch.rows for launch in recorder.launches].count(2) == tuning.TRIES
 
 
 def test_a_rounding_that_falls_the_other_way_is_no_mismatch(make_engine: MakeEngine) -> None:

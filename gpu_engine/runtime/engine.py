@@ -64,7 +64,7 @@ class Engine:
         self._pool.rounds.individual = options.partial is Partial.individual
         weakref.finalize(self, self._pool.abandon).atexit = False
         if options.warmup and self._tuner.useful and not self._warmed():
-            self._pool.rounds.prepare = self._tuner.prepare
+            self._pool.rounds.may_share = self._tuner.may_share
 
     @property
     def _sizes(self) -> Sizes:
@@ -225,15 +225,14 @@ class Engine:
         return self.explain_batching()
 
     def _warmed(self) -> bool:
-        """Whether inputs could be made up to warm up with; else the first requests will do."""
-        if not self._tuner.known_extents:
-            return False
+        """Whether made-up inputs could warm the model up, and quickly; else the first requests will do."""
         try:
-            self.warmup()
+            with self._pool.slot() as worker:
+                quick = self._tuner.known_extents and self._tuner.is_quick(worker)
+            return quick and bool(self.warmup())
         except GpuEngineError as error:
             _LOGGER.info("made-up inputs do not warm up the model: %s", error)
             return False
-        return True
 
     def statistics(self) -> Statistics:
         """Counts and times since the engine was made."""

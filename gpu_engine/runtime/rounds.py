@@ -1,9 +1,10 @@
-"""What the thread of a slot does with a batch: measure what is due, run it, let those that waited for it come back."""
+"""What the thread of a slot does with a batch: whether rows may share it, the run, the wait for callers to return."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from gpu_engine.runtime.execution import Worker, clock, execute
 from gpu_engine.runtime.requests import Part, Request
@@ -15,17 +16,15 @@ _STEP_S = 20e-6
 
 
 class Rounds:
-    """`prepare` is called before a batch; `individual`: requests of a batch that is not full run one after another."""
+    """`may_share` is asked before a batch; `individual`: requests of a batch that is not full run one after another."""
 
     def __init__(self, batcher: Batcher[Request], batched_outputs: Sequence[bool], closed: Callable[[], bool]) -> None:
         self._batcher, self._batched_outputs, self._closed = batcher, tuple(batched_outputs), closed
-        self.prepare: Callable[[Worker, Sequence[Part]], None] | None = None
+        self.may_share: Callable[[Worker, Sequence[Part]], bool] | None = None
         self.individual = False
 
     def run(self, worker: Worker, batch: Batch[Request]) -> None:
         """Run a batch and settle its requests; never raises."""
-        if self.prepare is not None:
-            self.prepare(worker, batch.parts)
         started = clock()
         self.execute(worker, batch)
         if len(batch.parts) > 1:
@@ -33,11 +32,20 @@ class Rounds:
 
     def execute(self, worker: Worker, batch: Batch[Request]) -> None:
         """Run a batch and nothing else."""
-        if self.individual and batch.reason != "full":
+        if self.may_share is not None and not self.may_share(worker, batch.parts):
+            self._execute_apart(worker, batch)
+        elif self.individual and batch.reason != "full":
             for part in batch.parts:
                 execute(worker, [part], self._batched_outputs)
         else:
             execute(worker, batch.parts, self._batched_outputs)
+
+    def _execute_apart(self, worker: Worker, batch: Batch[Request]) -> None:
+        """Run every request of a batch by itself, and whole where it was cut; its other parts are void then."""
+        for request, _, _ in batch.parts:
+            if not request.future.done():
+                whole = request if request.join is None else replace(request, join=None)
+                execute(worker, [(whole, 0, whole.rows)], self._batched_outputs)
 
     def _await_callers(self, answered: int, longest_s: float) -> None:
         """After a batch of several requests, let those that waited for it come back before the next one is formed.

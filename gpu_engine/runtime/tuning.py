@@ -1,4 +1,8 @@
-"""How many rows share an execution of an engine, before and after warm-up has measured what they cost."""
+"""How many rows share an execution of an engine, before and after warm-up has measured what they cost.
+
+A model of quick rows, whose inputs can be made up, is warmed up while compiling. Others are as requests come: the first
+rows that would share an execution are compared with the same rows alone, and only what has become frequent is measured.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,18 @@ from gpu_engine.runtime.device import Device, Stream
 from gpu_engine.runtime.execution import Worker
 from gpu_engine.runtime.requests import Part, gather_rows
 from gpu_engine.runtime.sizing import BatchPlan, Limits, Sizes, capped, choose, memory_cap, resized
-from gpu_engine.runtime.warmup import Measured, Row, measure, random_rows
+from gpu_engine.runtime.warmup import Measured, Row, check, measure, random_rows, took_s
 
 _LOGGER = logging.getLogger(__name__)
 FREQUENT = 16
 """Batches of a set of extents that were run before it is measured: what is rare is not worth it."""
 REMEMBERED, NOTES = 4096, 4
 CHECKED_ROWS = 3
-"""Rows that are run singly and together where the batch is given and nothing else is to be found out."""
+"""Rows that are run singly and together."""
+TRIES = 4
+"""After so many batches in which comparing raised, rows of these extents are kept apart without trying again."""
+QUICK_S = 10e-3
+"""A row that takes longer is not worth tens of them while compiling."""
 
 
 class Tuner:
@@ -42,6 +50,8 @@ class Tuner:
         self._reason = sizes.batch.reason
         self._notes: list[str] = []
         self._seen: Counter[tuple[int, ...]] = Counter()
+        self._compared: set[tuple[int, ...]] = set()
+        self._failed: Counter[tuple[int, ...]] = Counter()
         self._lock = threading.Lock()
 
     @property
@@ -65,48 +75,83 @@ class Tuner:
 
     def warm(self, worker: Worker, fit: Fit | None, rows: Sequence[Row] = ()) -> None:
         """Compare and measure rows, made up unless given, on the worker's slot; raises what the device raises."""
-        if fit is None:
-            fit = self._admission.fit_of_one()
-        family = fit.family
+        family = (fit or self._admission.fit_of_one()).family
         if not rows:
             rows = random_rows(self._plan.input_ports, self._admission.input_shapes(family), CHECKED_ROWS)
-        most = self._admission.row_limit(family, self._most) if self.measures else 1
-        rows = rows[: max(most, CHECKED_ROWS)]
-        self._adopt(family, measure(worker.slot, family, rows, self._plan.batching.outputs, most, self._clock))
+        if self._agree(worker, family, rows[:CHECKED_ROWS]):
+            self._measure(worker, family, rows)
 
-    def prepare(self, worker: Worker, parts: Sequence[Part]) -> None:
-        """Before a batch runs: measure extents that have become frequent, with the rows of the batch; never raises."""
-        request = parts[0][0]
-        family = request.fit.family
+    def is_quick(self, worker: Worker) -> bool:
+        """Whether a row, made up and run here, takes so little that nobody notices a warm-up while compiling."""
+        family = self._admission.fit_of_one().family
+        (row,) = random_rows(self._plan.input_ports, self._admission.input_shapes(family), 1)
+        return took_s(worker.slot, family, row, self._clock) < QUICK_S
+
+    def may_share(self, worker: Worker, parts: Sequence[Part]) -> bool:
+        """Before a batch runs: whether its parts may share an execution; never raises.
+
+        The first of a set of extents are compared, and extents that have become frequent are measured, with the rows
+        of the batch.
+        """
+        family, shares = parts[0][0].fit.family, len(parts) > 1 or parts[0][0].join is not None
+        if self.sizes.shared and shares and family.key not in self._compared:
+            self._compare(worker, family, parts)
+        if not self.sizes.shared or (shares and family.key not in self._compared):
+            return False
         if len(self._seen) >= REMEMBERED:
             self._seen.clear()
         seen = self._seen[family.key] + 1
         self._seen[family.key] = seen
-        if seen != FREQUENT or not self.useful or not request.fit.rows:
-            return
-        try:
-            self.warm(worker, request.fit, gather_rows(parts, family.blocks))
-        except Exception:
-            _LOGGER.exception("what a batch costs could not be measured")
+        if seen == FREQUENT:
+            try:
+                self._measure(worker, family, gather_rows(parts, family.blocks))
+            except Exception:
+                _LOGGER.exception("what a batch costs could not be measured")
+        return True
 
-    def _adopt(self, family: Family, found: Measured) -> None:
+    def _compare(self, worker: Worker, family: Family, parts: Sequence[Part]) -> None:
+        """Compare the first rows of the requests in a batch; after `TRIES` that raised, no more."""
+        if self._failed[family.key] >= TRIES:
+            return
+        first = [(request, 0, min(request.rows, CHECKED_ROWS)) for request, _, _ in parts[:CHECKED_ROWS]]
+        try:
+            self._agree(worker, family, gather_rows(first, family.blocks)[:CHECKED_ROWS])
+        except Exception as error:
+            self._failed[family.key] += 1
+            _LOGGER.warning("rows could not be compared, so they run apart: %s", error)
+
+    def _agree(self, worker: Worker, family: Family, rows: Sequence[Row]) -> bool:
+        """Whether rows give the same together as alone; else batching is off from now on."""
+        mismatch = check(worker.slot, family, rows, self._plan.batching.outputs, self._clock)
         with self._lock:
-            self._seen[family.key] = FREQUENT
-            plan, only = self.sizes.batch, self.known_extents
-            if found.mismatch:
-                reason = f"batching is switched off, because warm-up found that {found.mismatch}"
+            if mismatch:
+                reason = f"batching is switched off, because warm-up found that {mismatch}"
                 _LOGGER.warning("%s", reason)
                 self.sizes = replace(resized(self.sizes, BatchPlan(1, reason, "graph")), shared=False)
-            elif self.measures:
-                limit = found.batch
-                where = "" if only else f" at {self._admission.describe(family)}"
-                self._notes = [*self._notes[1 - NOTES :], f"{found}{where}: {limit}"]
-                reason = "; ".join([self._reason, *self._notes])
-                changed = BatchPlan(limit, reason, "device", plan.refused_inputs)
-                if not only or limit == plan.batch:
-                    changed = replace(plan, reason=reason)
-                self.sizes = resized(self.sizes, changed)
-                self._admission.limit(family, limit)
+                self._admission.adopt(self.sizes)
+            else:
+                if len(self._compared) >= REMEMBERED:
+                    self._compared.clear()
+                self._compared.add(family.key)
+        return not mismatch
+
+    def _measure(self, worker: Worker, family: Family, rows: Sequence[Row]) -> None:
+        """Measure what batches of a family cost, and from now on use it, if their rows are ours to choose."""
+        most = self._admission.row_limit(family, self._most) if self.measures else 1
+        if most == 1:
+            return
+        found = Measured(measure(worker.slot, family, rows[:most], most, self._clock))
+        with self._lock:
+            self._seen[family.key] = FREQUENT
+            plan, only, limit = self.sizes.batch, self.known_extents, found.batch
+            where = "" if only else f" at {self._admission.describe(family)}"
+            self._notes = [*self._notes[1 - NOTES :], f"{found}{where}: {limit}"]
+            reason = "; ".join([self._reason, *self._notes])
+            changed = BatchPlan(limit, reason, "device", plan.refused_inputs)
+            if not only or limit == plan.batch:
+                changed = replace(plan, reason=reason)
+            self.sizes = resized(self.sizes, changed)
+            self._admission.limit(family, limit)
             self._admission.adopt(self.sizes)
 
 

@@ -36,10 +36,9 @@ rows that are mixed up differ nearly everywhere."""
 
 @dataclass(frozen=True)
 class Measured:
-    """`costs_s` of one execution by rows; `mismatch` says how rows together differ from lone ones, if they do."""
+    """`costs_s` of one execution by rows."""
 
     costs_s: Mapping[int, float]
-    mismatch: str = ""
 
     @property
     def batch(self) -> int:
@@ -56,26 +55,16 @@ class Measured:
 
 
 def measure(
-    slot: Slot,
-    family: Family,
-    rows: Sequence[Row],
-    batched_outputs: Sequence[bool],
-    most: int,
-    clock: Clock = perf_counter,
-) -> Measured:
-    """Run `rows` singly and together, up to `most` at a time; rows are used again where there are fewer.
+    slot: Slot, family: Family, rows: Sequence[Row], most: int, clock: Clock = perf_counter
+) -> Mapping[int, float]:
+    """Seconds of an execution by how many rows it has, up to `most`; `rows` are used again where there are fewer.
 
     `clock` tells what an execution costs: where it is the calling thread that computes, its CPU time is nothing that
     other programs of a busy machine could disturb.
 
     Stops early where time is up and larger batches have not been worth it so far. Raises what the device raises.
     """
-    singles = [_run(slot, family, [row], clock)[0] for row in rows]
-    together, _ = _run(slot, family, rows, clock)
-    mismatch = compare(singles, together, batched_outputs, [f"output {i}" for i in range(len(together))])
     costs: dict[int, list[float]] = {}
-    if most == 1:
-        return Measured({}, mismatch)
     started = perf_counter()
     for size in powers(most):
         given = [rows[i % len(rows)] for i in range(size)]
@@ -88,7 +77,19 @@ def measure(
         for size, times in costs.items():
             times.append(_run(slot, family, [rows[i % len(rows)] for i in range(size)], clock)[1])
         rounds += 1
-    return Measured({n: min(times) for n, times in costs.items()}, mismatch)
+    return {n: min(times) for n, times in costs.items()}
+
+
+def check(slot: Slot, family: Family, rows: Sequence[Row], batched_outputs: Sequence[bool], clock: Clock) -> str:
+    """Run `rows` singly and together: how the results differ, "" if they do not. Raises what the device raises."""
+    singles = [_run(slot, family, [row], clock)[0] for row in rows]
+    together, _ = _run(slot, family, rows, clock)
+    return compare(singles, together, batched_outputs, [f"output {i}" for i in range(len(together))])
+
+
+def took_s(slot: Slot, family: Family, row: Row, clock: Clock) -> float:
+    """Seconds that an execution of one row takes, its binding included."""
+    return _run(slot, family, [row], clock)[1]
 
 
 def _run(slot: Slot, family: Family, rows: Sequence[Row], clock: Clock) -> tuple[list[Array], float]:
