@@ -27,6 +27,7 @@ from gpu_engine.plan.words import Address
 
 Array = NDArray[Any]
 SAMPLE_S = 300e-6
+LEAST_SAMPLES = 9
 PEAK_STEPS, PEAK_CHAINS = 5000, 12
 
 
@@ -55,19 +56,27 @@ def contest(
     clock: Callable[[], int] = time.thread_time_ns,
     sample_s: float = SAMPLE_S,
 ) -> None:
-    """Sample all contenders in turns for so long, and at least five times; `clock` tells nanoseconds."""
-    repeats = []
-    for contender in contenders:
-        contender.run(1)
-        started = time.perf_counter()
-        contender.run(1)
-        repeats.append(max(1, int(sample_s / max(1e-7, time.perf_counter() - started))))
+    """Sample all contenders in turns for so long, and at least `LEAST_SAMPLES` times; `clock` tells nanoseconds."""
+    repeats = [_repeats(contender, sample_s) for contender in contenders]
     end = time.perf_counter() + seconds
-    while len(contenders[0].times_s) < 5 or time.perf_counter() < end:
+    while len(contenders[0].times_s) < LEAST_SAMPLES or time.perf_counter() < end:
         for contender, count in zip(contenders, repeats, strict=True):
             started_ns = clock()
             contender.run(count)
             contender.times_s.append((clock() - started_ns) / count / 1e9)
+
+
+def _repeats(contender: Contender, sample_s: float) -> int:
+    """How many runs take `sample_s`. Doubled until it shows: what one run takes may be mostly the start of threads."""
+    contender.run(1)
+    times = 1
+    while True:
+        started = time.perf_counter()
+        contender.run(times)
+        taken_s = time.perf_counter() - started
+        if taken_s >= sample_s / 2:
+            return max(1, round(times * sample_s / taken_s))
+        times *= 2
 
 
 def speed(first: Contender, other: Contender) -> float:
