@@ -197,6 +197,35 @@ def test_captures_are_made_one_at_a_time(make_gpu: MakeGpu) -> None:
     assert len(gpu.graphs) == len(slots)
 
 
+def test_a_capture_takes_nothing_of_other_threads(make_gpu: MakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one slot captures, the other one of the stream allocates, launches and waits."""
+    gpu = make_gpu()
+    (stream,) = opened(network())
+    first, second = stream.slots
+    launch(first, 3)
+    begin, failed = gpu.begin_capture, list[BaseException]()
+
+    def disturbed(ptr: int, mode: int, wanted: int) -> None:
+        begin(ptr, mode, wanted)
+        monkeypatch.setattr(gpu, "begin_capture", begin)
+        thread = threading.Thread(target=lambda: collected(failed, lambda: launch(second, 5)))
+        thread.start()
+        thread.join(60)
+
+    monkeypatch.setattr(gpu, "begin_capture", disturbed)
+    assert kinds(gpu, lambda: launch(first, 3)).count("launchKernel") == len(stream.slots[0]._plan.steps)
+    assert not failed
+    assert kinds(gpu, lambda: launch(first, 3)) == ["graphLaunch"]
+
+
+def collected(failed: list[BaseException], run: Callable[[], None]) -> None:
+    """Run what another thread must not fail in silently."""
+    try:
+        run()
+    except BaseException as error:
+        failed.append(error)
+
+
 def model_of(text: str) -> onnx.ModelProto:
     return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{text}')
 
