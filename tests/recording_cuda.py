@@ -120,6 +120,7 @@ class Gpu:
         self._faults = Faults()
         self._hosts: dict[int, float] = defaultdict(float)
         self._engines: dict[tuple[int, str], float] = defaultdict(float)
+        self._reading: list[tuple[Operation, int, int]] = []
         self._numbers = iter(range(1, 1 << 62))
         self._lock = threading.RLock()
 
@@ -336,7 +337,10 @@ class Gpu:
             if ends[1] is None or ends[1].pinned:
                 self.forbid("a copy of memory that is not the device's")
                 raise cuda_error("memcpyAsync", "cudaErrorInvalidValue")
-            if direction == "out" and not self._captures(threading.get_ident()):
+            self._reading = [(read, first, last) for read, first, last in self._reading if not read.done]
+            if direction == "out" and not any(
+                target < last and first < target + nbytes for _, first, last in self._reading
+            ):
                 ctypes.memset(target, POISON, nbytes)
         seconds = self.costs.copy_s + nbytes / self.costs.copied_nbytes_per_s
 
@@ -346,7 +350,9 @@ class Gpu:
                 return
             ctypes.memmove(target, source, nbytes)
 
-        self.enqueue("memcpyAsync", ptr, move, seconds, direction, name=direction, nbytes=nbytes, address=device)
+        made = self.enqueue("memcpyAsync", ptr, move, seconds, direction, name=direction, nbytes=nbytes, address=device)
+        if direction == "in":
+            self._reading.append((made, host, host + nbytes))
 
     def check_pointers(self, name: str, pointers: Sequence[int]) -> bool:
         """Whether all of a kernel's pointers lie in memory of the device."""
