@@ -182,6 +182,7 @@ class GpuSlot:
                 chain.append(self._bind(index + 1, extents, chain))
                 for buffer, result in zip(step.outputs, results, strict=True):
                     self._steps.write(buffer, result, chain)
+        known.habit.launched += 1
         self._failed = False
 
     def _run_all(self, segment: Segment, chain: list[Bound], graphs: Mapping[int, Replay]) -> Sequence[Any]:
