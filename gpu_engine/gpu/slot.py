@@ -244,7 +244,9 @@ class GpuStream:
             self.slots = [GpuSlot(plan, driver, weights, bodies, timed) for _ in range(slots)]
 
     def enter(self) -> None:
-        """No thread of a GPU's stream is tied to a core."""
+        """No thread of a GPU's stream is tied to a core, but it has its current device."""
+        if self._driver is not None:
+            self._driver.enter()
 
     def close(self) -> None:
         """Wait for what is still running; give up the slots with their memory, and the device's stream."""
