@@ -1,22 +1,35 @@
-"""The NVIDIA GPU as a device: CuPy's memory and streams, and kernels launched with packed parameters."""
+"""The NVIDIA GPU as a device: CuPy's memory and streams, and kernels launched with packed parameters.
+
+Each of our streams is three of CUDA's: one computes, one copies to the device and one back. One stream for both
+directions would not do: the download of a batch, which waits until it is computed, would stand before the upload of the
+next. Events order the three for each slot, so that uploads and downloads overlap what other slots compute.
+
+Who waits for a batch sleeps in cudaEventSynchronize, on an event of its slot made for blocking, without the GIL: the
+thread that serves the slot, or a caller of run(). While it waits, the thread of the stream's other slot stages the next
+batch. The driver calls no Python, and nothing spins.
+"""
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cupy
 import numpy as np
 from cupy.cuda import driver, runtime
 from cupy.cuda.function import Module
+from cupy.cuda.memory import Memory
+from cupy.cuda.pinned_memory import PinnedMemory, PinnedMemoryPointer
 from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
-from gpu_engine.gpu.driver import HostArray, Piece, Touched
+from gpu_engine.gpu.driver import Copy, HostArray, Piece, Replay, Touched
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
@@ -31,6 +44,11 @@ from gpu_engine.plan.zones import Ints
 STATIC_SHARED_NBYTES = 48 << 10
 """A block that wants more dynamic shared memory has to say so first."""
 OLDEST_ARCH = 80
+MEMORY_ALLOCATION = 2
+"""cudaErrorMemoryAllocation, which CuPy 14 has no name for."""
+CAPTURING = threading.Lock()
+"""Held by whoever captures: captures at the same time get into each other's way in the driver
+(https://github.com/microsoft/onnxruntime/issues/18806)."""
 LEAST_SCRATCH = 64 << 10
 """Bytes of scratch, enough for the descriptors that a program on each multiprocessor makes."""
 
@@ -45,37 +63,98 @@ class Loaded:
 
 
 class CudaMemory:
-    """Bytes of the device; CuPy frees them with the last reference."""
+    """Bytes of the device, given back with the last reference. They are of no pool, so that no stream gets what another
+    one may still use: cudaFree waits for the device."""
 
     def __init__(self, nbytes: int) -> None:
-        try:
-            self.pointer = cupy.cuda.alloc(max(nbytes, 1))
-        except cupy.cuda.memory.OutOfMemoryError as error:
-            raise OutOfMemory(f"{nbytes:,} bytes could not be allocated on the GPU: {error}") from error
+        self.pointer = cupy.cuda.MemoryPointer(_allocated(nbytes), 0)
         self.address, self.nbytes = int(self.pointer.ptr), nbytes
 
 
+class CudaPassage:
+    """See `driver.Passage`."""
+
+    def __init__(self, stream: Any, inward: Any, outward: Any) -> None:
+        self._stream, self._inward, self._outward = stream, inward, outward
+        self._arrived, self._computed = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
+        self._ended = cupy.cuda.Event(block=True, disable_timing=True)
+
+    def send(self, copies: Sequence[Copy]) -> None:
+        for host, device, nbytes in copies:
+            runtime.memcpyAsync(device, host, nbytes, runtime.memcpyHostToDevice, self._inward.ptr)
+        self._arrived.record(self._inward)
+        self._stream.wait_event(self._arrived)
+
+    def fetch(self, copies: Sequence[Copy]) -> None:
+        self._computed.record(self._stream)
+        self._outward.wait_event(self._computed)
+        for host, device, nbytes in copies:
+            runtime.memcpyAsync(host, device, nbytes, runtime.memcpyDeviceToHost, self._outward.ptr)
+        self._ended.record(self._outward)
+
+    def wait(self) -> None:
+        self._ended.synchronize()
+
+
 class CudaDriver:
-    """One CUDA stream of a device. See `driver.Driver`."""
+    """The CUDA streams of one of ours. See `driver.Driver`."""
 
     xp = cupy
+    captures = True
 
     def __init__(self, ordinal: int, arch: int, source: BinarySource) -> None:
-        self._device, self._arch, self._source = cupy.cuda.Device(ordinal), arch, source
-        with self._device:
-            self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._ordinal, self._arch, self._source = ordinal, arch, source
+        with cupy.cuda.Device(ordinal):
+            self._stream, self._inward, self._outward = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+        self._capturing = threading.local()
         self._zero = np.zeros(1, np.int64)
         self._scratch: list[CudaMemory] = []
+
+    def enter(self) -> None:
+        """Makes the device the thread's for good: whoever only visits it goes back to device 0, where CUDA then sets up
+        a context that nobody wants."""
+        runtime.setDevice(self._ordinal)
 
     def active(self) -> AbstractContextManager[Any]:
         """The thread's current device and stream."""
         stack = ExitStack()
-        stack.enter_context(self._device)
+        stack.enter_context(cupy.cuda.Device(self._ordinal))
         stack.enter_context(self._stream)
         return stack
 
     def allocate(self, nbytes: int) -> CudaMemory:
+        assert not hasattr(self._capturing, "stream"), "memory is reserved before a capture"
         return CudaMemory(nbytes)
+
+    def staging(self, nbytes: int) -> HostArray:
+        try:
+            memory = PinnedMemory(max(nbytes, 1), runtime.hostAllocPortable)
+        except runtime.CUDARuntimeError as error:
+            if error.status != MEMORY_ALLOCATION:
+                raise
+            raise OutOfMemory(f"{nbytes:,} bytes of page-locked memory could not be allocated: {error}") from error
+        return np.frombuffer(PinnedMemoryPointer(memory, 0), np.uint8)
+
+    def passage(self) -> CudaPassage:
+        return CudaPassage(self._stream, self._inward, self._outward)
+
+    def capture(self, start: Callable[[], object]) -> Replay:
+        """On a stream of its own, so that a capture that fails leaves nothing behind on those that work, and that takes
+        the launches of this thread alone."""
+        with CAPTURING:
+            stream = self._capturing.stream = cupy.cuda.Stream(non_blocking=True)
+            try:
+                stream.begin_capture(runtime.streamCaptureModeThreadLocal)
+                try:
+                    start()
+                except BaseException:
+                    with suppress(runtime.CUDARuntimeError):
+                        stream.end_capture()
+                    raise
+                graph = stream.end_capture()
+            finally:
+                del self._capturing.stream
+        return partial(graph.launch, self._stream)
 
     def array(self, memory: CudaMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
         return cupy.ndarray(shape, array_dtype(dtype), memory.pointer + offset)
@@ -126,10 +205,10 @@ class CudaDriver:
         packed: NDArray[np.uint64],
         touched: Callable[[], Touched],
     ) -> None:
-        binary = loaded.binary
+        binary, stream = loaded.binary, getattr(self._capturing, "stream", self._stream)
         parameters = packed.__array_interface__["data"][0]
         driver.launchKernel(
-            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, self._stream.ptr, parameters, 0
+            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, stream.ptr, parameters, 0
         )
 
     def discard(self, piece: Piece) -> None:
@@ -144,7 +223,8 @@ class CudaDriver:
         return [cupy.cuda.get_elapsed_time(marks[0], mark) / 1e3 for mark in marks]
 
     def finish(self) -> None:
-        self._stream.synchronize()
+        for stream in (self._inward, self._stream, self._outward):
+            stream.synchronize()
 
 
 class CudaDevice:
@@ -152,7 +232,7 @@ class CudaDevice:
 
     asynchronous = True
     batch_limit = None
-    bucketed = False
+    bucketed = True
     stream_limit = None
 
     def __init__(
@@ -222,6 +302,20 @@ class CudaDevice:
     def free_memory(self) -> int:
         with cupy.cuda.Device(self._ordinal):
             return int(runtime.memGetInfo()[0])
+
+
+def _allocated(nbytes: int) -> Any:
+    """New memory; where there is none, CuPy's pool gives up what it holds and nobody uses."""
+    for attempt in range(2):
+        try:
+            return Memory(nbytes)
+        except runtime.CUDARuntimeError as error:
+            if error.status != MEMORY_ALLOCATION:
+                raise
+            if attempt:
+                raise OutOfMemory(f"{nbytes:,} bytes could not be allocated on the GPU: {error}") from error
+            cupy.get_default_memory_pool().free_all_blocks()
+    raise AssertionError("the second attempt returns or raises")
 
 
 def _device_count() -> int:
