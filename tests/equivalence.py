@@ -17,7 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Any
@@ -36,6 +36,7 @@ DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 TOLERANCE = {"f2": 1e-2, "f4": 1e-5, "f8": 1e-12}
 WIDTH = 24
 ENGINES_AT_ONCE = 8
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,21 @@ def _differences(engine: Engine, case: Case, deterministic: bool) -> list[str]:
     for x in inputs:
         futures.append(engine.submit([x]))
         time.sleep(case.interval_ms / 1000)
-    pairs = list(zip([future.result(60) for future in futures], expected, strict=True))
+    lost = [i for i, future in enumerate(futures) if not _ends(future)]
     counts = engine.statistics()
+    if lost:
+        return [f"{case}: requests {lost} were not answered in {PATIENCE_S:g} s: {counts}"]
+    pairs = list(zip([future.result() for future in futures], expected, strict=True))
     wrong = [i for i, (a, b) in enumerate(pairs) if not all(map(agree(case.dtype, deterministic), a, b))]
     found = [f"{case}: requests {wrong} differ"] * bool(wrong)
     rows = counts.inference_count - before
     if rows != case.requests or max(counts.batch_sizes) > case.batch:
         found.append(f"{case}: {rows} rows ran, in batches {counts.batch_sizes}")
     return found
+
+
+def _ends(future: Future[Any]) -> bool:
+    return bool(wait([future], PATIENCE_S).done)
 
 
 def engine_of(case: Case) -> tuple[int, int, float, str]:
