@@ -4,9 +4,9 @@ As many callers as `--callers` says call `run` in a closed loop, each with one r
 may batch, up to 8 rows, and measures whether that pays, then on the same engine with batching off, in turns of one run;
 the median over the turns counts, beside the same by CPU time, which other programs disturb less. Models whose cost is
 weights or calls must gain, compute-bound ones must lose nothing. Then requests arrive at random (a Poisson process) at
-70 % of the rate that the batching engine reached; latency counts from the intended arrival, and its 99th percentile must
-stay below three times the latency of a lone request. Every output is compared with what an engine without batching gives
-that row alone.
+70 % of the rate that the batching engine reached; latency counts from the intended arrival, and its 99th percentile
+must stay below three times the latency of a lone request. Every output is compared with what an engine without batching
+gives that row alone.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 Some of what they were asked for they cannot reach on two cores of a Zen 3, whose kernels do at best 95 GFLOP/s each.
 
-* mlp_1024: 1, 2, 4, 6, 8 and 12 rows take 0.23, 0.23, 0.30, 0.44, 0.64 and 0.82 ms while its 12 MB of weights lie in the
-  L3 cache. From 4 rows on that is arithmetic, at most 3.5 times the rate of lone rows. Where other programs take the
-  cache it gains more, because lone rows then wait for memory.
+* mlp_1024: 1, 2, 4, 6, 8 and 12 rows take 0.23, 0.23, 0.30, 0.44, 0.64 and 0.82 ms while its 12 MB of weights lie in
+  the L3 cache. From 4 rows on that is arithmetic, at most 3.5 times the rate of lone rows. Where other programs take
+  the cache it gains more, because lone rows then wait for memory.
 * oww_melspectrogram: 1, 2, 4 and 8 rows take 0.054, 0.093, 0.17 and 0.33 ms: 1.3 times, and what waking callers costs.
 * oww_embedding: a lone row is 84 MFLOP in 1.2 ms, and 8 rows take 8 times as long.
-* text2tashkeel: a sentence of 64 letters is 300 million operations on bytes in 4.1 ms, and each of 8 would take as long.
-  DynamicQuantizeLSTM has one scale for all rows of its state, so that rows together give other numbers than rows alone:
-  the proof refuses it, and a form that keeps requests apart would only save calls.
+* text2tashkeel: a sentence of 64 letters is 300 million operations on bytes in 4.1 ms, and each of 8 would take as
+  long. DynamicQuantizeLSTM has one scale for all rows of its state, so that rows together give other numbers than rows
+  alone: the proof refuses it, and a form that keeps requests apart would only save calls.
 
 The tail at 70 % of capacity has a floor too, whatever serves: where every row costs the same, as in oww_embedding and
 mobilenetv2, two streams that serve one row at a time have a 99th percentile of 4.2 times a lone request, with no time
