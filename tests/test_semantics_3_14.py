@@ -1,4 +1,8 @@
-"""Section 3.14 of the specification: what a benchmark's numbers mean."""
+"""Section 3.14 of the specification: what a benchmark's numbers mean.
+
+Iterations that round up and open loops are in tests/test_load.py, steadiness and MLPerf's scenarios in
+tests/test_measures.py, and what makes a result doubtful in tests/test_bench.py.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ Found = list[tuple[int, Any]]
 
 
 def closed_loop(run: Callable[[Any], Any], feeds: Sequence[Any], seconds: float) -> tuple[float, Found]:
-    """Every feed from a thread of its own, again and again: calls a second, and all outputs by the feed's number.
+    """Every feed from a thread of its own, again and again, but once at least: calls a second, and all outputs by the
+    feed's number.
 
     Raises the first error of a call, after all threads have ended.
     """
@@ -24,7 +25,7 @@ def closed_loop(run: Callable[[Any], Any], feeds: Sequence[Any], seconds: float)
         feed, mine = feeds[number], found[number]
         start.wait()
         try:
-            while time.perf_counter() < ends[0]:
+            while not mine or time.perf_counter() < ends[0]:
                 mine.append((number, run(feed)))
         except BaseException as error:
             errors.append(error)
