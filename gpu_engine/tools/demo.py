@@ -57,7 +57,6 @@ class Callers:
     alone_per_s: float
     shared_per_s: float
     mean_batch: float
-    batch_reason: str
     difference: float
 
 
@@ -125,9 +124,14 @@ def run_callers(device: str, streams: int, count: int, seconds: float, start: St
                 rate, found[batches] = closed_loop(engine.run, feeds, seconds / TURNS)
                 rates[batches].append(rate)
                 advance(1)
-        medians = [statistics.median(each) for each in rates.values()]
-        counts, reason = shared.statistics(), shared.explain_batching().reason
-    return Callers(count, *medians, counts.mean_batch, reason, _difference(found[False], found[True]))
+        counts = shared.statistics()
+    return Callers(
+        count=count,
+        alone_per_s=statistics.median(rates[False]),
+        shared_per_s=statistics.median(rates[True]),
+        mean_batch=counts.mean_batch,
+        difference=_difference(found[False], found[True]),
+    )
 
 
 def _engine(model: Path, **options: Any) -> gpu_engine.Engine:
