@@ -1,12 +1,12 @@
 """What batching is worth: `python -m benchmarks.batching`.
 
 As many callers as `--callers` says call `run` in a closed loop, each with one row of its own, first on an engine that
-may batch, then on the same engine with batching off, in turns of one run; the median over the turns counts, beside the
-same by CPU time, which other programs disturb less. Models whose cost is weights or calls must gain, compute-bound ones
-must lose nothing. Then requests arrive at random (a
-Poisson process) at 70 % of the rate that the batching engine reached; latency counts from the intended arrival, and its
-99th percentile must stay below three times the latency of a lone request. Every output is compared with what an engine
-without batching gives that row alone.
+may batch, up to 8 rows, and measures whether that pays, then on the same engine with batching off, in turns of one run;
+the median over the turns counts, beside the same by CPU time, which other programs disturb less. Models whose cost is
+weights or calls must gain, compute-bound ones must lose nothing. Then requests arrive at random (a Poisson process) at
+70 % of the rate that the batching engine reached; latency counts from the intended arrival, and its 99th percentile
+must stay below three times the latency of a lone request. Every output is compared with what an engine without batching
+gives that row alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,13 +25,13 @@ import gpu_engine
 from benchmarks.batching_cases import CASES, Case, Feed
 from benchmarks.fetch import Unavailable
 from gpu_engine.runtime.engine import Engine
+from gpu_engine.tools.callers import Found, closed_loop
 from gpu_engine.tools.measures import percentile
 
 LOAD = 0.7
 P99_LIMIT = 3.0
 ROUNDS = 4
 """So many requests of every caller make a turn, or its last ones, which run with fewer beside them, would weigh in."""
-Found = list[tuple[int, Any]]
 
 
 @dataclass
@@ -75,20 +74,20 @@ def compete(case: Case, callers: int, turns: int, turn_s: float, open_s: float) 
     feeds = case.feeds(callers)
     result = Contest(case)
     with (
-        gpu_engine.compile(case.model(), device="cpu", streams="auto", requests=callers) as on,
+        gpu_engine.compile(case.model(), device="cpu", streams="auto") as on,
         gpu_engine.compile(case.model(), device="cpu", streams="auto", auto_batching=False) as off,
     ):
         assert isinstance(on, Engine) and isinstance(off, Engine)
         on.warmup(feeds[0])
         expected = [off.run(feed) for feed in feeds]
         for engine in (on, off):
-            rate, found = closed_loop(engine, feeds, turn_s / 2)
+            rate, found = closed_loop(engine.run, feeds, turn_s / 2)
         turn_s = max(turn_s, ROUNDS * callers / rate)
         before = on.statistics()
         for _ in range(turns):
             for engine, rates, by_cpu in ((on, result.on, result.on_cpu), (off, result.off, result.off_cpu)):
                 used_s = time.process_time()
-                rate, found = closed_loop(engine, feeds, turn_s)
+                rate, found = closed_loop(engine.run, feeds, turn_s)
                 by_cpu.append(len(found) / (time.process_time() - used_s))
                 rates.append(rate)
                 check(result, found, expected)
@@ -100,31 +99,6 @@ def compete(case: Case, callers: int, turns: int, turn_s: float, open_s: float) 
         result.p99_s = percentile(latencies, 99)
         check(result, found, expected)
     return result
-
-
-def closed_loop(engine: Engine, feeds: Sequence[Feed], seconds: float) -> tuple[float, Found]:
-    """Every feed from a thread of its own, again and again: rows a second, and all outputs by the feed's number."""
-    found: list[Found] = [[] for _ in feeds]
-    start = threading.Barrier(len(feeds) + 1)
-    ends = [0.0]
-
-    def call(number: int) -> None:
-        run, feed, mine = engine.run, feeds[number], found[number]
-        start.wait()
-        while time.perf_counter() < ends[0]:
-            mine.append((number, run(feed)))
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(feeds))]
-    for thread in threads:
-        thread.start()
-    started = time.perf_counter()
-    ends[0] = started + seconds
-    start.wait()
-    for thread in threads:
-        thread.join()
-    took_s = time.perf_counter() - started
-    everything = [item for mine in found for item in mine]
-    return len(everything) / took_s, everything
 
 
 def lone_latency(engine: Engine, feeds: Sequence[Feed], seconds: float) -> float:

@@ -7,6 +7,7 @@ https://docs.kernel.org/admin-guide/cgroup-v2.html https://docs.kernel.org/sched
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,17 +46,23 @@ def usable_cores() -> Cores:
 
 
 def neighbours(numbers: Sequence[int], folder: Path | None = None) -> list[int]:
-    """One number of each physical core, those that share their last cache next to each other; as they are where the
-    system does not say."""
+    """One number of each physical core, those of one NUMA node, and in it of one last cache, side by side; as they are
+    where the system does not say."""
     folder = TOPOLOGY if folder is None else folder
-    found: dict[tuple[int, int], int] = {}
+    found: dict[tuple[int, int, int], int] = {}
     for number in sorted(numbers):
         own = folder / f"cpu{number}"
         siblings = _listed(own / "topology" / "thread_siblings_list") or [number]
         caches = [_listed(cache / "shared_cpu_list") for cache in sorted(own.glob("cache/index[0-9]"))]
         last = max(filter(None, caches), key=len, default=siblings)
-        found.setdefault((min(last), min(siblings)), number)
+        found.setdefault((node(number, folder), min(last), min(siblings)), number)
     return [found[place] for place in sorted(found)]
+
+
+def node(number: int, folder: Path | None = None) -> int:
+    """The NUMA node of a core; 0 where the system does not say."""
+    own = (TOPOLOGY if folder is None else folder) / f"cpu{number}"
+    return min((int(place.name[4:]) for place in own.glob("node[0-9]*")), default=0)
 
 
 def _listed(path: Path) -> list[int]:
@@ -75,6 +82,15 @@ def partition(cores: Sequence[int], streams: int) -> list[tuple[int, ...]]:
         shares.append(tuple(cores[start:stop]))
         start = stop
     return shares
+
+
+def partition_by_node(cores: Sequence[int], streams: int, folder: Path | None = None) -> list[tuple[int, ...]]:
+    """The same, but no share has cores of two NUMA nodes, unless there are fewer streams than nodes."""
+    nodes = [list(group) for _, group in itertools.groupby(cores, lambda number: node(number, folder))]
+    if streams < len(nodes):
+        return partition(cores, streams)
+    counts = map(len, partition(range(streams), len(nodes)))
+    return [share for own, count in zip(nodes, counts, strict=True) for share in partition(own, count)]
 
 
 def cpu_quota(folders: Sequence[Path]) -> float | None:

@@ -36,18 +36,21 @@ GROWTH = 6
 class CpuDevice:
     """The host's cores, with kernels generated for its vector features. See `runtime.device.Device`.
 
-    `deterministic`: a row's bits do not depend on how many others it is run with.
+    `deterministic`: a row's bits do not depend on how many others it is run with. `by_node`: each stream has cores of
+    one NUMA node only.
     """
 
     asynchronous = False
     batch_limit = 8
     bucketed = False
 
-    def __init__(self, ordinal: int | None = None, deterministic: bool = False, *, timed: bool = False) -> None:
+    def __init__(
+        self, ordinal: int | None = None, deterministic: bool = False, by_node: bool = False, *, timed: bool = False
+    ) -> None:
         if ordinal not in (None, 0):
             raise DeviceError(f"there is one CPU device, cpu:0; cpu:{ordinal} does not exist")
         self._cores, self._even, self._timed = cores.usable_cores(), deterministic, timed
-        self._from_cache = False
+        self._by_node, self._from_cache = by_node, False
 
     @property
     def name(self) -> str:
@@ -90,11 +93,11 @@ class CpuDevice:
 
     def timed(self) -> CpuDevice:
         """See `runtime.device.Device`."""
-        return CpuDevice(deterministic=self._even, timed=True)
+        return CpuDevice(deterministic=self._even, by_node=self._by_node, timed=True)
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[CpuStream | TimedStream]:
         """Streams on disjoint cores; `threads` of each stream where given, else one for each of its cores."""
-        shares = cores.partition(self._cores.numbers, streams)
+        shares = (cores.partition_by_node if self._by_node else cores.partition)(self._cores.numbers, streams)
         most = max(map(len, shares))
         if threads is not None and threads > most:
             warnings.warn(f"threads exceeds the cores of a stream - capping to {most}", RuntimeWarning, stacklevel=2)

@@ -36,7 +36,7 @@ from gpu_engine.plan.plan import Batching
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import DEVICES, KERNEL_COMPILER, load
-from gpu_engine.runtime.sizing import is_shared
+from gpu_engine.runtime.sizing import by_node, is_shared
 from gpu_engine.settings import precision_of, refuse_ineffective, with_properties
 from gpu_engine.structured import OpenInput, StructuredEngine
 
@@ -120,14 +120,15 @@ def compile(
     bundle = read_bundle(model) if is_bundle(model) else None
     options = with_properties(given, properties)
     wanted = _precision(precision_of(precision, properties), bundle)
-    opened, reason = open_device(choice, fallback, wanted, bundle, options.deterministic)
+    opened, reason = open_device(choice, fallback, wanted, bundle, options.deterministic, by_node(options))
     refuse_ineffective(properties, opened)
     parsed = read(model if bundle is None else bundle.model())
 
     def build(structures: Mapping[str, Structure] | None = None) -> Engine:
         with typed_errors():
             imported = import_model(parsed, SpecificationFunctions(), structures)
-            graph, batching = _batched(imported, share=bundle is None and is_shared(options))
+            mine = bundle is None
+            graph, batching = _batched(imported, mine and is_shared(options), mine and options.batch is not None)
             return Engine(opened.lower(graph, batching), opened, options, reason, parsed.graph.name)
 
     inputs = caller_inputs(parsed)
@@ -148,13 +149,14 @@ def compile_defaults() -> dict[str, Any]:
     return {name: each.default for name, each in parameters.items() if name not in ("model", "config")}
 
 
-def _batched(imported: Graph, share: bool) -> tuple[Graph, Batching]:
-    """The optimized graph and its batching; to `share` executions, with requests kept apart where rows are not.
+def _batched(imported: Graph, share: bool, shares_outputs: bool) -> tuple[Graph, Batching]:
+    """The optimized graph and its batching, for `shares_outputs` see `prove`; to `share` executions, with requests kept
+    apart where rows are not.
 
     A bundle has kernels for the graph as it is, so that its requests share none.
     """
     graph = optimize(imported)
-    batching = prove(graph)
+    batching = prove(graph, shares_outputs)
     if not batching.refused or not share or imported.output_structures:
         return graph, batching
     try:
@@ -195,17 +197,18 @@ def open_device(
     precision: str = "fp32",
     bundle: Bundle | None = None,
     deterministic: bool = False,
+    nodes_apart: bool = False,
 ) -> tuple[Device, str]:
     """The device and why it is this one; DeviceError with the reason if it is not usable and no fallback is allowed."""
     if fallback not in (None, "cpu"):
         raise ValueError(f"fallback must be 'cpu' or None, given {fallback!r}")
     kind = "cuda" if choice.kind == "auto" else choice.kind
     try:
-        device = _open(kind, choice.index, precision, bundle, deterministic)
+        device = _open(kind, choice.index, precision, bundle, deterministic, nodes_apart)
     except DeviceError as error:
         if kind == "cpu" or (choice.kind != "auto" and fallback is None):
             raise
-        device = _open("cpu", 0, precision, bundle, deterministic)
+        device = _open("cpu", 0, precision, bundle, deterministic, nodes_apart)
         reason = f"{device.reason}; {error}"
         _LOGGER.log(
             logging.INFO if choice.kind == "auto" else logging.WARNING, "running on %s: %s", device.name, reason
@@ -215,7 +218,9 @@ def open_device(
     return device, device.reason
 
 
-def _open(kind: str, index: int, precision: str, bundle: Bundle | None, deterministic: bool) -> Device:
+def _open(
+    kind: str, index: int, precision: str, bundle: Bundle | None, deterministic: bool, nodes_apart: bool
+) -> Device:
     try:
         make: Any = load(DEVICES[kind])
     except ImportError as error:
@@ -225,7 +230,7 @@ def _open(kind: str, index: int, precision: str, bundle: Bundle | None, determin
     elif kind == "interpret":
         device = make(index, options=GpuOptions(precision))
     else:
-        device = make(index, deterministic)
+        device = make(index, deterministic, nodes_apart)
     return device
 
 

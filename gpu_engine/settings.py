@@ -15,6 +15,7 @@ from gpu_engine.runtime.properties import (
     ExecutionMode,
     known,
     refuse_without_effect,
+    spelled,
 )
 
 PRECISIONS: MappingProxyType[str, str] = MappingProxyType(
@@ -102,15 +103,6 @@ def _count(name: str, value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.strip().lstrip("-").isdigit() else value
 
 
-def _milliseconds(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"{name} must be a number of milliseconds, given {value!r}") from None
-
-
 def _flag(name: str, value: Any) -> Any:
     """True or False, which may be spelled as OpenVINO does."""
     words = {"YES": True, "TRUE": True, "NO": False, "FALSE": False}
@@ -128,7 +120,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "PERFORMANCE_HINT": ("hint", _as_it_is),
     "PERFORMANCE_HINT_NUM_REQUESTS": ("requests", _count),
     "ALLOW_AUTO_BATCHING": ("auto_batching", _flag),
-    "AUTO_BATCH_TIMEOUT": ("batch_timeout_ms", _milliseconds),
+    "AUTO_BATCH_TIMEOUT": ("batch_timeout_ms", spelled),
     "INFERENCE_NUM_THREADS": ("all_threads", _count),
 }
 _AT_COMPILE = (*_OPTIONS, *FIXED, *PER_DEVICE, "INFERENCE_PRECISION_HINT", "EXECUTION_MODE_HINT")

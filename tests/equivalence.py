@@ -1,7 +1,11 @@
-"""OpenVINO's equivalence matrix on the CPU device: `python -m tests.equivalence [--seconds N]`.
+"""OpenVINO's equivalence matrix on the CPU device: `python -m tests.equivalence [--pairwise]`.
 
 Streams x requests x batch, timeout and submit interval, inputs of their own or views of one array, every dtype: every
-result equals that of the request alone, bit for bit with `deterministic`, else within the dtype's tolerance.
+result equals that of the request alone, bit for bit with `deterministic`, else within the dtype's tolerance. All points
+run in both modes; `--pairwise` runs a few in which every two values of two axes meet.
+
+The points of one engine share it, one after another, and several engines are served at the same time: most of a point
+is waiting.
 """
 
 from __future__ import annotations
@@ -11,7 +15,10 @@ import itertools
 import random
 import sys
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Any
 
@@ -20,6 +27,7 @@ from onnx import helper, numpy_helper
 
 import gpu_engine
 from gpu_engine.ir.dtypes import ONNX_NUMBER
+from gpu_engine.runtime.arrays import Array
 from gpu_engine.runtime.engine import Engine
 
 STREAMS, REQUESTS, BATCHES = (1, 2), (1, 3, 8, 9, 16, 64), (1, 4, 8, 16, 32, 64, 128, 256)
@@ -27,6 +35,8 @@ TIMEOUTS_MS, INTERVALS_MS, SHARED = (0.0, 1.0), (0.0, 10.0), (False, True)
 DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 TOLERANCE = {"f2": 1e-2, "f4": 1e-5, "f8": 1e-12}
 WIDTH = 24
+ENGINES_AT_ONCE = 8
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -69,30 +79,77 @@ def model(dtype: str) -> bytes:
     return bytes(made.SerializeToString())
 
 
-def differences(case: Case, deterministic: bool) -> list[str]:
-    """How results differ from those of the requests alone."""
-    generator = np.random.default_rng(case.requests)
-    everything = (generator.standard_normal((case.requests, WIDTH)) * 4).astype(case.dtype)
+@cache
+def alone(dtype: str, requests: int, deterministic: bool) -> tuple[Array, list[list[Array]]]:
+    """Rows, and what each of them gives in an engine that batches nothing."""
+    generator = np.random.default_rng(requests)
+    everything = (generator.standard_normal((requests, WIDTH)) * 4).astype(dtype)
     everything.setflags(write=False)
-    inputs = [everything[i : i + 1] if case.shared else everything[i : i + 1].copy() for i in range(case.requests)]
-    options: dict[str, Any] = {"device": "cpu", "deterministic": deterministic, "warmup": False}
-    with gpu_engine.compile(model(case.dtype), batch=1, **options) as alone:
-        expected = [alone.run([x]) for x in inputs]
+    with gpu_engine.compile(model(dtype), device="cpu", batch=1, deterministic=deterministic, warmup=False) as engine:
+        return everything, [engine.run([everything[i : i + 1]]) for i in range(requests)]
+
+
+def differences(cases: Sequence[Case], deterministic: bool) -> list[str]:
+    """How results differ from those of the requests alone; all cases have the same engine."""
+    (setting,) = {engine_of(case) for case in cases}
+    streams, batch, timeout_ms, dtype = setting
     with gpu_engine.compile(
-        model(case.dtype), streams=case.streams, batch=case.batch, batch_timeout_ms=case.timeout_ms, **options
+        model(dtype),
+        device="cpu",
+        streams=streams,
+        batch=batch,
+        batch_timeout_ms=timeout_ms,
+        deterministic=deterministic,
+        warmup=False,
     ) as engine:
         assert isinstance(engine, Engine)
-        futures = []
-        for x in inputs:
-            futures.append(engine.submit([x]))
-            time.sleep(case.interval_ms / 1000)
-        pairs = list(zip([future.result(60) for future in futures], expected, strict=True))
-        counts = engine.statistics()
+        return [text for case in cases for text in _differences(engine, case, deterministic)]
+
+
+def _differences(engine: Engine, case: Case, deterministic: bool) -> list[str]:
+    everything, expected = alone(case.dtype, case.requests, deterministic)
+    inputs = [everything[i : i + 1] if case.shared else everything[i : i + 1].copy() for i in range(case.requests)]
+    before = engine.statistics().inference_count
+    futures = []
+    for x in inputs:
+        futures.append(engine.submit([x]))
+        time.sleep(case.interval_ms / 1000)
+    lost = [i for i, future in enumerate(futures) if not _ends(future)]
+    counts = engine.statistics()
+    if lost:
+        return [f"{case}: requests {lost} were not answered in {PATIENCE_S:g} s: {counts}"]
+    pairs = list(zip([future.result() for future in futures], expected, strict=True))
     wrong = [i for i, (a, b) in enumerate(pairs) if not all(map(agree(case.dtype, deterministic), a, b))]
     found = [f"{case}: requests {wrong} differ"] * bool(wrong)
-    if counts.inference_count != case.requests or max(counts.batch_sizes) > case.batch:
-        found.append(f"{case}: {counts.inference_count} rows ran, in batches {counts.batch_sizes}")
+    rows = counts.inference_count - before
+    if rows != case.requests or max(counts.batch_sizes) > case.batch:
+        found.append(f"{case}: {rows} rows ran, in batches {counts.batch_sizes}")
     return found
+
+
+def _ends(future: Future[Any]) -> bool:
+    return bool(wait([future], PATIENCE_S).done)
+
+
+def engine_of(case: Case) -> tuple[int, int, float, str]:
+    """The part of a case that its engine is compiled for."""
+    return case.streams, case.batch, case.timeout_ms, case.dtype
+
+
+def pairwise(cases: Sequence[Case], seed: int = 0) -> list[Case]:
+    """Few cases in which every two values of two axes meet that meet in any: of random ones that with the most new."""
+
+    def pairs(case: Case) -> set[tuple[object, ...]]:
+        return set(itertools.combinations(enumerate(astuple(case)), 2))
+
+    generator = random.Random(seed)
+    left = set().union(*map(pairs, cases))
+    chosen = []
+    while left:
+        tried = [*generator.sample(cases, 50), next(case for case in cases if pairs(case) & left)]
+        chosen.append(max(tried, key=lambda case: len(pairs(case) & left)))
+        left -= pairs(chosen[-1])
+    return chosen
 
 
 def agree(dtype: str, deterministic: bool) -> Any:
@@ -103,20 +160,24 @@ def agree(dtype: str, deterministic: bool) -> Any:
     return lambda a, b: a.dtype == b.dtype and np.allclose(a, b, rtol=bound, atol=bound)
 
 
+def run(cases: Sequence[Case], modes: Sequence[bool]) -> list[str]:
+    """The differences of all cases in these modes of `deterministic`; several engines at the same time."""
+    by_engine = defaultdict(list)
+    for case in cases:
+        by_engine[engine_of(case)].append(case)
+    jobs = [(points, mode) for points in by_engine.values() for mode in modes]
+    with ThreadPoolExecutor(ENGINES_AT_ONCE) as pool:
+        return [text for found in pool.map(lambda job: differences(*job), jobs) for text in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, help="stop after so long; points come in random order")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairwise", action="store_true", help="every two values of two axes meet, and no more")
+    parser.add_argument("--seed", type=int, default=0, help="of the points of --pairwise")
     arguments = parser.parse_args()
-    cases, found, done = matrix(), [], 0
-    random.Random(arguments.seed).shuffle(cases)
-    ends = time.monotonic() + (arguments.seconds or float("inf"))
-    for case in cases:
-        found += differences(case, deterministic=bool(done % 2))
-        done += 1
-        if time.monotonic() > ends:
-            break
-    print("\n".join([*found, f"{done} of {len(cases)} points, {len(found)} differ"]))
+    cases = pairwise(matrix(), arguments.seed) if arguments.pairwise else matrix()
+    found = run(cases, (False, True))
+    print("\n".join([*found, f"{len(cases)} of {len(matrix())} points, deterministic and not: {len(found)} differ"]))
     sys.exit(1 if found else 0)
 
 

@@ -344,6 +344,15 @@ def test_ports_that_cannot_carry_the_batch(name: str) -> None:
     assert prove(graph_of(shapes, build)).refused == reason
 
 
+def test_outputs_without_the_batch_are_shared_if_that_is_allowed() -> None:
+    shapes, build, _ = PORTS["output without"]
+    assert prove(graph_of(shapes, build), shares_outputs=True) == Batching("N", (True,), (True, False))
+    alone = graph_of(X, lambda b, x: b.constant(weights(3)))
+    assert prove(alone, shares_outputs=True).refused == "output 'y' does not depend on the batch"
+    for name, (shapes, build, reason) in REFUSED.items():
+        assert prove(graph_of(shapes, build), shares_outputs=True).refused == NODE + reason, name
+
+
 def test_the_first_symbol_that_is_proven_counts() -> None:
     def build(b: Builder, queries: Value, documents: Value) -> Value:
         return b.emit(ops.MatMul(transpose_b=True), documents, queries)

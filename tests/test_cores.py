@@ -10,7 +10,7 @@ import pytest
 
 from cpu_fallback import cores
 from cpu_fallback.blas import cap_threads
-from cpu_fallback.cores import cpu_quota, group_folders, neighbours, partition, usable_cores
+from cpu_fallback.cores import cpu_quota, group_folders, neighbours, partition, partition_by_node, usable_cores
 
 V1 = """31 23 0:28 / {root} rw - tmpfs tmpfs rw
 32 31 0:29 {top} {root}/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
@@ -93,6 +93,34 @@ def test_cores_of_one_cache_are_neighbours(tmp_path: Path) -> None:
     assert neighbours(range(8), folder) == [0, 2, 4, 6, 1, 3, 5, 7]
     assert partition(neighbours(range(8), folder), 4) == [(0, 2), (4, 6), (1, 3), (5, 7)]
     assert neighbours([3, 4, 5], folder) == [4, 3, 5]
+
+
+def two_nodes(tmp_path: Path, cores: int = 8) -> Path:
+    """Two NUMA nodes whose cores have alternating numbers, with two caches each."""
+    caches = {i: ",".join(str(j) for j in range(cores) if j % 4 == i % 4) for i in range(cores)}
+    folder = machine(tmp_path, {i: str(i) for i in range(cores)}, caches)
+    for i in range(cores):
+        (folder / f"cpu{i}" / f"node{i % 2}").mkdir()
+    return folder
+
+
+def test_cores_of_one_node_are_neighbours(tmp_path: Path) -> None:
+    assert neighbours(range(8), two_nodes(tmp_path)) == [0, 4, 2, 6, 1, 5, 3, 7]
+
+
+@pytest.mark.parametrize(
+    ("streams", "expected"),
+    [
+        (1, [(0, 4, 2, 6, 1, 5, 3, 7)]),
+        (2, [(0, 4, 2, 6), (1, 5, 3, 7)]),
+        (3, [(0, 4), (2, 6), (1, 5, 3, 7)]),
+        (4, [(0, 4), (2, 6), (1, 5), (3, 7)]),
+        (5, [(0, 4), (2,), (6,), (1, 5), (3, 7)]),
+    ],
+)
+def test_shares_by_node_span_none(tmp_path: Path, streams: int, expected: list[tuple[int, ...]]) -> None:
+    folder = two_nodes(tmp_path)
+    assert partition_by_node(neighbours(range(8), folder), streams, folder) == expected
 
 
 def test_a_system_that_says_nothing(tmp_path: Path) -> None:

@@ -63,14 +63,14 @@ def test_every_dtype_on_the_cpu(dtype: str) -> None:
     case = Case(
         streams=2, requests=9, batch=4, timeout_ms=0.0, interval_ms=0.0, shared=dtype in "f2f8i1u4", dtype=dtype
     )
-    assert not differences(case, deterministic=False)
+    assert not differences([case], deterministic=False)
 
 
 @pytest.mark.parametrize("requests", [3, 64])
 @pytest.mark.parametrize("batch", [1, 16, 256])
 def test_bits_on_the_cpu(requests: int, batch: int) -> None:
     case = Case(streams=2, requests=requests, batch=batch, timeout_ms=1.0, interval_ms=0.0, shared=True, dtype="f4")
-    assert not differences(case, deterministic=True)
+    assert not differences([case], deterministic=True)
 
 
 def test_the_whole_matrix_is_openvinos() -> None:

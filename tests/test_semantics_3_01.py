@@ -72,6 +72,23 @@ def test_what_streams_may_be() -> None:
         validated(streams=True)
 
 
+def test_auto_leaves_a_core_for_every_thread() -> None:
+    """max(1, cores // threads of a stream) on a CPU; a stream of a GPU has no cores."""
+    cpu, gpu = Limits(auto_streams=6, streams=6), Limits(auto_streams=2, asynchronous=True)
+    for options, expected in (
+        ({}, 6),
+        ({"threads": 2}, 3),
+        ({"threads": 4}, 1),
+        ({"threads": 9}, 1),
+        ({"all_threads": 4}, 4),
+        ({"all_threads": 4, "threads": 2}, 2),
+        ({"all_threads": 99}, 6),
+    ):
+        for streams in ({"streams": "auto"}, {"streams": 0}, {"hint": "throughput"}, {"scheduler": "elastic"}):
+            assert choose(validated(**streams, **options), cpu).streams == expected, (streams, options)
+            assert choose(validated(**streams, **options), gpu).streams == 2
+
+
 def test_streams_above_the_maximum() -> None:
     with pytest.warns(RuntimeWarning, match="capping to 6"):
         assert choose(validated(streams=9), Limits(auto_streams=2, streams=6)).streams == 6
@@ -85,8 +102,8 @@ def test_weights_are_there_once_and_activations_for_every_slot() -> None:
             assert isinstance(engine, Engine)
             plans.append(engine.memory_plan())
     assert plans[0].weights == plans[1].weights >= 40 * 40 * 4
-    assert plans[0].activations == plans[1].activations and plans[1].slots == 2 * plans[0].slots
-    assert plans[1].total - plans[0].total == plans[0].activations * plans[0].slots
+    assert plans[1].activations == 2 * plans[0].activations and plans[1].slots == 2 * plans[0].slots
+    assert plans[1].total - plans[0].total == plans[0].activations > 0
 
 
 def test_requests_of_different_shapes_run_at_once(make_engine: MakeEngine) -> None:

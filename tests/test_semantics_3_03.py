@@ -147,6 +147,21 @@ def test_bits_of_a_row_do_not_depend_on_its_batch(recurrent: bool, threads: int)
         assert engine.statistics().padded_rows == 0
 
 
+@pytest.mark.parametrize("options", [{"streams": 1, "batch": 4}, {"hint": "latency"}, {"deterministic": True}])
+def test_no_rows_are_answered_without_a_launch(options: dict[str, Any]) -> None:
+    with gpu_engine.compile(product_model(), device="cpu", warmup=False, **options) as engine:
+        assert isinstance(engine, Engine)
+        for call in (
+            engine.run,
+            engine.run_many,
+            lambda x: engine.submit(x).result(0),
+            lambda x: next(engine.map([x])),
+        ):
+            found = call(np.zeros((0, 3, 40), F32))
+            assert (found.shape, found.dtype) == ((0, 3, 40), F32)
+        assert engine.statistics().execution_count == 0
+
+
 def test_the_costs_decide_how_many_rows() -> None:
     calls = Measured({1: 1e-3, 2: 1.05e-3, 4: 1.1e-3, 8: 1.2e-3})
     arithmetic = Measured({1: 1e-3, 2: 2.01e-3, 4: 4.2e-3, 8: 9e-3})

@@ -26,6 +26,7 @@ from gpu_engine.runtime.engine import Engine
 from tests.recording_device import F32, MakeEngine, RecordingDevice, occupy, plan_of, rows
 from tests.reference import graph_of, random_inputs, run_graph
 from tests.test_batchability import PORTS, PROVEN, REFUSED, sorted_array
+from tests.test_control import model_of
 
 CASES = {**PROVEN, **{name: case[:2] for name, case in (*REFUSED.items(), *PORTS.items())}}
 APART = {
@@ -219,3 +220,94 @@ def test_a_rounding_that_falls_the_other_way_is_no_mismatch(make_engine: MakeEng
         return [x * (1 + 1e-7 * len(x))]
 
     assert make_engine(RecordingDevice(almost), batch=4, warmup=True).batch == 4
+
+
+def anchored() -> onnx.ModelProto:
+    """x [N, 6] -> y [N, 6], and anchors [2] that no input touches."""
+    nodes = [helper.make_node("Softmax", ["x"], ["y"], axis=1), helper.make_node("Exp", ["a"], ["anchors"])]
+    ports = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("x", ["N", 6]), ("y", ["N", 6]), ("anchors", [2]))
+    ]
+    constants = [helper.make_tensor("a", onnx.TensorProto.FLOAT, [2], [0.0, 1.0])]
+    graph = helper.make_graph(nodes, "anchored", ports[:1], ports[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def test_an_output_without_the_batch_is_shared_where_a_batch_is_given() -> None:
+    inputs = [np.random.default_rng(i).standard_normal((1 + i % 3, 6), F32) for i in range(6)]
+    with compiled(anchored(), streams=1, requests=16) as implicit, compiled(anchored()) as alone:
+        plan = implicit.explain_batching()
+        assert (plan.batch, plan.limiting_factor) == (1, "graph")
+        assert "output 'anchors' does not depend on the batch" in plan.reason
+        expected = [alone.run(x) for x in inputs]
+    with compiled(anchored(), streams=1, batch=4, batch_timeout_ms=10_000) as engine:
+        assert engine.explain_batching().limiting_factor == "user"
+        futures = [engine.submit(x) for x in inputs]
+        engine.flush()
+        for future, (y, anchors) in zip(futures, expected, strict=True):
+            found = future.result(30)
+            np.testing.assert_allclose(found[0], y, rtol=1e-6)
+            np.testing.assert_array_equal(found[1], anchors)
+        assert max(engine.statistics().batch_sizes) == 4
+        y, anchors = engine.run(np.concatenate(inputs))
+        np.testing.assert_allclose(y, np.concatenate([each[0] for each in expected]), rtol=1e-6)
+        np.testing.assert_array_equal(anchors, expected[0][1])
+        y, anchors = engine.run(np.zeros((0, 6), F32))
+        assert y.shape == (0, 6) and anchors.tolist() == expected[0][1].tolist()
+
+
+NOT_PROVABLE = {
+    "Reshape": ("y = Reshape (x, one) s = Softmax <axis = 1> (y) z = Reshape (s, back)", "Softmax"),
+    "reduction": ("m = ReduceMean (x, zero) z = Sub (x, m)", "folds the rows of the batch into one"),
+    "Softmax": ("z = Softmax <axis = 0> (x)", "Softmax"),
+    "Transpose": ("z = Transpose <perm = [1, 0]> (x)", "output 'z' has the rows of the batch along axis 1"),
+    "Concat": ("z = Concat <axis = 0> (x, x)", "Concat"),
+    "training": (
+        "z, mean, var = BatchNormalization <training_mode = 1> (x, ones, zeros, zeros, ones)",
+        "BatchNormalization",
+    ),
+    "random": ("n = RandomNormalLike (x) z = Add (x, n)", "RandomNormalLike"),
+    "NonMaxSuppression": ("b = Reshape (x, boxes) s = Reshape (x, scores) z = NonMaxSuppression (b, s)", "NonMax"),
+    "If": (
+        """z = If (yes) <then_branch = t () => (float[N, 4] u) { u = Neg (x) },
+                         else_branch = e () => (float[N, 4] v) { v = Abs (x) }>""",
+        "If",
+    ),
+    "Loop": (
+        """z = Loop (n, yes, x) <body = b (int64 k, bool c, float[N, 4] p) => (bool d, float[N, 4] q)
+           { d = Identity (c) q = Neg (p) }>""",
+        "Loop",
+    ),
+    "LSTM": ("t = Reshape (x, steps) z, h, k = LSTM <hidden_size = 1> (t, w, r)", "LSTM"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PROVABLE)
+def test_what_cannot_be_proven_is_refused_and_the_node_named(name: str) -> None:
+    nodes, reason = NOT_PROVABLE[name]
+    kind = "int64" if name == "NonMaxSuppression" else "float"
+    constants = """int64[2] one = {1, -1}, int64[2] back = {-1, 4}, float[4] ones = {1, 1, 1, 1}, int64[1] zero = {0},
+        float[4] zeros = {0, 0, 0, 0}, int64[3] boxes = {1, -1, 4}, int64[3] scores = {1, 4, -1},
+        int64[3] steps = {-1, 1, 4}, float[1, 4, 4] w = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},
+        float[1, 4, 1] r = {1, 1, 1, 1}"""
+    text = f"g (float[N, 4] x, bool yes, int64 n) => ({kind} z) <{constants}> {{ {nodes} }}"
+    with compiled(model_of(text.replace(", int64 n", "") if "n =" in nodes else text)) as engine:
+        assert reason in engine.plan.batching.refused
+        assert engine.batch == 1
+
+
+def test_requests_of_other_extents_never_share_an_execution() -> None:
+    """They share streams only: all extents but the batch must be equal."""
+    text = "g (float[N, W] x) => (float[N, W] y) { y = Softmax <axis = 1> (x) }"
+    random = np.random.default_rng(0)
+    inputs = [random.standard_normal((1, width), F32) for width in (3, 5, 3, 7, 5, 3, 3)]
+    with compiled(model_of(text), streams=1, batch=4, batch_timeout_ms=10_000, warmup=False) as engine:
+        futures = [engine.submit(x) for x in inputs]
+        engine.flush()
+        for x, future in zip(inputs, futures, strict=True):
+            np.testing.assert_allclose(future.result(30), np.exp(x) / np.exp(x).sum(), rtol=1e-5)
+        counts = engine.statistics()
+        assert counts.batch_sizes[1] >= 1 and counts.close_reasons["shape"] >= 1
+        widths = [x.shape[1] for x in inputs]
+        assert counts.execution_count >= len(set(widths)) and max(counts.batch_sizes) <= 4

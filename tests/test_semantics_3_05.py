@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
+import gpu_engine
+from gpu_engine.errors import DeviceError
 from gpu_engine.options import DeviceChoice, one_batch, parse_device
+from gpu_engine.runtime import late
+from gpu_engine.runtime.engine import Engine
+from tests.test_semantics_3_03 import product_model
 
 
 @pytest.mark.parametrize(
@@ -54,3 +62,42 @@ def test_3_05_two_batches_collide() -> None:
     assert one_batch(parse_device("CPU"), 3) == 3
     with pytest.raises(ValueError, match="asks for batch 4 and batch= for 8"):
         one_batch(parse_device("CPU(4)"), 8)
+
+
+def compiled(**options: Any) -> Engine:
+    engine = gpu_engine.compile(product_model(), warmup=False, **options)
+    assert isinstance(engine, Engine)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "factor", "shares"),
+    [
+        ("CPU", 1, "user", False),
+        ("CPU(4)", 4, "user", True),
+        ("cpu:0(4)", 4, "user", True),
+        ("BATCH:CPU", 8, "device", True),
+        ("batch:cpu(16)", 16, "user", True),
+    ],
+)
+def test_3_05_a_device_string_decides_the_batch(device: str, batch: int, factor: str, shares: bool) -> None:
+    with compiled(device=device) as engine:
+        plan = engine.explain_batching()
+        assert (plan.batch, plan.limiting_factor) == (batch, factor)
+        assert engine.get_property("ALLOW_AUTO_BATCHING") is shares
+        assert engine.run(np.zeros((2, 3, 40), np.float32)).shape == (2, 3, 40)
+
+
+def test_3_05_cuda_is_strict_and_auto_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(late.DEVICES, "cuda", "gpu_engine.no_such_room:CudaDevice")
+    for device in ("cuda", "GPU.1", "BATCH:GPU(4)"):
+        with pytest.raises(DeviceError, match=r"cuda is not usable: No module named"):
+            compiled(device=device)
+    for device, options in (("auto", {}), ("cuda", {"fallback": "cpu"}), ("BATCH:GPU(4)", {"fallback": "cpu"})):
+        caplog.clear()
+        with caplog.at_level("INFO"), compiled(device=device, **options) as engine:
+            assert engine.device.startswith("cpu (") and "cuda is not usable" in engine.device
+            assert engine.batch == (4 if "(4)" in device else 1)
+        assert "running on cpu" in caplog.text and "cuda is not usable" in caplog.text

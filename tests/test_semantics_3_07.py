@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from cpu_fallback.cores import partition
+import gpu_engine
+from cpu_fallback.cores import partition, usable_cores
 from gpu_engine.options import validated
 from gpu_engine.runtime.sizing import choose
 from tests.recording_device import MakeEngine, RecordingDevice, double
 from tests.test_semantics_3_02 import CPU, GPU
+from tests.test_semantics_3_03 import product_model
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,18 @@ def test_3_07_what_is_read_back_is_in_effect(make_engine: MakeEngine, options: d
         engine = make_engine(recorder, **options)
     assert engine.streams == engine.get_property("NUM_STREAMS") == streams
     assert recorder.opened is not None and recorder.opened[0] == streams
+
+
+def test_3_07_cores_bound_streams_and_are_capped_with_a_warning(make_engine: MakeEngine) -> None:
+    """INFERENCE_NUM_THREADS is DeepSparse's num_cores: min(physical, num_cores) streams."""
+    with pytest.warns(RuntimeWarning, match="num_streams exceeds num_cores - capping to 2"):
+        assert choose(validated(streams=5, all_threads=2), CPU).streams == 2
+    assert choose(validated(streams=5, all_threads=2), GPU).streams == 5
+    few = len(usable_cores().numbers)
+    with pytest.warns(RuntimeWarning, match=f"threads exceeds the cores of a stream - capping to {few}"):
+        engine = gpu_engine.compile(product_model(), device="cpu", streams=1, threads=few + 7, warmup=False)
+    assert engine.get_property("INFERENCE_NUM_THREADS") == few
+    engine.close()
 
 
 def test_3_07_a_single_stream_is_one(make_engine: MakeEngine) -> None:

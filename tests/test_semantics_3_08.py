@@ -79,6 +79,16 @@ def test_3_08_bulk_calls_cut_into_batches_and_trim_nothing(make_engine: MakeEngi
     assert engine.statistics().padded_rows == 0
 
 
+@pytest.mark.parametrize(("count", "padded"), [(10, 0), (11, 1), (9, 0), (15, 1)])
+def test_3_08_the_last_part_is_padded_only_to_its_bucket(make_engine: MakeEngine, count: int, padded: int) -> None:
+    recorder = RecordingDevice(double, asynchronous=True, bucketed=True)
+    engine = make_engine(recorder, streams=2, batch=4)
+    np.testing.assert_array_equal(engine.run_many(rows(*range(count))), rows(*range(count)) * 2 + 1)
+    whole, rest = divmod(count, 4)
+    assert sorted(launch.rows for launch in recorder.launches) == sorted([4] * whole + [rest + padded])
+    assert engine.statistics().padded_rows == padded
+
+
 def test_3_08_run_is_timed(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
     """What timed_run gives is in the statistics, and on a request object per run."""
     engine = make_engine(recorder, streams=1)

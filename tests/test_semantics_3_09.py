@@ -10,6 +10,7 @@ import pytest
 
 from gpu_engine import RequestPool, RequestState
 from gpu_engine.errors import EngineClosed, ExecutionError, InputError, RequestBusy
+from gpu_engine.runtime import request_pool
 from gpu_engine.runtime.reusable import ReusableRequest
 from tests.recording_device import F32, MakeEngine, RecordingDevice, double, poisoned, rows, until
 
@@ -89,6 +90,23 @@ def test_3_09_the_first_error_is_raised_once(recorder: RecordingDevice, make_eng
     assert pool.exceptions == ()
     expected = [(i, "ExecutionError" if i in (1, 3) else "NoneType") for i in range(5)]
     assert sorted(called) == expected, "the callback is called for failed runs too"
+
+
+def test_3_09_of_very_many_errors_the_first_is_raised(
+    recorder: RecordingDevice, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_pool, "REMEMBERED", 3)
+    pool = RequestPool(make_engine(recorder, streams=1, batch=1), 1)
+
+    def callback(request: ReusableRequest, userdata: Any) -> None:
+        raise LookupError(userdata)
+
+    pool.set_callback(callback)
+    for i in range(5):
+        pool.start(rows(1), i)
+    with pytest.raises(LookupError, match="0"):
+        pool.wait_all()
+    assert [error.args for error in pool.exceptions] == [(0,), (1,), (2,)]
 
 
 def test_3_09_errors_of_callbacks_are_pending_too(recorder: RecordingDevice, make_engine: MakeEngine) -> None:

@@ -127,6 +127,38 @@ def test_3_10_cancelled_when_dispatched_runs_and_its_result_is_dropped(
     assert request.run(rows(2))[0, 0] == 5
 
 
+def test_3_10_cancel_in_the_callback_comes_too_late(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
+    """The result is there, so neither the callback nor another thread can take the request out of the queue."""
+    request = make_engine(recorder, streams=1).request()
+    found: list[bool] = []
+
+    def callback(each: ReusableRequest, userdata: Any) -> None:
+        other = threading.Thread(target=lambda: found.append(each.cancel()))
+        other.start()
+        other.join(30)
+        found.append(each.cancel())
+
+    request.set_callback(callback)
+    for value in (1, 2):
+        assert request.run(rows(value))[0, 0] == 2 * value + 1
+        assert request.state is IDLE and found == [False, False]
+        found.clear()
+
+
+def test_3_10_cancel_in_every_other_state_is_nothing(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
+    engine = make_engine(recorder, streams=1, batch=1)
+    occupy(engine, recorder, rows(0))
+    request = engine.request()
+    request.start(rows(1))
+    assert request.cancel() and not request.cancel() and request.state is CANCELLED and request.wait_for(0)
+    request.close()
+    assert request.state is STOP and not request.cancel() and request.state is STOP
+    with pytest.raises(RequestCancelled):
+        request.wait()
+    assert request.wait() is None
+    recorder.release()
+
+
 def test_3_10_errors_stay_until_the_next_start(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
     recorder.model = poisoned(double)
     request = make_engine(recorder, streams=1).request()

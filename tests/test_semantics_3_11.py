@@ -153,7 +153,10 @@ def test_3_11_the_timeout_of_a_live_engine(recorder: RecordingDevice, make_engin
     future = engine.submit(rows(2))
     until(lambda: engine._pool._timekeeper is not None)
     assert not future.done()
-    engine.set_property({"AUTO_BATCH_TIMEOUT": 0.5})
+    for wrong in ("soon", "-1", "nan", True):
+        with pytest.raises((ValueError, TypeError), match="AUTO_BATCH_TIMEOUT"):
+            engine.set_property("AUTO_BATCH_TIMEOUT", wrong)
+    engine.set_property({"AUTO_BATCH_TIMEOUT": "0.5"})
     assert future.result(30)[0, 0] == 5 and engine.statistics().close_reasons["timeout"] == 1
     engine.set_property("AUTO_BATCH_TIMEOUT", 60_000)
     future = engine.submit(rows(3))

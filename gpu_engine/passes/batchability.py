@@ -7,25 +7,32 @@ on; what it does not know loses the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gpu_engine.ir.dims import Dim, Sym, symbol, symbols
 from gpu_engine.ir.graph import Graph, Value
 from gpu_engine.passes.batch_rules import FREE, Lost, Rows, State, multiple, node_states
 from gpu_engine.plan.plan import Batching
 
 
-def prove(graph: Graph) -> Batching:
+def prove(graph: Graph, shares_outputs: bool = False) -> Batching:
     """Which extent is the batch and which ports carry it, or why there is none.
 
     The batch is a symbol that is the whole extent of axis 0 of some inputs and occurs nowhere else in an input. All
-    outputs must have one equal block of axis 0 for every row. Where several symbols qualify the first that is proven
-    counts, and the first one's reason if none is.
+    outputs must have one equal block of axis 0 for every row; with `shares_outputs` at least one, and those that do not
+    depend on the batch are the same for all. Where several symbols qualify the first that is proven counts, and the
+    first one's reason if none is.
     """
     refusals = []
     for name in candidates(graph):
-        refused = misplaced(graph, name) or _broken(graph, name)
+        refused = misplaced(graph, name)
+        if not refused:
+            states = _states(graph, name)
+            carried = tuple(not shares_outputs or state != FREE for state in states)
+            refused = _broken(graph, name, states, carried)
         if not refused:
             batched = tuple(value.rank > 0 and value.shape[0] == symbol(name) for value in graph.inputs)
-            return Batching(name, batched, (True,) * len(graph.outputs))
+            return Batching(name, batched, carried)
         refusals.append(refused)
     reason = refusals[0] if refusals else _without_candidate(graph)
     return Batching(None, (False,) * len(graph.inputs), (False,) * len(graph.outputs), reason)
@@ -66,8 +73,8 @@ def is_fixed(value: Value) -> bool:
     return not isinstance(value.shape[0], Sym)
 
 
-def _broken(graph: Graph, name: str) -> str:
-    """Why some output does not carry the batch; empty if all do."""
+def _states(graph: Graph, name: str) -> list[State]:
+    """What becomes of the batch in every output."""
     batch = symbol(name)
     states: dict[Value, State] = {}
     for value in graph.inputs:
@@ -75,11 +82,16 @@ def _broken(graph: Graph, name: str) -> str:
     for node in graph.nodes:
         operands = tuple(states.get(value) or _of_constant(value, name) for value in node.inputs)
         states |= dict(zip(node.outputs, node_states(node, operands, name), strict=True))
-    for label, value in zip(graph.output_names, graph.outputs, strict=True):
-        refused = _refused_output(label, value.shape, states.get(value) or _of_constant(value, name), batch)
-        if refused:
-            return refused
-    return ""
+    return [states.get(value) or _of_constant(value, name) for value in graph.outputs]
+
+
+def _broken(graph: Graph, name: str, states: Sequence[State], carried: Sequence[bool]) -> str:
+    """Why an output that is to carry the batch does not, or that none does; empty if all is well."""
+    refused = ""
+    for label, value, state, carries in zip(graph.output_names, graph.outputs, states, carried, strict=True):
+        if carries or not any(carried):
+            refused = refused or _refused_output(label, value.shape, state, symbol(name))
+    return refused
 
 
 def _of_constant(value: Value, name: str) -> State:

@@ -15,7 +15,7 @@ from gpu_engine.plan.signature import Family, Fit, Signature
 from gpu_engine.runtime.arrays import Array, Ports, Wrap
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.requests import array_rows
-from gpu_engine.runtime.sizing import Sizes, memory_cap
+from gpu_engine.runtime.sizing import MemoryPlan, Sizes, memory_cap
 
 _REMEMBERED = 4096
 _SMALL_NBYTES = 64
@@ -119,6 +119,16 @@ class Admission:
             return None
         ports = zip(fit.family.output_shapes, self._plan.output_ports, strict=True)
         return [np.empty((0, *shape[1:]), port.dtype) for shape, port in ports]
+
+    def memory_plan(self) -> MemoryPlan:
+        """See `Engine.memory_plan`."""
+        sizes, batch = self._sizes, self._plan.batching.symbol
+        extents = list(self.largest or (1,) * len(self._plan.symbols))
+        if sizes.shared and batch is not None:
+            extents[self._plan.symbols.index(batch)] = sizes.batch.batch
+        weights, activations = self._device.memory(self._plan, tuple(extents))
+        slots = sizes.streams * sizes.slots
+        return MemoryPlan(weights, activations * slots, slots)
 
     def _admit_shapes(self, arrays: Sequence[Array]) -> Admitted:
         self.ports.check_dtypes(arrays)

@@ -253,13 +253,11 @@ class Engine:
         return self._sizes.batch
 
     def memory_plan(self) -> MemoryPlan:
-        """The memory at a full batch; extents other than the batch are the largest seen so far, or 1 before any."""
-        batch, seen = self._plan.batching.symbol, self._admission.largest
-        extents = list(seen or (1,) * len(self._plan.symbols))
-        if self._sizes.shared and batch is not None:
-            extents[self._plan.symbols.index(batch)] = self.batch
-        weights, activations = self._device.memory(self._plan, tuple(extents))
-        return MemoryPlan(weights, activations, self._sizes.streams * self._sizes.slots)
+        """The memory at a full batch; extents other than the batch are the largest seen so far, or 1 before any.
+
+        Weights do not depend on the number of streams; activations grow with the number of slots.
+        """
+        return self._admission.memory_plan()
 
     def get_property(self, name: str) -> Any:
         """The value in effect of a property by OpenVINO's name; "SUPPORTED_PROPERTIES" lists the names.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from gpu_engine.runtime.observation import Moments, Watch
 from gpu_engine.runtime.requests import Part, Request, gather, scatter
 from gpu_engine.runtime.scheduler import Batch
 from gpu_engine.runtime.statistics import Counters
+from gpu_engine.runtime.tokens import Tokens
 
 clock = time.monotonic
 POLL_S = 1e-3
@@ -76,7 +76,7 @@ class Worker:
 
     def __init__(self, lane: Lane, slot: Slot) -> None:
         self.lane, self.slot, self.counters = lane, slot, Counters()
-        self.tokens: SimpleQueue[None] = SimpleQueue()
+        self.tokens = Tokens()
         self.thread: threading.Thread | None = None
         self.called = False
         self.batch: Batch[Request] | None = None

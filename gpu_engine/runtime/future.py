@@ -20,13 +20,15 @@ class Future(concurrent.futures.Future[T]):
     """A future with all the semantics of the standard one, and `await`able.
 
     The standard class makes a condition and two lists for every future. This one makes a lock; the rest is made around
-    that lock when a method of the standard class asks for the condition: when somebody waits or adds a callback.
+    that lock when a method of the standard class asks for the condition: when somebody adds a callback, or waits for
+    several futures. Who waits for this one alone sleeps on a lock of its own, and wakes without needing another.
     """
 
     _state = _base.PENDING
     _result: T | None = None
     _exception: BaseException | None = None
     _made_condition: threading.Condition | None = None
+    _sleepers: tuple[threading.Lock, ...] = ()
     _waiters: Sequence[Any] = ()  # type: ignore[assignment]
     _done_callbacks: Sequence[Callable[[Any], object]] = ()
     on_cancel: Callable[[], object] | None = None
@@ -48,9 +50,16 @@ class Future(concurrent.futures.Future[T]):
         return awaitable.__await__()
 
     def result(self, timeout: float | None = None) -> T:
+        if self._state not in _DONE:
+            self._sleep(timeout)
         if self._state == _base.FINISHED and self._exception is None:
             return self._result  # type: ignore[return-value]
-        return super().result(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        if self._state not in _DONE:
+            self._sleep(timeout)
+        return super().exception(0)
 
     def done(self) -> bool:
         return self._state in _DONE
@@ -72,6 +81,7 @@ class Future(concurrent.futures.Future[T]):
             if self._state in _DONE:
                 return True
             self._state = _base.CANCELLED
+            self._wake()
             if self._made_condition is not None:
                 self._made_condition.notify_all()
         if self.on_cancel is not None:
@@ -102,6 +112,7 @@ class Future(concurrent.futures.Future[T]):
                 raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
             self._result = result
             self._state = _base.FINISHED
+            self._wake()
             if self._made_condition is None:
                 return False
             for waiter in self._waiters:
@@ -115,12 +126,33 @@ class Future(concurrent.futures.Future[T]):
                 raise concurrent.futures.InvalidStateError(f"{self._state}: {self!r}")
             self._exception = exception
             self._state = _base.FINISHED
+            self._wake()
             if self._made_condition is None:
                 return
             for waiter in self._waiters:
                 waiter.add_exception(self)
             self._made_condition.notify_all()
         self.run_callbacks()
+
+    def _sleep(self, timeout: float | None) -> None:
+        """Until the future has ended, or for so many seconds."""
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        with self._lock:
+            if self._state in _DONE:
+                return
+            self._sleepers = (*self._sleepers, sleeper)
+        if timeout is None:
+            sleeper.acquire()
+        elif not sleeper.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX)):
+            with self._lock:
+                self._sleepers = tuple(each for each in self._sleepers if each is not sleeper)
+
+    def _wake(self) -> None:
+        """The future has ended; its lock is held."""
+        for sleeper in self._sleepers:
+            sleeper.release()
+        self._sleepers = ()
 
     def run_callbacks(self) -> None:
         """Run the callbacks; whatever they raise is logged, so that it ends neither a worker nor other requests."""

@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from queue import Empty
 
 from gpu_engine.errors import EngineClosed, ForkedEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
@@ -143,7 +142,7 @@ class Pool:
         with self._mutex:
             self.batcher.timeout_s = timeout_s
             if self._timekeeper is not None:
-                self._timekeeper.tokens.put(None)
+                self._timekeeper.tokens.put()
 
     def resize(self, batch: int) -> None:
         """From now on expect a slot to take so many rows at once."""
@@ -212,7 +211,7 @@ class Pool:
             self._stopped = True
         fail_all(late, EngineClosed(f"{CLOSED} and this request did not finish in time"))
         for each in self._workers:
-            each.tokens.put(None)
+            each.tokens.put()
         for each in self._workers:
             if each.thread is not None and worker is None:
                 each.thread.join(seconds_left(ends))
@@ -223,7 +222,7 @@ class Pool:
         self._abandoned = True
         self._forget_exit()
         for worker in self._workers:
-            worker.tokens.put(None)
+            worker.tokens.put()
         if not self._started and not self._forked:
             self._release_streams()
 
@@ -277,13 +276,13 @@ class Pool:
                 return
             self._coming += 1
             self._timekeeper.called = True
-            self._timekeeper.tokens.put(None)
+            self._timekeeper.tokens.put()
             self._timekeeper = None
         while self._idle and self.batcher.rows > self._coming * self._batch:
             worker = self._idle.pop() if self._single else self._pick()
             worker.called = True
             self._coming += 1
-            worker.tokens.put(None)
+            worker.tokens.put()
 
     def _pick(self) -> Worker:
         """An idle worker of the stream with the most idle slots, the last used first."""
@@ -358,8 +357,7 @@ class Pool:
 
     def _keep_time(self, worker: Worker, wait_s: float) -> None:
         """Sleep until the collecting batch closes for its age, or a token says that it closed before."""
-        with contextlib.suppress(Empty):
-            worker.tokens.get(timeout=min(wait_s, threading.TIMEOUT_MAX))
+        worker.tokens.get(wait_s)
         with self._mutex:
             if self._timekeeper is worker:
                 self._timekeeper = None

@@ -42,10 +42,23 @@ def read_property(name: str, facts: Facts) -> Any:
 
 
 def checked_change(name: str, value: Any) -> float:
-    """The AUTO_BATCH_TIMEOUT, in milliseconds, that is set on a live engine; ValueError for any other property."""
+    """The AUTO_BATCH_TIMEOUT, in milliseconds, that is set on a live engine; ValueError for any other property.
+
+    OpenVINO's is 1000 unless it is set, and 0 switches batching off; ours is 0, at which a free slot takes what waits.
+    """
     if known(name) != LIVE:
         raise ValueError(f"only {LIVE} can be changed on a compiled engine, not {name}: compile the model again")
-    return milliseconds(LIVE, value)
+    return milliseconds(LIVE, spelled(LIVE, value))
+
+
+def spelled(name: str, value: Any) -> Any:
+    """The milliseconds that a string spells, as OpenVINO takes them; ValueError if it spells none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name} must be a number of milliseconds, given {value!r}") from None
 
 
 def known(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,7 +33,7 @@ class RequestPool:
         self._engine = engine
         self._requests = [engine.request() for _ in range(jobs or engine.optimal_requests)]
         self._idle = dict.fromkeys(self._requests)
-        self._pending: deque[BaseException] = deque(maxlen=REMEMBERED)
+        self._pending: list[BaseException] = []
         self.exceptions: tuple[BaseException, ...] = ()
         self._make_lock()
         for request in self._requests:
@@ -80,7 +79,7 @@ class RequestPool:
     def wait_all(self) -> None:
         """Wait until all requests are idle and all callbacks returned; raises the first error since the last call.
 
-        Cancelled requests are no errors. All errors, up to REMEMBERED of them, are then in `exceptions`. RequestBusy
+        Cancelled requests are no errors. The first REMEMBERED errors are then in `exceptions`. RequestBusy
         in a callback, which would wait for itself.
         """
         if any(request.in_callback() for request in self._requests):
@@ -128,8 +127,9 @@ class RequestPool:
         if isinstance(request.error, ForkedEngineError):
             self._make_lock()
         with self._changed:
-            if ran and request.error is not None and not isinstance(request.error, RequestCancelled):
-                self._pending.append(request.error)
+            error = request.error if ran and not isinstance(request.error, RequestCancelled) else None
+            if error is not None and len(self._pending) < REMEMBERED:
+                self._pending.append(error)
             self._idle[request] = None
             self._changed.notify()
 

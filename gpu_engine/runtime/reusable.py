@@ -163,10 +163,11 @@ class ReusableRequest:
     def cancel(self) -> bool:
         """Take the request out of the queue: True. Once dispatched it runs to its end and its result is dropped: False.
 
-        Either way `wait` then raises RequestCancelled, unless the result came first. An idle request stays as it is.
+        Either way `wait` then raises RequestCancelled, unless the result came first: then, as in its callback, and
+        while the request is idle, nothing happens.
         """
         with self._changed:
-            if self._is_idle():
+            if self._is_idle() or self._settled:
                 return False
             future = self._future
         if future.cancel():

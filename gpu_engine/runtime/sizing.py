@@ -28,7 +28,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes: weights once, activations for each of all slots."""
+    """Bytes: of the weights, which all streams share, and of the activations of all slots together."""
 
     weights: int
     activations: int
@@ -36,7 +36,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations * self.slots
+        return self.weights + self.activations
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,37 @@ def is_shared(options: Options) -> bool:
 
 
 def choose_streams(options: Options, limits: Limits) -> int:
-    """Streams to open: an explicit count, else the device's "auto" for a throughput hint or "auto", else 1."""
+    """Streams to open: an explicit count, else `auto_streams` for a throughput hint or "auto", else 1."""
     if options.scheduler is Scheduler.single_stream:
         return 1
-    streams = options.streams
+    streams, cores = options.streams, usable_cores(options, limits)
     if streams is None:
         several = options.scheduler is not None or options.hint not in (None, PerformanceMode.LATENCY)
-        return limits.auto_streams if several else 1
+        return auto_streams(options, limits) if several else 1
     if streams < 0:
-        return limits.numa_nodes if streams == NUMA else limits.auto_streams
-    if limits.streams is not None and streams > limits.streams:
-        warnings.warn(f"num_streams exceeds num_cores - capping to {limits.streams}", RuntimeWarning, stacklevel=2)
-        return limits.streams
+        return limits.numa_nodes if streams == NUMA else auto_streams(options, limits)
+    if cores is not None and streams > cores:
+        warnings.warn(f"num_streams exceeds num_cores - capping to {cores}", RuntimeWarning, stacklevel=2)
+        return cores
     return streams
+
+
+def by_node(options: Options) -> bool:
+    """Whether each stream is to keep to the cores of one NUMA node."""
+    return options.scheduler is Scheduler.elastic or options.streams == NUMA
+
+
+def usable_cores(options: Options, limits: Limits) -> int | None:
+    """The cores that the streams may have, each at least one; None where streams do not compute on cores."""
+    return limits.streams and min(limits.streams, options.all_threads or limits.streams)
+
+
+def auto_streams(options: Options, limits: Limits) -> int:
+    """What "auto" means: the device's own number, or as many as there are cores for where their threads are given."""
+    cores = usable_cores(options, limits)
+    if cores is None or not (options.threads or options.all_threads):
+        return limits.auto_streams
+    return max(1, cores // (options.threads or 1))
 
 
 def choose_batch(options: Options, limits: Limits, streams: int) -> BatchPlan:

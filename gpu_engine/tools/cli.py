@@ -70,10 +70,10 @@ def options(
 def demo(
     device: Device = "auto",
     streams: Annotated[int, typer.Option(min=1, help="Executions at the same time.")] = 2,
-    requests: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    requests: Annotated[int, typer.Option(min=1, help="Callers at the same time.")] = 16,
     seconds: Annotated[float, typer.Option(min=0.01, help="About how long each pass runs.")] = 3.0,
 ) -> None:
-    """Read handwritten digits with an embedded network, one by one and then batched."""
+    """Read handwritten digits one by one and in one call, and show what batching does for callers at the same time."""
     console = Console()
     with _progress(console) as progress:
 
@@ -208,6 +208,9 @@ def _print_report(report: Report) -> None:
     print(f"batch       {report.batch}: {report.batch_reason} (bound by: {report.limiting_factor})")
     print(f"one by one  {single:,.0f} items/s")
     print(
-        f"batched     {batched:,.0f} items/s ({batched / single:.2f} x) with {report.streams} streams and "
-        f"{report.requests} requests in flight; a mean batch of {report.mean_batch:.1f}"
+        f"batched     {batched:,.0f} items/s ({batched / single:.2f} x) in calls of many, on {report.streams} streams"
     )
+    callers, gain = report.callers, report.callers.shared_per_s / report.callers.alone_per_s
+    print(f"callers     {callers.count}, each with one request at a time, of a network with 64 MB of weights")
+    print(f"  apart     {callers.alone_per_s:,.0f} items/s")
+    print(f"  batched   {callers.shared_per_s:,.0f} items/s ({gain:.2f} x); a mean batch of {callers.mean_batch:.1f}")

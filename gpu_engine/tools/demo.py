@@ -1,9 +1,10 @@
-"""The demo: a trained digit network over its held-out images, one by one and then through streams and the batcher."""
+"""The demo: a trained digit network over its held-out images, one by one and in one call, and what batching does for
+callers at the same time, on a network whose cost is its weights."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -14,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gpu_engine
+from gpu_engine.tools.callers import Found, closed_loop
 
 FOLDER = Path(__file__).parent / "demo_data"
 CALIBRATION_S = 0.3
+TURNS = 4
 
 Array = NDArray[Any]
 Advance = Callable[[int], None]
@@ -46,6 +49,18 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Callers:
+    """What `count` callers got, each with one request at a time, without and with batching: the medians of turns, in
+    which the two took turns. `difference` is the greatest between the answers of both."""
+
+    count: int
+    alone_per_s: float
+    shared_per_s: float
+    mean_batch: float
+    difference: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What the demo measured."""
 
@@ -54,11 +69,10 @@ class Report:
     batched: Pass
     labels: Array
     streams: int
-    requests: int
     batch: int
     batch_reason: str
     limiting_factor: str
-    mean_batch: float
+    callers: Callers
 
     @property
     def right(self) -> int:
@@ -74,32 +88,63 @@ def load_digits() -> Digits:
 
 
 def run_demo(device: str, streams: int, requests: int, seconds: float, start: Start) -> Report:
-    """Both passes, each of about `seconds`; `start(title, items)` returns what is told about items done."""
+    """All passes, each of about `seconds`; `start(title, items)` returns what is told about items done."""
     digits = load_digits()
-    with _engine(digits, device=device, streams=1, requests=1, batch=1) as engine:
+    with _engine(digits.model, device=device, hint="latency") as engine:
         single = _measure("one by one", digits, seconds, start, lambda images: _one_by_one(engine, images))
-    with _engine(digits, device=device, streams=streams, requests=requests) as engine:
-        title = f"{requests} requests in flight"
-        batched = _measure(title, digits, seconds, start, lambda images: _in_flight(engine, images, requests))
-        plan, counts = engine.explain_batching(), engine.statistics()
+    with _engine(digits.model, device=device, streams=streams, requests=requests) as engine:
+        batched = _measure("in one call", digits, seconds, start, lambda images: _in_one_call(engine, images))
+        plan = engine.explain_batching()
         return Report(
             device=str(engine.device),
             single=single,
             batched=batched,
             labels=digits.labels,
             streams=streams,
-            requests=requests,
             batch=plan.batch,
             batch_reason=plan.reason,
             limiting_factor=plan.limiting_factor,
-            mean_batch=counts.mean_batch,
+            callers=run_callers(device, streams, requests, seconds, start),
         )
 
 
-def _engine(digits: Digits, device: str, streams: int, requests: int, batch: int | None = None) -> gpu_engine.Engine:
-    engine = gpu_engine.compile(digits.model, device=device, streams=streams, requests=requests, batch=batch)
+def run_callers(device: str, streams: int, count: int, seconds: float, start: Start) -> Callers:
+    """What `count` callers of the wide network (benchmarks/wide_network.py makes it) get without and with batching."""
+    random = np.random.default_rng(0)
+    feeds = [random.random((1, 2048), np.float32) for _ in range(count)]
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    found: dict[bool, Found] = {}
+    advance = start(f"{count} callers", 2 * TURNS)
+    with (
+        _engine(FOLDER / "wide.onnx", device=device, streams=streams, auto_batching=False) as alone,
+        _engine(FOLDER / "wide.onnx", device=device, streams=streams) as shared,
+    ):
+        for _ in range(TURNS):
+            for batches, engine in ((False, alone), (True, shared)):
+                rate, found[batches] = closed_loop(engine.run, feeds, seconds / TURNS)
+                rates[batches].append(rate)
+                advance(1)
+        counts = shared.statistics()
+    return Callers(
+        count=count,
+        alone_per_s=statistics.median(rates[False]),
+        shared_per_s=statistics.median(rates[True]),
+        mean_batch=counts.mean_batch,
+        difference=_difference(found[False], found[True]),
+    )
+
+
+def _engine(model: Path, **options: Any) -> gpu_engine.Engine:
+    engine = gpu_engine.compile(model, **options)
     assert isinstance(engine, gpu_engine.Engine)
     return engine
+
+
+def _difference(found: Found, others: Found) -> float:
+    """The greatest between answers to the same feed, as a share of the greatest answer."""
+    answers, expected = dict(found), dict(others)
+    scale = max(float(np.abs(answer).max()) for answer in expected.values())
+    return max(float(np.abs(answers[number] - expected[number]).max()) for number in answers) / scale
 
 
 def _measure(title: str, digits: Digits, seconds: float, start: Start, run: Callable[[Any], Iterator[int]]) -> Pass:
@@ -132,9 +177,7 @@ def _one_by_one(engine: gpu_engine.Engine, images: Iterator[Array]) -> Iterator[
         yield int(engine.run(image[None]).argmax())
 
 
-def _in_flight(engine: gpu_engine.Engine, images: Iterator[Array], requests: int) -> Iterator[int]:
-    """Answers in the images' order, with `requests` of them submitted and not yet answered at any time."""
-    flying = deque(engine.submit(image[None]) for image in islice(images, requests))
-    while flying:
-        yield int(flying.popleft().result().argmax())
-        flying.extend(engine.submit(image[None]) for image in islice(images, 1))
+def _in_one_call(engine: gpu_engine.Engine, images: Iterator[Array]) -> Iterator[int]:
+    """Answers in the images' order, of thousands of rows at a time."""
+    while several := list(islice(images, 2048)):
+        yield from engine.run_many(np.stack(several)).argmax(1).tolist()

@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
+from gpu_engine.runtime.tokens import Tokens
 from gpu_engine.tools.load import Done
 
 clock = time.perf_counter
@@ -20,21 +21,23 @@ Outcome = tuple[int, float, BaseException | None]
 
 
 class Arrivals:
-    """What has finished, put by whichever threads see it."""
+    """What has finished, put by whichever threads see it and got by one."""
 
     def __init__(self) -> None:
-        self._done: SimpleQueue[Outcome] = SimpleQueue()
+        self._done: deque[Outcome] = deque()
+        self._tokens = Tokens()
 
     def put(self, number: int, error: BaseException | None = None) -> None:
         """Note that a request finished now."""
-        self._done.put((number, clock(), error))
+        self._done.append((number, clock(), error))
+        self._tokens.put()
 
     def get(self, until: float | None) -> Done | None:
         """The next one, None if there is none at `until`; raises its error."""
-        try:
-            number, at, error = self._done.get(timeout=None if until is None else max(0.0, until - clock()))
-        except Empty:
-            return None
+        while not self._done:
+            if not self._tokens.get(None if until is None else max(0.0, until - clock())):
+                return None
+        number, at, error = self._done.popleft()
         if error is not None:
             raise error
         return number, at
