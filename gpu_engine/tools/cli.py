@@ -3,7 +3,6 @@ and `ops`."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import gpu_engine
+from cpu_fallback.cores import usable_cores
 from gpu_engine.compiler import compile_defaults
 from gpu_engine.configuration import completed
 from gpu_engine.gpu import bundle
@@ -118,7 +118,9 @@ def build(
     arch: Annotated[list[str], typer.Option(help="A GPU architecture such as sm_90; may be repeated.")] = ["sm_90"],  # noqa: B006
     precision: Precision = None,
     config: Config = None,
-    processes: Annotated[int, typer.Option(min=1, help="Kernels compiled at the same time.")] = os.cpu_count() or 1,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Kernels compiled at the same time; one for each core unless given.")
+    ] = None,
 ) -> None:
     """Compile all GPU kernels of a model into one file, with or without a GPU here."""
     console = Console()
@@ -131,7 +133,8 @@ def build(
             progress.update(task, completed=done, total=total)
 
         wanted = completed({"precision": precision}, compile_defaults(), config)["precision"] or "fp32"
-        made = bundles.build(model, output, [*map(bundles.parse_arch, arch)], wanted, processes, tell)
+        count = processes or len(usable_cores().numbers)
+        made = bundles.build(model, output, [*map(bundles.parse_arch, arch)], wanted, count, tell)
     console.print(bundles.table(made))
     print(f"{output}: {len(made.entries)} kernels, {output.stat().st_size:,} bytes")
 
