@@ -18,9 +18,10 @@ from rich.console import Console
 
 import gpu_engine
 from gpu_engine.tools.demo import FOLDER
+from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.load import Course, closed_loop
 from gpu_engine.tools.peers import Mode
-from gpu_engine.tools.subject import Request, open_subject
+from gpu_engine.tools.subject import open_subject
 
 WITHIN = 0.05
 

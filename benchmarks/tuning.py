@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from benchmarks.fetch import ROOT
+from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.search import Measured, Point
-from gpu_engine.tools.subject import Request
 from gpu_engine.tools.tune import Tuned, Tuning, measure_point, tune
 
 WITHIN = 0.95

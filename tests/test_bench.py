@@ -19,10 +19,11 @@ from gpu_engine.tools.bench_output import tables
 from gpu_engine.tools.cli import main
 from gpu_engine.tools.demo import FOLDER
 from gpu_engine.tools.environment import environment
+from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.load import Course, Taken
 from gpu_engine.tools.results import Result, Work, result, windows_of
 from gpu_engine.tools.scenarios import SCENARIOS
-from gpu_engine.tools.subject import OURS, Request
+from gpu_engine.tools.subject import OURS
 
 MODEL = FOLDER / "digits.onnx"
 QUICK = Course(0.1, 0.02)

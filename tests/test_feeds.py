@@ -43,6 +43,7 @@ def test_integers_are_safe_indices_and_bytes_are_full() -> None:
     narrow = random_feed([port(np.uint8, 4000)], {}, None, 0)["x"]
     assert set(wide) == {0, 1} and (narrow.min(), narrow.max()) == (0, 255)
     assert set(random_feed([port(np.bool_, 100)], {}, None, 0)["x"]) == {False, True}
+    assert random_feed([port(np.int64), port(np.bool_, 1)], {}, None, 0)["x"].all(), "a count, or a condition"
     for dtype in (ml_dtypes.bfloat16, np.float16, ml_dtypes.int4, np.int8):
         assert random_feed([port(dtype, 5)], {}, None, 0)["x"].dtype == dtype
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,8 @@ from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import gpu_plan, kernels_of
 from gpu_engine.passes.batchability import prove
 from gpu_engine.tools.bundles import build, imported, parse_arch
+from gpu_engine.tools.cli import app
+from tests.test_control import model_of
 from tests.test_gpu_cuda import network
 
 
@@ -118,6 +121,18 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
         gpu_engine.compile(tmp_path / "empty.bundle")
     with pytest.raises(FileNotFoundError):
         gpu_engine.compile(tmp_path / "missing.bundle")
+
+
+def test_the_command_takes_the_precision_of_a_configuration(tmp_path: Path) -> None:
+    text = "g (float[N, 4] x) => (float[N, 4] y) { y = Relu (x) }"
+    (tmp_path / "model.onnx").write_bytes(model_of(text).SerializeToString())
+    (tmp_path / "model.toml").write_text('precision = "bf16"\nbatch = 8\n')
+    names = [str(tmp_path / name) for name in ("model.onnx", "model.toml", "model.bundle")]
+    arguments = ["build", names[0], "--config", names[1], "--output", names[2], "--processes", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = read_bundle(names[2])
+    assert (found.precision, found.architectures, len(found.entries)) == ("bf16", (90,), 1)
 
 
 def test_names_of_architectures() -> None:

@@ -149,3 +149,14 @@ def test_extents_are_checked() -> None:
             parse_extents([text])
     with pytest.raises(InputError, match="no extent 'height'; it has batch"):
         inspect_model(DIGITS, "cpu", {"height": 3}, (), "fp32", False)
+
+
+def test_a_configuration_says_the_device_and_the_precision(tmp_path: Path) -> None:
+    (tmp_path / "model.toml").write_text('device = "cpu"\nprecision = "fp16"\n')
+    facts = json.loads(command(DIGITS, "--config", tmp_path / "model.toml", "--arch", "sm_90", "--json"))
+    assert "cpu" in facts["device"].lower() and facts["gpu"][0]["precision"] == "fp16"
+    (tmp_path / "model.toml").write_text("speed = 11\n")
+    with pytest.raises(ValueError, match="unknown option 'speed'"):
+        CliRunner().invoke(
+            app, ["inspect", str(DIGITS), "--config", str(tmp_path / "model.toml")], catch_exceptions=False
+        )

@@ -8,8 +8,12 @@ import pytest
 
 pytest.importorskip("triton")
 
+from gpu_engine.gpu import offline as gpu_offline
+from gpu_engine.gpu.elf import stack_nbytes
 from gpu_engine.gpu.expectations import Dot, dots, expects_vectors, matrix_instruction, shortfalls
 from gpu_engine.gpu.kernel import Argument, TritonKernel
+from gpu_engine.gpu.tile_filter import gemm_kernel
+from gpu_engine.gpu.tiles import GemmTile
 from gpu_engine.ir import dims, expr
 from gpu_engine.ir.dtypes import FLOAT16, FLOAT32, UINT8, DType
 from gpu_engine.ir.graph import TensorType
@@ -100,3 +104,15 @@ def test_a_line_for_each_architecture_and_precision() -> None:
     assert columns[0] == ["sm_80", "sm_80", "sm_90", "sm_90"] and columns[2] == ["1"] * 4
     assert columns[-1] == ["1", "1", "0", "0"]
     assert offline.table(found, only_wrong=True).row_count == 1
+
+
+def test_a_kernel_that_spills_is_compiled_with_more_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stack that the ELF file says is what NVIDIA's tool says."""
+    kernel = gemm_kernel("half", GemmTile(32, 32, 32, 1, 2))
+    few = {"maxnreg": 40}
+    monkeypatch.setattr(gpu_offline, "RELIEFS", (few,))
+    spilling = gpu_offline.compiled(kernel, 80)
+    assert stack_nbytes(spilling.asm["cubin"]) == gpu_offline.resources(spilling).stack_nbytes > 0
+    monkeypatch.setattr(gpu_offline, "RELIEFS", (few, {}))
+    mended = gpu_offline.compiled(kernel, 80)
+    assert stack_nbytes(mended.asm["cubin"]) == gpu_offline.resources(mended).stack_nbytes == 0

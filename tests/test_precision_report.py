@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 from gpu_engine.tools.cli import app
-from gpu_engine.tools.precision import distance, measure, parse_shapes
+from gpu_engine.tools.feeds import Request
+from gpu_engine.tools.precision import distance, measure
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_fewer_bits_move_an_output_further(model: Path) -> None:
     """tf32 keeps 10 bits of a factor and rounds them, fp16 as many, bf16 7: also where kernels are interpreted."""
-    report = measure(model, "interpret", shapes={"x": (20, 64)})
+    report = measure(model, "interpret", Request(shapes=["x=20x64"]))
     rows = {row.precision: row for row in report.distances if row.output == "y"}
     assert list(rows) == ["tf32", "fp16", "bf16"]
     assert 1e-5 < rows["tf32"].max_abs_error < rows["bf16"].max_abs_error < 1
@@ -50,9 +51,9 @@ def test_fewer_bits_move_an_output_further(model: Path) -> None:
 
 def test_given_inputs_are_taken_and_seeds_repeat(model: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.full((8, 64), 0.5, np.float32))
-    given = measure(model, "interpret", {"x": np.load(tmp_path / "x.npy")})
-    first, again = (measure(model, "interpret", seed=3) for _ in range(2))
-    assert first == again != measure(model, "interpret", seed=4)
+    given = measure(model, "interpret", Request(inputs=[str(tmp_path / "x.npy")]))
+    first, again = (measure(model, "interpret", Request(shapes=["1x64"], seed=3)) for _ in range(2))
+    assert first == again != measure(model, "interpret", Request(shapes=["1x64"], seed=4))
     command = ["precision", str(model), "--device", "interpret", "--input", f"x={tmp_path / 'x.npy'}", "--json"]
     found = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)
     assert found["reference"] == "fp32" and len(found["outputs"]) == 6
@@ -78,9 +79,6 @@ def test_distances() -> None:
 
 def test_refusals(model: Path) -> None:
     with pytest.raises(ValueError, match="always computes in float32"):
-        measure(model, "cpu")
-    with pytest.raises(ValueError, match="no input is called z: there are x"):
-        measure(model, "interpret", shapes={"z": (1, 64)})
-    with pytest.raises(ValueError, match="images=1x3x224x224"):
-        parse_shapes(["x"])
-    assert parse_shapes(["a=1x2", "b=7"]) == {"a": (1, 2), "b": (7,)}
+        measure(model, "cpu", Request())
+    with pytest.raises(ValueError, match="names none of the inputs x"):
+        measure(model, "interpret", Request(shapes=["z=1x64"]))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from cpu_fallback.device import CpuDevice
@@ -28,9 +29,10 @@ from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.observation import Execution, Moments, ObservedPart
 from gpu_engine.tools.cli import app
 from gpu_engine.tools.demo import FOLDER
-from gpu_engine.tools.stages import Stages, example_inputs, nodes_of_steps, read_named, short, stages_of
+from gpu_engine.tools.feeds import random_feed
+from gpu_engine.tools.stages import Stages, nodes_of_steps, read_named, shapes_at, short, stages_of
 from gpu_engine.tools.trace import QUEUE, trace_events
-from gpu_engine.tools.work import flop_by_source, node_flop
+from gpu_engine.tools.work import flop_by_source, flop_of_steps, node_flop
 from tests.cpu_teams import X
 from tests.recording_device import F32, MakeEngine, RecordingDevice, double, poisoned, rows, until
 from tests.reference import graph_of
@@ -171,7 +173,7 @@ def check_times(times: StepTimes | None, execution: Execution, steps: int) -> St
 def test_a_timed_cpu_gives_the_same_results_and_tells_every_step() -> None:
     device = CpuDevice()
     stages = stages_of(read_named(DIGITS), device.lower)
-    inputs = example_inputs(stages.plan, {"batch": 3})
+    inputs = random_feed(stages.plan.input_ports, shapes_at(stages.plan, {"batch": 3}), None, 0)
     plain, untold = observed(stages, device, inputs)
     timed, told = observed(stages, device.timed(), inputs, 2)
     np.testing.assert_array_equal(plain["probabilities"], timed["probabilities"])
@@ -312,4 +314,31 @@ def test_nodes_that_steps_do_not_name_went_where_their_results_did() -> None:
     found = {short(source).split()[0]: [short(name).split()[0] for name in names] for source, names in members.items()}
     assert found["Add"] == ["Mul", "Add"] and found["Abs"][-2:] == ["Neg", "Abs"]
     assert [short(source).split()[0] for source in nowhere] == ["Reshape"]
-    assert not flop_by_source(stages.optimized)
+    assert not flop_by_source(stages.optimized, members)
+
+
+def test_what_is_computed_with_another_node_counts_too() -> None:
+    """A 1x1 convolution has no step where it is computed with the depthwise one behind it."""
+    weights = [numpy_helper.from_array(np.ones(shape, F32), name)
+               for name, shape in (("w", (96, 16, 1, 1)), ("taps", (96, 1, 3, 3)))]  # fmt: skip
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]), helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "taps"], ["y"], group=96, pads=[1, 1, 1, 1]),
+    ]  # fmt: skip
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", depth, 112, 112])
+             for name, depth in (("x", 16), ("y", 96))]  # fmt: skip
+    graph = helper.make_graph(nodes, "g", ports[:1], ports[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    stages = stages_of(read_named(model), CpuDevice().lower)
+    plan = stages.plan
+    members, _ = nodes_of_steps(stages.imported, {step.source for step in plan.steps})
+    found = flop_of_steps(plan, flop_by_source(stages.optimized, members), [1.0] * len(plan.steps), {"N": 2})
+    assert sum(filter(None, found)) == 2 * 2 * 112 * 112 * 96 * (16 + 9)
+
+
+def test_a_configuration_says_what_is_profiled(tmp_path: Path) -> None:
+    (tmp_path / "model.toml").write_text('device = "cpu"\nbatch = 3\n')
+    arguments = ["profile", str(DIGITS), "--config", str(tmp_path / "model.toml"), "--seconds", "0.02", "--json"]
+    found = [json.loads(CliRunner().invoke(app, [*arguments, *more]).stdout) for more in ([], ["--batch", "2"])]
+    assert [(facts["batch"], facts["streams"]) for facts in found] == [(3, 1), (2, 1)]
+    assert all("cpu" in facts["device"].lower() for facts in found)

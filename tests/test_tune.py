@@ -17,9 +17,9 @@ import gpu_engine
 from cpu_fallback.cores import usable_cores
 from gpu_engine.tools.cli import main
 from gpu_engine.tools.demo import FOLDER
+from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.load import Course, closed_loop
 from gpu_engine.tools.search import Point
-from gpu_engine.tools.subject import Request
 from gpu_engine.tools.targets import Awaited, Called, Notified, Submitted
 from gpu_engine.tools.tune import Tuning, tune
 

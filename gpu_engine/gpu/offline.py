@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from triton.compiler import ASTSource
 
 from gpu_engine.errors import DeviceError
 from gpu_engine.gpu.binary import MEMORY_ALIGNMENT, Binary, check_parameters, parameter_nbytes, scratch_parameter
+from gpu_engine.gpu.elf import stack_nbytes
 from gpu_engine.gpu.expectations import shortfalls
 from gpu_engine.gpu.kernel import DIVISIBILITY, CudaKernel, Kernel, TritonKernel
 from gpu_engine.gpu.nvrtc import compile_cuda
@@ -30,6 +32,12 @@ SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 """Bytes of shared memory that one block can have.
 https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities"""
 MATRIX_INSTRUCTIONS = ("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
+RELIEFS: tuple[Mapping[str, str], ...] = (
+    {}, {"ptx_options": "--register-usage-level=8"}, {"ptx_options": "--minnctapersm=1"},
+)  # fmt: skip
+"""Options of ptxas, which saves registers so that a multiprocessor has room for one more program, at the price of a few
+that spill. The second saves fewer, the third none.
+https://docs.nvidia.com/cuda/cuda-compiler-driver-nvcc/#options-for-steering-gpu-code-generation"""
 _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+(?:\.[A-Za-z0-9_]+)*)", re.MULTILINE
 )  # fmt: skip
@@ -72,14 +80,23 @@ class Resources:
 
 
 def compiled(kernel: TritonKernel, arch: int) -> Any:
-    """Triton's `CompiledKernel` for an architecture such as 90 (sm_90), from its cache on disk where it is there."""
+    """Triton's `CompiledKernel` for an architecture such as 90 (sm_90), from its cache on disk where it is there; one
+    that spills with less relief is compiled with more."""
+    for relief in RELIEFS:
+        made = _compiled(kernel, arch, relief)
+        if not stack_nbytes(made.asm["cubin"]):
+            break
+    return made
+
+
+def _compiled(kernel: TritonKernel, arch: int, relief: Mapping[str, str]) -> Any:
     function = jit_function(kernel)
     names = function.arg_names
     signature = {name: argument.type for name, argument in zip(names, kernel.arguments, strict=True)}
     divisible = {(i,): [["tt.divisibility", DIVISIBILITY]] for i, a in enumerate(kernel.arguments) if a.divisible}
     source = ASTSource(fn=function, signature=signature, constexprs={}, attrs=divisible)
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | relief)
 
 
 def compile_binary(kernel: Kernel, arch: int) -> Binary:

@@ -162,8 +162,11 @@ def _describe(text: KernelText, name: str, factor: Factor, extent: Dim, k: Dim, 
 
 
 def _map(text: KernelText, name: str, buffer: int, shape: tuple[Dim, Dim], block: tuple[int, int]) -> None:
+    """The descriptor of a matrix. How many rows it has matters to no copy: kernels that differ in it are one."""
+    with text.apart(f"{name} rows"):
+        rows = text.parameter(shape[0], hint=False)
     with text.apart(name):
-        rows, columns = (number(text, extent) for extent in shape)
+        columns = number(text, shape[1])
     text.line(
         f"{name} = tl.make_tensor_descriptor({text.buffer(buffer)}, shape=[{rows}, {columns}], "
         f"strides=[{columns}, 1], block_shape=[{block[0]}, {block[1]}])"

@@ -24,13 +24,14 @@ from gpu_engine.plan.lower import Lowering
 @contextmanager
 def last_part(text: KernelText, parts: int, counters: int, block: tuple[int, int], mask: str | None) -> Iterator[None]:
     """Lines for programs (tile, part) whose `sums` of extents `block` are a part; those written inside find the whole
-    in `sums`. Lanes outside `mask` hold garbage. The buffers are those that `shared_buffers` made."""
+    in `sums`. Lanes outside `mask` hold garbage: they are stored too, since keeping the mask until then takes registers
+    that are scarce before. The buffers are those that `shared_buffers` made."""
     tail = "" if mask is None else f", mask={mask}"
     height, width = block
     text.line(f"lanes = tl.arange(0, {height})[:, None] * {width} + tl.arange(0, {width})[None, :]")
     text.line(f"part = {text.buffer(parts)} + tl.program_id(0) * (tl.num_programs(1) * {height * width}) + lanes")
     text.line(f"counter = {text.buffer(counters)} + tl.program_id(0)")
-    text.line(f"tl.store(part + tl.program_id(1) * {height * width}, sums{tail})")
+    text.line(f"tl.store(part + tl.program_id(1) * {height * width}, sums)")
     text.line("tl.debug_barrier()")
     text.line('arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")')
     with text.block("if arrived == tl.num_programs(1) - 1:"):

@@ -15,6 +15,7 @@ from cpu_fallback.cores import usable_cores
 from gpu_engine.configuration import read_configuration
 from gpu_engine.runtime.statistics import Statistics
 from gpu_engine.tools.environment import settings
+from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.load import (
     Course,
     Grouped,
@@ -30,7 +31,7 @@ from gpu_engine.tools.measures import PERCENTILES, percentile
 from gpu_engine.tools.peers import Contender, Mode, peer
 from gpu_engine.tools.results import Result, Work, result
 from gpu_engine.tools.scenarios import OPEN_LOOP_SHARE, Scenario, find_peak
-from gpu_engine.tools.subject import OURS, Request, Subject, open_subject
+from gpu_engine.tools.subject import OURS, Subject, open_subject
 from gpu_engine.tools.targets import Awaited, Submitted
 
 ROUNDS = 3

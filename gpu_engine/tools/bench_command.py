@@ -11,11 +11,11 @@ from rich.console import Console
 from gpu_engine.tools.bench import Bench, measure_all
 from gpu_engine.tools.bench_output import as_json, tables, write_csv
 from gpu_engine.tools.environment import environment
+from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.load import Course
 from gpu_engine.tools.measures import PERCENTILES, rank
 from gpu_engine.tools.peers import PEERS
 from gpu_engine.tools.scenarios import scenario
-from gpu_engine.tools.subject import Request
 
 Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
 Device = Annotated[str, typer.Option("--device", "-d", help='"auto", "cpu", "cuda", "cuda:1", ...')]
@@ -30,6 +30,7 @@ Shapes = Annotated[
     typer.Option("--shape", "--shapes", "-shape", metavar="NAME:1x3x224x224", help="For random data; may be repeated."),
 ]
 Seed = Annotated[int, typer.Option(help="Of random data and arrivals.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="fp32, tf32, fp16 or bf16; GPUs only.")]
 HINTS = {"tput": "throughput", "ctput": "cumulative_throughput", "none": None}
 
 
@@ -54,7 +55,7 @@ def bench(
     batch: Annotated[int | None, typer.Option("--batch", "-b", min=0, help="Rows per execution.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", "-nthreads", min=0, help="Cores per stream.")] = None,
     hint: Annotated[str | None, typer.Option("--hint", "-hint", help="throughput (tput), latency or none.")] = None,
-    precision: Annotated[str | None, typer.Option("--precision", help="fp32, tf32, fp16 or bf16; GPUs only.")] = None,
+    precision: Precision = None,
     scenarios: Annotated[
         list[str] | None,
         typer.Option("--scenario", help="closed, open, SingleStream, MultiStream, Server or Offline; may be repeated."),

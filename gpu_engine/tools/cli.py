@@ -3,7 +3,6 @@ and `ops`."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,14 +16,18 @@ from rich.table import Table
 from rich.text import Text
 
 import gpu_engine
+from cpu_fallback.cores import usable_cores
+from gpu_engine.compiler import compile_defaults
+from gpu_engine.configuration import completed
 from gpu_engine.gpu import bundle
 from gpu_engine.tools import bundles, operators
-from gpu_engine.tools.bench_command import Config, bench
+from gpu_engine.tools.bench_command import Config, Inputs, Precision, Seed, Shapes, bench
 from gpu_engine.tools.demo import Advance, Report, run_demo
+from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
 from gpu_engine.tools.inspection_command import run_inspection
 from gpu_engine.tools.precision import as_json as report_as_json
-from gpu_engine.tools.precision import measure, parse_shapes
+from gpu_engine.tools.precision import measure
 from gpu_engine.tools.precision import table as report_table
 from gpu_engine.tools.profile_command import run_profile
 from gpu_engine.tools.simulation import run_simulation
@@ -113,8 +116,11 @@ def build(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write: NAME.bundle.")],
     arch: Annotated[list[str], typer.Option(help="A GPU architecture such as sm_90; may be repeated.")] = ["sm_90"],  # noqa: B006
-    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16 or bf16.")] = "fp32",
-    processes: Annotated[int, typer.Option(min=1, help="Kernels compiled at the same time.")] = os.cpu_count() or 1,
+    precision: Precision = None,
+    config: Config = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Kernels compiled at the same time; one for each core unless given.")
+    ] = None,
 ) -> None:
     """Compile all GPU kernels of a model into one file, with or without a GPU here."""
     console = Console()
@@ -126,7 +132,9 @@ def build(
         def tell(_: str, done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        made = bundles.build(model, output, [*map(bundles.parse_arch, arch)], precision, processes, tell)
+        wanted = completed({"precision": precision}, compile_defaults(), config)["precision"] or "fp32"
+        count = processes or len(usable_cores().numbers)
+        made = bundles.build(model, output, [*map(bundles.parse_arch, arch)], wanted, count, tell)
     console.print(bundles.table(made))
     print(f"{output}: {len(made.entries)} kernels, {output.stat().st_size:,} bytes")
 
@@ -134,19 +142,14 @@ def build(
 @app.command("precision")
 def compare_precisions(
     model: Model,
-    inputs: Annotated[
-        list[str], typer.Option("--input", "-i", metavar="[NAME=]FILE", help="Instead of random inputs; as for run.")
-    ] = [],  # noqa: B006
-    shapes: Annotated[
-        list[str], typer.Option("--shape", metavar="NAME=1x3x224x224", help="Of a random input; may be repeated.")
-    ] = [],  # noqa: B006
+    inputs: Inputs = None,
+    shapes: Shapes = None,
     device: Annotated[str, typer.Option(help='"cuda", "cuda:1", or "interpret" without a GPU')] = "cuda",
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how far tf32, fp16 and bf16 move a model's outputs from those of fp32."""
-    given = read_inputs(inputs) if inputs else None
-    report = measure(model, device, given, parse_shapes(shapes), seed)
+    report = measure(model, device, Request(inputs or (), shapes or (), seed))
     if as_json:
         print(report_as_json(report))
         return

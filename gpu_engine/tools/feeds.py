@@ -1,9 +1,11 @@
-"""One request's inputs for measurements: arrays from files, or random data by dtype and shape."""
+"""One request's inputs for every command: arrays from files, or random data by dtype and shape."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,34 @@ from numpy.typing import NDArray
 from gpu_engine.errors import InputError
 from gpu_engine.ir.dtypes import BOOL, INT8, UINT8, is_float, is_integer, limits
 from gpu_engine.plan.plan import Port
+from gpu_engine.runtime.engine import Engine
+from gpu_engine.structured import StructuredEngine
+from gpu_engine.tools.files import named_inputs
 
 Array = NDArray[Any]
 Feed = dict[str, Array]
 
+NO_TENSORS = "the inputs decide what the model computes, so they cannot be random: give --input"
 _SHAPE = re.compile(r"(?:(?P<name>.+?)\s*[:=\[]\s*)?(?P<extents>\d+(?:\s*[x,]\s*\d+)*|)\]?")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one request is made of: files as `gpu-engine run` takes them, or random data of these shapes."""
+
+    inputs: Sequence[str] = ()
+    shapes: Sequence[str] = ()
+    seed: int = 0
+
+
+def feed_of(engine: Engine | StructuredEngine, request: Request) -> Feed:
+    """The arrays of a request by name; ValueError and InputError as its parts raise them."""
+    if request.inputs:
+        return named_inputs(request.inputs, engine.input_names)
+    if isinstance(engine, StructuredEngine):
+        raise InputError(NO_TENSORS)
+    shapes = parse_shapes(request.shapes, engine.input_names)
+    return random_feed(engine.inputs, shapes, engine.plan.batching.symbol, request.seed)
 
 
 def parse_shapes(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -37,7 +62,8 @@ def parse_shapes(texts: Sequence[str], names: Sequence[str]) -> dict[str, tuple[
 def random_feed(ports: Sequence[Port], shapes: Mapping[str, tuple[int, ...]], batch: str | None, seed: int) -> Feed:
     """Random inputs for one request: one row where a shape is not given.
 
-    Floats are normal; integers of 8 bits take every value; others, which are mostly indices and masks, are 0 or 1.
+    Floats are normal; integers of 8 bits take every value; others, which are mostly indices and masks, are 0 or 1, and
+    one alone, mostly a length or a count, is 1.
     InputError for strings, for a shape of another rank, and for other open extents whose shape is not given.
     """
     draw = np.random.default_rng(seed)
@@ -64,5 +90,5 @@ def _random(port: Port, shape: tuple[int, ...], draw: np.random.Generator) -> Ar
         low, high = limits(port.dtype)
         return draw.integers(low, high + 1, shape, port.dtype)
     if is_integer(port.dtype) or port.dtype == BOOL:
-        return draw.integers(0, 2, shape).astype(port.dtype)
+        return draw.integers(0, 2, shape).astype(port.dtype) if math.prod(shape) > 1 else np.ones(shape, port.dtype)
     raise InputError(f"the input {port} cannot be random: give --input")

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from gpu_engine.errors import InputError
+
 Array = NDArray[Any]
 Arrays = Array | list[Array] | dict[str, Array]
 FILE_WIDTH = 160
@@ -41,13 +43,13 @@ def read_inputs(specs: Sequence[str]) -> Arrays:
 
 
 def named_inputs(specs: Sequence[str], names: Sequence[str]) -> dict[str, Array]:
-    """As `read_inputs`, by name: unnamed files are in the order of `names`. ValueError if their number differs."""
+    """As `read_inputs`, by name: unnamed files are in the order of `names`. InputError if their number differs."""
     found = read_inputs(specs)
     if isinstance(found, dict):
         return found
     arrays = found if isinstance(found, list) else [found]
     if len(arrays) != len(names):
-        raise ValueError(f"{len(arrays)} files for {len(names)} inputs: {', '.join(names)}")
+        raise InputError(f"the model takes {', '.join(names)}, given {len(arrays)} files")
     return dict(zip(names, arrays, strict=True))
 
 

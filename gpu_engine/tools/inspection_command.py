@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gpu_engine.compiler import compile_defaults
+from gpu_engine.configuration import completed
+from gpu_engine.tools.bench_command import Config, Precision
 from gpu_engine.tools.bundles import parse_arch
 from gpu_engine.tools.files import console
 from gpu_engine.tools.inspection import Facts, inspect_model
@@ -21,7 +24,8 @@ def run_inspection(
     model: Annotated[Path, typer.Argument(help="An .onnx file or a bundle.")],
     device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "interpret", ...')] = "auto",
     arch: Annotated[list[str] | None, typer.Option(help="Also count the kernels of a GPU such as sm_90.")] = None,
-    precision: Annotated[str, typer.Option(help="Of GPUs: fp32, tf32, fp16 or bf16.")] = "fp32",
+    precision: Precision = None,
+    config: Config = None,
     extent: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Extents to measure memory at.")
     ] = None,
@@ -31,6 +35,8 @@ def run_inspection(
 ) -> None:
     """Show what a model becomes: operators, fused steps, memory, batching, and what is missing."""
     architectures = [parse_arch(text) for text in arch or ()]
+    chosen = completed({"device": device, "precision": precision}, compile_defaults(), config)
+    device, precision = chosen["device"], chosen["precision"] or "fp32"
     facts = inspect_model(model, device, parse_extents(extent or ()), architectures, precision, graph)
     if as_json:
         print(json.dumps(facts, indent=1))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,9 @@ from rich.table import Table
 
 import gpu_engine
 from gpu_engine.gpu.options import PRECISIONS
-from gpu_engine.ir import dims
-from gpu_engine.ir.dims import Dim
-from gpu_engine.ir.dtypes import BOOL, STRING, is_float
+from gpu_engine.ir.dtypes import STRING
 from gpu_engine.options import parse_device
-from gpu_engine.plan.plan import Port
+from gpu_engine.tools.feeds import Feed, Request, feed_of
 from gpu_engine.tools.files import named_outputs
 
 Array = NDArray[Any]
@@ -56,19 +52,17 @@ class Report:
     skipped: tuple[str, ...]
 
 
-def measure(
-    model: Path, device: str, inputs: Any = None, shapes: Mapping[str, Sequence[int]] | None = None, seed: int = 0
-) -> Report:
-    """Run a model once in every precision on the same inputs: those given as `Engine.run` takes them, else random ones
-    of `seed`, of `shapes` where given. ValueError for a device that has one precision only, or unknown names."""
+def measure(model: Path, device: str, request: Request) -> Report:
+    """Run a model once in every precision on the same inputs. ValueError for a device that has one precision only;
+    raises what `feed_of` raises."""
     if parse_device(device).kind == "cpu":
         raise ValueError("the CPU always computes in float32: give --device cuda, or interpret where there is no GPU")
+    feed: Feed = {}
     results: dict[str, dict[str, Any]] = {}
     for precision in PRECISIONS:
         with gpu_engine.compile(model, device=device, precision=precision) as engine:
-            if inputs is None:
-                inputs = _random_inputs(engine, shapes or {}, seed)
-            results[precision] = named_outputs(engine.run(inputs))
+            feed = feed or feed_of(engine, request)
+            results[precision] = named_outputs(engine.run(feed))
     wanted = results[REFERENCE]
     numbers = [name for name, value in wanted.items() if _is_numeric(value)]
     distances = tuple(
@@ -91,17 +85,6 @@ def distance(name: str, precision: str, wanted: Array, found: Array) -> Distance
     cosine = float(a @ b) / math.sqrt(signal * other) if signal * other else float(signal == other)
     ratio = None if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
     return Distance(name, precision, float(error.max(initial=0)), float(relative.max(initial=0)), cosine, ratio, odd)
-
-
-def parse_shapes(specs: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """{"images": (1, 3, 224, 224)} for "images=1x3x224x224"; ValueError for anything else."""
-    found = {}
-    for spec in specs:
-        name, _, shape = spec.rpartition("=")
-        if not name or not re.fullmatch(r"\d+(x\d+)*", shape):
-            raise ValueError(f"a shape is written like images=1x3x224x224, given {spec!r}")
-        found[name] = tuple(map(int, shape.split("x")))
-    return found
 
 
 def table(report: Report) -> Table:
@@ -130,39 +113,3 @@ def as_json(report: Report) -> str:
 
 def _is_numeric(value: Any) -> bool:
     return isinstance(value, np.ndarray | np.generic) and value.dtype != STRING and value.dtype.kind not in "UOc"
-
-
-def _random_inputs(engine: Any, shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Array]:
-    ports: tuple[Port, ...] = getattr(engine, "inputs", ())
-    if not ports:
-        raise ValueError("the model has inputs that are no plain tensors: give them with --input")
-    unknown = shapes.keys() - {port.name for port in ports}
-    if unknown:
-        raise ValueError(f"no input is called {', '.join(sorted(unknown))}: there are {', '.join(engine.input_names)}")
-    extents = _extents(ports, shapes)
-    rng = np.random.default_rng(seed)
-    return {port.name: _random(port, shapes.get(port.name, _shape(port, extents)), rng) for port in ports}
-
-
-def _extents(ports: Sequence[Port], shapes: Mapping[str, Sequence[int]]) -> dict[str, Dim]:
-    """What the shapes say of symbolic extents; 1 for the others."""
-    found: dict[str, Dim] = dict.fromkeys(
-        (name for port in ports for dim in port.shape for name in dims.symbols(dim)), 1
-    )
-    for port in ports:
-        for dim, extent in zip(port.shape, shapes.get(port.name, ()), strict=False):
-            found.update({name: extent for name in dims.symbols(dim) if dim == dims.symbol(name)})
-    return found
-
-
-def _shape(port: Port, extents: Mapping[str, Dim]) -> tuple[int, ...]:
-    return tuple(dims.number(dims.substitute(dim, dict(extents))) for dim in port.shape)
-
-
-def _random(port: Port, shape: Sequence[int], rng: np.random.Generator) -> Array:
-    """Normal numbers, or whole numbers that are 0 or 1: valid as a token, an index, a mask and a length."""
-    if port.dtype == STRING:
-        raise ValueError(f"input {port.name!r} holds strings: give it with --input")
-    if is_float(port.dtype):
-        return rng.standard_normal(shape).astype(port.dtype)
-    return rng.integers(0, 2, shape).astype(bool if port.dtype == BOOL else port.dtype)

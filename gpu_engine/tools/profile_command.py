@@ -12,20 +12,24 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from gpu_engine.compiler import open_device
+from gpu_engine.compiler import compile_defaults, open_device
+from gpu_engine.configuration import completed
 from gpu_engine.errors import ExecutionError, InputError
-from gpu_engine.options import parse_device, validated
+from gpu_engine.options import Options, parse_device, validated
 from gpu_engine.plan.plan import Plan
+from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.statistics import Statistics
+from gpu_engine.tools.bench_command import Config
+from gpu_engine.tools.feeds import random_feed
 from gpu_engine.tools.files import Array, console, named_inputs
 from gpu_engine.tools.profiling import Profile, StepRow, profile, step_rows, unaccounted_s
 from gpu_engine.tools.stages import (
     Extents,
-    example_inputs,
     extents_of,
     kernel_name,
     parse_extents,
     read_named,
+    shapes_at,
     short,
     stages_of,
 )
@@ -35,8 +39,11 @@ from gpu_engine.tools.trace import trace_events, write_trace
 def run_profile(
     model: Annotated[Path, typer.Argument(help="An .onnx file or a bundle.")],
     device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
-    streams: Annotated[str, typer.Option(help='Executions at the same time: a number, or "auto".')] = "1",
-    batch: Annotated[int, typer.Option(min=1, help="Rows per execution.")] = 1,
+    config: Config = None,
+    streams: Annotated[
+        str | None, typer.Option(help='Executions at the same time: a number, or "auto"; 1 unless given.')
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows per execution; 1 unless given.")] = None,
     in_flight: Annotated[int, typer.Option(min=0, help="Requests in flight; 0: enough for every slot.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores per stream.")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="About how long it runs.")] = 3.0,
@@ -49,9 +56,8 @@ def run_profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time every step of a model under load, mapped to its ONNX nodes."""
-    opened, reason = open_device(parse_device(device))
+    opened, reason, options = _opened(config, device, streams, batch, threads)
     stages = stages_of(read_named(model), opened.lower)
-    options = validated(streams=int(streams) if streams.isdecimal() else streams, batch=batch, threads=threads)
     arrays, made = _inputs(stages.plan, inputs or (), parse_extents(extent or ()))
     try:
         found = profile(stages, opened, options, reason, arrays, in_flight, seconds)
@@ -71,13 +77,26 @@ def run_profile(
         print(f"{trace}: the last {len(found.record.executions):,} executions; open it at https://ui.perfetto.dev")
 
 
+def _opened(
+    config: Path | None, device: str, streams: str | None, batch: int | None, threads: int | None
+) -> tuple[Device, str, Options]:
+    """The device, why it is this one, and the options of what is given or what a configuration says."""
+    count = int(streams) if streams is not None and streams.isdecimal() else streams
+    given = {"device": device, "streams": count, "batch": batch, "threads": threads, "precision": None}
+    chosen = completed(given, compile_defaults(), config)
+    opened, reason = open_device(parse_device(chosen["device"]), precision=chosen["precision"] or "fp32")
+    options = validated(streams=chosen["streams"] or 1, batch=chosen["batch"] or 1, threads=chosen["threads"])
+    return opened, reason, options
+
+
 def _inputs(plan: Plan, files: Sequence[str], given: Extents) -> tuple[dict[str, Array], str]:
     """Inputs from files, or made up for the plan; then also what to say if it does not take them."""
     if files:
         return named_inputs(files, [port.name for port in plan.input_ports]), ""
     extents = extents_of(plan, given)
     text = ", ".join(f"{name}={value}" for name, value in extents.items()) or "of known extents"
-    return example_inputs(plan, extents), f"the inputs were made up ({text}); --extent and --input give others"
+    feed = random_feed(plan.input_ports, shapes_at(plan, extents), None, 0)
+    return feed, f"the inputs were made up ({text}); --extent and --input give others"
 
 
 def profile_facts(model: Path, device: str, found: Profile, rows: list[StepRow]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def step_rows(found: Profile) -> list[StepRow]:
     plan, record = found.plan, found.record
     executions, taken = record.extents.total(), record.seconds.tolist()
     members, _ = nodes_of_steps(found.stages.imported, {step.source for step in plan.steps})
-    flop, nbytes = _totals(found, flop_by_source(found.stages.optimized))
+    flop, nbytes = _totals(found, flop_by_source(found.stages.optimized, members))
     total_s = sum(taken) or float("nan")
     rows = []
     for number, step in enumerate(plan.steps):

@@ -6,16 +6,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gpu_engine.errors import InputError, OutOfMemory
 from gpu_engine.frontend.importer import import_model
 from gpu_engine.frontend.model import Model, ModelNode
 from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
 from gpu_engine.gpu.bundle import is_bundle, read_bundle
-from gpu_engine.ir.dims import Dim, substitute, symbols
-from gpu_engine.ir.dtypes import BOOL, STRING, is_integer
+from gpu_engine.ir.dims import Dim, number, substitute, symbols
 from gpu_engine.ir.graph import Graph, Node
 from gpu_engine.passes.batchability import prove
 from gpu_engine.passes.pipeline import optimize
@@ -134,19 +130,9 @@ def known(dim: Dim, extents: Extents) -> int | None:
     return max(value, 0) if isinstance(value, int) else None
 
 
-def example_inputs(plan: Plan, extents: Extents, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Inputs that most models take: normal floats, ones among the integers, so that they are indices and lengths."""
-    random = np.random.default_rng(seed)
-    arrays = {}
-    for port in plan.input_ports:
-        shape = tuple(int(substitute(dim, extents)) for dim in port.shape)  # type: ignore[arg-type]
-        if port.dtype == STRING:
-            arrays[port.name] = np.full(shape, "a", object)
-        elif port.dtype == BOOL or is_integer(port.dtype):
-            arrays[port.name] = np.ones(shape, port.dtype)
-        else:
-            arrays[port.name] = random.standard_normal(shape, np.float32).astype(port.dtype)
-    return arrays
+def shapes_at(plan: Plan, extents: Extents) -> dict[str, tuple[int, ...]]:
+    """The inputs' shapes, whose symbols all have extents."""
+    return {port.name: tuple(number(substitute(dim, extents)) for dim in port.shape) for port in plan.input_ports}
 
 
 def counted(names: Iterable[str]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -11,26 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from gpu_engine.compiler import compile
-from gpu_engine.errors import InputError
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.structured import StructuredEngine
-from gpu_engine.tools.feeds import Feed, parse_shapes, random_feed
-from gpu_engine.tools.files import read_inputs
+from gpu_engine.tools.feeds import Feed, Request, feed_of
 from gpu_engine.tools.peers import Closable, Contender, Mode
 from gpu_engine.tools.targets import Awaited, Called, Submitted
 
 OURS = "gpu_engine"
 QUICK_S = 1e-3
 """A request below that is awaited in order rather than told by a callback, which costs some microseconds."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one request is made of: files as `gpu-engine run` takes them, or random data of these shapes."""
-
-    inputs: Sequence[str] = ()
-    shapes: Sequence[str] = ()
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ def open_subject(model: Path, options: Mapping[str, Any], request: Request) -> S
     engine = compile(model, **options)
     compile_s = time.perf_counter() - started
     try:
-        feed = _feed(engine, request)
+        feed = feed_of(engine, request)
         first_s, run_s = _timed(engine, feed), _timed(engine, feed)
         inner = engine if isinstance(engine, Engine) else engine.engines[-1]
         rows = inner.statistics().inference_count // 2
@@ -86,18 +75,3 @@ def _timed(engine: Engine | StructuredEngine, feed: Feed) -> float:
     started = time.perf_counter()
     engine.run(feed)
     return time.perf_counter() - started
-
-
-def _feed(engine: Engine | StructuredEngine, request: Request) -> Feed:
-    if request.inputs:
-        given = read_inputs(request.inputs)
-        if isinstance(given, dict):
-            return given
-        arrays = given if isinstance(given, list) else [given]
-        if len(arrays) != len(engine.input_names):
-            raise InputError(f"the model takes {', '.join(engine.input_names)}, given {len(arrays)} files")
-        return dict(zip(engine.input_names, arrays, strict=True))
-    if isinstance(engine, StructuredEngine):
-        raise InputError("the inputs decide what the model computes, so they cannot be random: give --input")
-    shapes = parse_shapes(request.shapes, engine.input_names)
-    return random_feed(engine.inputs, shapes, engine.plan.batching.symbol, request.seed)

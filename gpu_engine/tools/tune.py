@@ -12,11 +12,12 @@ import tomlkit
 from cpu_fallback.cores import usable_cores
 from gpu_engine.configuration import read_configuration
 from gpu_engine.tools.environment import Environment, environment
+from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.load import Course, closed_loop
 from gpu_engine.tools.measures import latency_of
 from gpu_engine.tools.peers import Mode
 from gpu_engine.tools.search import Found, Measured, Point, Space, exhaustive, reasons, search, space
-from gpu_engine.tools.subject import Request, open_subject
+from gpu_engine.tools.subject import open_subject
 
 TUNED = ("streams", "threads", "batch", "requests")
 LEAST_QUERIES = 100

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gpu_engine.tools.bench_command import Config, Device, Inputs, Model, Seed, Shapes
+from gpu_engine.tools.bench_command import Config, Device, Inputs, Model, Precision, Seed, Shapes
+from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.measures import rank
 from gpu_engine.tools.report import page, short
 from gpu_engine.tools.search import Point, keeps
-from gpu_engine.tools.subject import Request
 from gpu_engine.tools.tune import Tuned, Tuning, configuration_text
 from gpu_engine.tools.tune import tune as find
 
@@ -34,7 +34,7 @@ def tune(
     ] = None,
     device: Device = "auto",
     config: Config = None,
-    precision: Annotated[str | None, typer.Option("--precision", help="fp32, tf32, fp16 or bf16; GPUs only.")] = None,
+    precision: Precision = None,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="The largest batch to try.")] = 32,
     seconds: Annotated[float, typer.Option("--seconds", "-t", min=0.01, help="Measured at each point at least.")] = 2.0,
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Measure every point.")] = False,

@@ -31,13 +31,16 @@ def node_flop(node: Node) -> Dim | None:
     return None
 
 
-def flop_by_source(graph: Graph) -> dict[str, Dim]:
-    """Of all nodes of an optimized graph that carry the same source."""
+def flop_by_source(graph: Graph, members: Mapping[str, Sequence[str]]) -> dict[str, Dim]:
+    """Of all nodes of an optimized graph that went into the steps of one source; `members` of each are what
+    `nodes_of_steps` found."""
+    homes = {name: source for source, names in members.items() for name in names}
     found: dict[str, Dim] = {}
     for node in graph.nodes:
         flop = node_flop(node)
         if flop is not None:
-            found[node.source] = found.get(node.source, 0) + flop
+            home = homes.get(node.source, node.source)
+            found[home] = found.get(home, 0) + flop
     return found
 
 
