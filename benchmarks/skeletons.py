@@ -16,14 +16,14 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
-from benchmarks.fetch import ROOT
+from benchmarks.fetch import ROOT, Unavailable
 from benchmarks.models import MODELS
 
 FOLDER = ROOT / ".cache" / "skeletons"
 SMALLEST_NBYTES = 4096
 NORMAL, UNIFORM = "normal", "uniform"
 TIMED = (
-    "resnet50", "mobilenetv2", "efficientnet_b0", "vit_tiny", "bert_base", "distilbert", "whisper_tiny_encoder", "unet",
+    "resnet50", "mobilenetv2", "efficientnet_b0", "vit_base", "bert_base", "distilbert", "whisper_tiny_encoder", "unet",
 )  # fmt: skip
 
 
@@ -121,9 +121,12 @@ def write(names: Sequence[str]) -> Iterator[Path]:
         yield path
 
 
-def load(name: str) -> ModelProto:
-    """A skeleton that `write` wrote, filled."""
-    return filled(onnx.load(FOLDER / f"{name}.onnx"))
+def load(name: str, folder: Path = FOLDER) -> ModelProto:
+    """A skeleton that `write` wrote, filled; `Unavailable` where it was not written."""
+    path = folder / f"{name}.onnx"
+    if not path.exists():
+        raise Unavailable(f"{path} is not there: python -m benchmarks.skeletons writes it where models can be had")
+    return filled(onnx.load(path))
 
 
 if __name__ == "__main__":
