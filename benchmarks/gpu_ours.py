@@ -31,7 +31,7 @@ STREAM_EFFORTS = 4
 """How many times as long as another figure the rate of one number of streams is measured."""
 AHEAD = 2
 """Requests that wait for every slot, so that none is idle because of the client."""
-PROFILED_RUNS = 5
+PROFILED_RUNS, WARM_ROUNDS = 5, 3
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def streams(one: Subject, place: Place, rows: int) -> dict[str, Any]:
 
 
 def _rate(engine: Any, requests: list[Any], in_flight: int, seconds: float) -> float:
-    _loop(engine.submit, requests, in_flight, lambda done: done >= in_flight)
+    _loop(engine.submit, requests, in_flight, lambda done: done >= WARM_ROUNDS * in_flight)
     started_s = time.perf_counter()
     least = 2 * in_flight
     done = _loop(engine.submit, requests, in_flight,
