@@ -51,20 +51,19 @@ def marked_tests(folder: Path = ROOT / "tests") -> list[str]:
 def checked(program: Program, limit_s: float) -> Check:
     """Run it for so long at most; it is gone afterwards, with all that it started."""
     started_s = time.monotonic()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         program.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
         start_new_session=True,
-    )  # fmt: skip
-    try:
-        said = process.communicate(timeout=limit_s)[0]
-        passed = process.returncode == 0 and program.sign in said
-        detail = last(said) if passed else f"ended with {process.returncode}: {last(said, LAST_LINES)}"
-    except subprocess.TimeoutExpired:
-        passed, detail = False, f"took more than {limit_s:.0f} s"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    ) as process:  # fmt: skip
+        try:
+            said = process.communicate(timeout=limit_s)[0]
+            passed = process.returncode == 0 and program.sign in said
+            detail = last(said) if passed else f"ended with {process.returncode}: {last(said, LAST_LINES)}"
+        except subprocess.TimeoutExpired:
+            passed, detail = False, f"took more than {limit_s:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return Check(program.name, passed, time.monotonic() - started_s, detail)
 
 

@@ -94,12 +94,14 @@ class _Worker:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._last: list[str] = []
         self._log = log
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for text in self._process.stdout:
-            self._lines.put(text)
+        with self._process.stdout as output:
+            for text in output:
+                self._lines.put(text)
         self._lines.put(None)
 
     def next(self, limit_s: float) -> Outcome | str | None:
@@ -114,7 +116,7 @@ class _Worker:
                 code = self._process.wait()
                 return f"its process ended with {code}: {' | '.join(self._last[-LAST_LINES:]) or 'it said nothing'}"
             if text.startswith(MARK):
-                record = json.loads(text.removeprefix(MARK))
+                record, self._last = json.loads(text.removeprefix(MARK)), []
                 return from_record(record["cell"]), record.get("failed", record.get("values"))
             self._log.write(text)
             self._log.flush()
@@ -125,3 +127,4 @@ class _Worker:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._reader.join()

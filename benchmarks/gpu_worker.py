@@ -90,7 +90,10 @@ MEASURES: dict[str, Callable[[Bench, Cell], dict[str, Any]]] = {
 def measured(bench: Bench, cell: Cell) -> dict[str, Any] | str:
     """The values, or the reason why there are none."""
     try:
-        return MEASURES[cell.kind](bench, cell)
+        found = MEASURES[cell.kind](bench, cell)
+        if cell.kind == RATES:
+            bench.ceilings.update(found)
+        return found
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {' | '.join(str(error).splitlines()[:3])}"[:500]
