@@ -39,11 +39,12 @@ def graph_flops(graph: Graph, feed: Feed) -> int | None:
     plan = lower_graph(graph, NOT_BATCHED, lambda *_: None)
     fit = Signature(plan).fit([feed[name].shape for name in graph.input_names])
     known = dict(zip(plan.symbols, fit.extents, strict=True))
-    counts = [_node_flops(node, known) for node in graph.nodes]
+    counts = [node_flops(node, known) for node in graph.nodes]
     return None if None in counts else sum(count for count in counts if count is not None)
 
 
-def _node_flops(node: Node, known: dict[str, int]) -> int | None:
+def node_flops(node: Node, known: dict[str, int]) -> int | None:
+    """Of one node, whose symbols are `known`; 0 where it is no product."""
     if not isinstance(node.op, MatMul | Conv | ConvTranspose | Attention | Recurrent):
         return 0
     shapes = [_shape(value, known) for value in (*node.inputs, *node.outputs)]

@@ -87,6 +87,7 @@ EXPORTS = (
     _timm("convnext_tiny", 5e-6),
     _timm("vit_tiny", 5e-6),
     _timm("vit_tiny_fp16", 2e-3, np.float16),
+    _timm("vit_base", 5e-6),
     _quantized("resnet18_qdq", 1.1e-2),
     _quantized("mobilenetv2_qdq", 1.6e-1),
     _transformer("bert_base", 1e-5),

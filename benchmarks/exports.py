@@ -26,6 +26,7 @@ TIMM = {
     "convnext_tiny": "convnext_tiny",
     "vit_tiny": "vit_tiny_patch16_224",
     "vit_tiny_fp16": "vit_tiny_patch16_224",
+    "vit_base": "vit_base_patch16_224",
 }
 
 

@@ -159,13 +159,13 @@ def markdown(rows: Sequence[Row], chart: str, table: str) -> str:
     return "\n".join([*lines, *(line for remark in remarks(rows) for line in ("", remark)), ""])
 
 
-def update_between_marks(path: Path, text: str) -> None:
-    """Put `text` between MARKS in a Markdown file; ValueError if they are not there."""
-    before, found, rest = path.read_text().partition(MARKS[0])
-    _, ended, after = rest.partition(MARKS[1])
+def update_between_marks(path: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
+    """Put `text` between two lines of a Markdown file; ValueError if they are not there."""
+    before, found, rest = path.read_text().partition(marks[0])
+    _, ended, after = rest.partition(marks[1])
     if not found or not ended:
-        raise ValueError(f"{path} has no lines {MARKS[0].strip()} and {MARKS[1].strip()}")
-    path.write_text(f"{before}{MARKS[0]}{text}{MARKS[1]}{after}")
+        raise ValueError(f"{path} has no lines {marks[0].strip()} and {marks[1].strip()}")
+    path.write_text(f"{before}{marks[0]}{text}{marks[1]}{after}")
 
 
 def exact(error: float | None) -> str:

@@ -12,28 +12,33 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
-from benchmarks.fetch import ROOT
+from benchmarks.fetch import ROOT, Unavailable
 from benchmarks.models import MODELS
 
 FOLDER = ROOT / ".cache" / "skeletons"
 SMALLEST_NBYTES = 4096
 NORMAL, UNIFORM = "normal", "uniform"
 TIMED = (
-    "resnet50", "mobilenetv2", "efficientnet_b0", "vit_tiny", "bert_base", "distilbert", "whisper_tiny_encoder", "unet",
+    "resnet50", "mobilenetv2", "efficientnet_b0", "vit_base", "bert_base", "distilbert", "whisper_tiny_encoder", "unet",
 )  # fmt: skip
 
 
 def stripped(model: ModelProto) -> ModelProto:
-    """A copy whose initializers of `SMALLEST_NBYTES` and more are descriptions."""
+    """A copy whose initializers of `SMALLEST_NBYTES` and more are descriptions.
+
+    Vectors of floats stay: a variance that is drawn anew may be next to 0, and activations then explode.
+    """
     skeleton = ModelProto()
     skeleton.CopyFrom(model)
     for tensor in skeleton.graph.initializer:
         array = numpy_helper.to_array(tensor)
-        if array.nbytes >= SMALLEST_NBYTES and array.dtype.kind in "fiu":
+        vector = array.ndim == 1 and array.dtype.kind == "f"
+        if array.nbytes >= SMALLEST_NBYTES and array.dtype.kind in "fiu" and not vector:
             tensor.CopyFrom(_described(tensor.name, array))
     return skeleton
 
@@ -51,24 +56,24 @@ def _described(name: str, array: np.ndarray) -> TensorProto:
     )
 
 
-def filled(skeleton: ModelProto) -> ModelProto:
-    """A copy with weights; the same ones every time."""
+def filled(skeleton: ModelProto, gain: float = 1.0) -> ModelProto:
+    """A copy with weights; the same ones every time. Floats are `gain` times as large as the model's were."""
     model = ModelProto()
     model.CopyFrom(skeleton)
     for tensor in model.graph.initializer:
         kind, _, numbers = tensor.doc_string.partition(" ")
         if kind in (NORMAL, UNIFORM) and not tensor.raw_data:
-            tensor.CopyFrom(numpy_helper.from_array(_drawn(tensor, kind, *numbers.split()), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(_drawn(tensor, kind, *numbers.split(), gain), tensor.name))
     return model
 
 
-def _drawn(tensor: TensorProto, kind: str, first: str, second: str) -> np.ndarray:
+def _drawn(tensor: TensorProto, kind: str, first: str, second: str, gain: float) -> np.ndarray:
     random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
     if kind == UNIFORM:
         return random.integers(int(first), int(second), shape, dtype, endpoint=True)
     values = random.standard_normal(shape, np.float32) * np.float32(second) + np.float32(first)
-    return values.astype(dtype)
+    return (values * np.float32(gain)).astype(dtype)
 
 
 def converted(model: ModelProto, to: int) -> ModelProto:
@@ -108,8 +113,10 @@ def _convert(tensor: TensorProto, to: int) -> None:
     if tensor.doc_string and not tensor.raw_data:
         tensor.data_type = to
         return
-    array = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(to))
-    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    array, dtype = numpy_helper.to_array(tensor), helper.tensor_dtype_to_np_dtype(to)
+    largest = float(ml_dtypes.finfo(dtype).max)
+    narrow = np.where(np.isfinite(array), np.clip(array, -largest, largest), array).astype(dtype)
+    tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
 
 
 def write(names: Sequence[str]) -> Iterator[Path]:
@@ -121,9 +128,12 @@ def write(names: Sequence[str]) -> Iterator[Path]:
         yield path
 
 
-def load(name: str) -> ModelProto:
-    """A skeleton that `write` wrote, filled."""
-    return filled(onnx.load(FOLDER / f"{name}.onnx"))
+def load(name: str, folder: Path = FOLDER, gain: float = 1.0) -> ModelProto:
+    """A skeleton that `write` wrote, `filled`; `Unavailable` where it was not written."""
+    path = folder / f"{name}.onnx"
+    if not path.exists():
+        raise Unavailable(f"{path} is not there: python -m benchmarks.skeletons writes it where models can be had")
+    return filled(onnx.load(path), gain)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "bert_small_sdpa": (2, 9),
     "bert_base": (1, 7),
     "vit_tiny": (1,),
+    "vit_base": (1,),
     "smart_turn_v3_2_int8": (1,),
 }
 DEFAULT = ("silero_vad", "ppocr_cls_v2")

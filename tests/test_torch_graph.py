@@ -7,6 +7,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import gpu_engine
+from benchmarks.fetch import Unavailable
+from benchmarks.gpu_networks import NEAR, NETWORKS, distance, network
 from gpu_engine.tools.bundles import imported
 
 torch = pytest.importorskip("torch", reason="needs PyTorch, of the bench extra")
@@ -63,6 +65,22 @@ def test_attention_and_norms_are_pytorchs_own() -> None:
     functional = torch.nn.functional
     assert {functional.scaled_dot_product_attention, functional.layer_norm, functional.conv2d} <= called
     assert functional.softmax not in called
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_skeletons_module_gives_what_the_engine_gives(name: str) -> None:
+    """`python -m benchmarks.skeletons` writes them."""
+    try:
+        one = network(name, "fp32")
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    feed = one.feed(2)
+    module = torch_graph.torch_module(one.graph(), [array.shape for array in feed.values()]).eval()
+    with torch.no_grad(), gpu_engine.compile(one.model, device="cpu", warmup=False) as engine:
+        found = [output.numpy() for output in module(*map(torch.from_numpy, feed.values()))]
+        for output, expected in zip(found, engine.run(feed).values(), strict=True):
+            assert distance(output, expected) < NEAR["fp32"]
 
 
 def test_what_is_not_translated_is_named() -> None:
