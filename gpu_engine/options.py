@@ -114,6 +114,7 @@ class Options:
     allow_override    whether a request's own timeout may exceed `default_timeout`
     auto_batching     whether requests may share an execution; None: unless the hint is LATENCY
     memory_fraction   the share of free memory that the arenas of all slots may take together
+    memory_limit      bytes that weights and arenas may take on each device; 0 or None: no limit
     batch_policy      "formula", or "openvino": as many rows as requests, which is never fewer than 3 unless it is 1
     partial           "together", or "individual": the requests of a batch that is not full run one after another
     deterministic     a row's bits do not depend on the batch it travelled in
@@ -135,6 +136,7 @@ class Options:
     allow_override: bool = False
     auto_batching: bool | None = None
     memory_fraction: float = 0.9
+    memory_limit: int | None = None
     batch_policy: BatchPolicy = BatchPolicy.formula
     partial: Partial = Partial.together
     deterministic: bool = False
@@ -158,6 +160,7 @@ def validated(
     allow_override: bool = False,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
+    memory_limit: int | None = None,
     batch_policy: str | BatchPolicy = BatchPolicy.formula,
     partial: str | Partial = Partial.together,
     deterministic: bool = False,
@@ -180,6 +183,7 @@ def validated(
         allow_override=_flag("allow_override", allow_override) or False,
         auto_batching=_flag("auto_batching", auto_batching),
         memory_fraction=_fraction("memory_fraction", memory_fraction),
+        memory_limit=_count("memory_limit", memory_limit) or None,
         batch_policy=BatchPolicy(_choice("batch_policy", batch_policy, BatchPolicy)),
         partial=Partial(_choice("partial", partial, Partial)),
         deterministic=_flag("deterministic", deterministic) or False,

@@ -48,6 +48,9 @@ class RecordingDevice:
     asynchronous: bool = False
     batch_limit: int | None = None
     bucketed: bool = False
+    devices: int = 1
+    own_memory: bool = True
+    captured: int = 0
     bits: bool = True
     stream_limit: int | None = None
     free_nbytes: int = 1 << 40
@@ -96,6 +99,9 @@ class RecordingDevice:
         for extent in extents:
             activations *= extent
         return 1000, activations
+
+    def captured_nbytes(self, plan: Plan) -> int:
+        return self.captured
 
     def same_bits(self, plan: Plan) -> bool:
         return self.bits

@@ -124,6 +124,8 @@ class InterpretDevice:
     asynchronous = False
     batch_limit = None
     bucketed = False
+    devices = 1
+    own_memory = True
     stream_limit = None
 
     def __init__(
@@ -167,6 +169,10 @@ class InterpretDevice:
         """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""
         program: Program = plan.program
         return program.weights_nbytes, zone_nbytes(program.segments[0], extents)
+
+    def captured_nbytes(self, plan: Plan) -> int:
+        """See `runtime.device.Device`."""
+        return 0
 
     def same_bits(self, plan: Plan) -> bool:
         return False

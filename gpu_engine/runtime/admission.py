@@ -14,6 +14,7 @@ from gpu_engine.plan.plan import Plan
 from gpu_engine.plan.signature import Family, Fit, Signature
 from gpu_engine.runtime.arrays import Array, Ports, Wrap
 from gpu_engine.runtime.device import Device
+from gpu_engine.runtime.memory import Budget
 from gpu_engine.runtime.requests import array_rows
 from gpu_engine.runtime.sizing import Sizes, memory_cap
 
@@ -39,9 +40,9 @@ class Admitted:
 class Admission:
     """Checks inputs against a plan; what it found out about a set of shapes and dtypes is remembered."""
 
-    def __init__(self, plan: Plan, device: Device, sizes: Sizes, memory_fraction: float) -> None:
+    def __init__(self, plan: Plan, device: Device, sizes: Sizes, budget: Budget) -> None:
         self.ports = Ports(plan.input_ports, plan.output_ports, plan.output_structures)
-        self._plan, self._device, self._sizes, self._fraction = plan, device, sizes, memory_fraction
+        self._plan, self._device, self._sizes, self._budget = plan, device, sizes, budget
         self._signature = Signature(plan)
         self._known: dict[Hashable, Admitted] = {}
         self._limits: dict[tuple[int, ...], int] = {}
@@ -135,28 +136,29 @@ class Admission:
         return Admitted(fit, fit.rows, limit, reason, None if self._shares_inputs else (fit.family.key,))
 
     def _check_memory(self, extents: tuple[int, ...]) -> None:
-        """OutOfMemory if one execution does not fit the free memory."""
-        nbytes = self._device.memory(self._plan, extents)[1]
+        """OutOfMemory if one execution does not fit the memory."""
+        weights, nbytes = self._device.memory(self._plan, extents)
         if nbytes <= self._proven_nbytes:
             return
         free = self._device.free_memory()
-        if nbytes > free:
+        if nbytes > (most := self._budget.most(free, weights, loaded=True)):
+            limit = "" if most == free else f" and memory_limit leaves {max(0, most):,}"
             extents_text = ", ".join(f"{name} = {n}" for name, n in zip(self._plan.symbols, extents, strict=True))
             raise OutOfMemory(
                 f"an execution at {extents_text or 'its fixed shape'} needs {nbytes:,} bytes, "
-                f"but {self._device.name} has {free:,} free"
+                f"but {self._device.name} has {free:,} free{limit}"
             )
         self._proven_nbytes, self.largest = nbytes, extents
 
     def row_limit(self, family: Family, batch: int) -> int:
         """`batch`, or fewer rows where all slots together would not fit the free memory."""
-        slots = self._sizes.streams * self._sizes.slots
         full = family.extents(batch)
         if self._device.memory(self._plan, full)[1] > self._proven_nbytes:
             one_row = family.extents(1)
-            row_nbytes = self._device.memory(self._plan, one_row)[1]
+            weights, row_nbytes = self._device.memory(self._plan, one_row)
             self._check_memory(one_row)
-            cap = memory_cap(self._device.free_memory() * self._fraction, 0, row_nbytes, slots)
+            room = self._budget.room(self._device.free_memory(), weights, loaded=True)
+            cap = memory_cap(room, 0, row_nbytes, self._sizes.slots_per_device)
             batch = batch if cap is None else min(batch, cap)
             self._check_memory(family.extents(batch))
         return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.errors import DeviceLost, OutOfMemory
 from gpu_engine.plan.signature import Fit
 from gpu_engine.runtime.arrays import Array
 from gpu_engine.runtime.device import Slot, Stream
@@ -19,6 +20,7 @@ from gpu_engine.runtime.requests import Part, Request, gather, scatter
 from gpu_engine.runtime.scheduler import Batch
 from gpu_engine.runtime.statistics import Counters
 
+_LOGGER = logging.getLogger(__name__)
 clock = time.monotonic
 POLL_S = 1e-3
 """Between looks for an idle slot, where no thread tells."""
@@ -58,7 +60,10 @@ class Lane:
             if worker.lane is self:
                 worker.watch = None
                 del worker.slot
-        self.stream.close()
+        try:
+            self.stream.close()
+        except Exception:
+            _LOGGER.exception("a stream could not be closed")
 
     def busy_until(self, now: float) -> float:
         """Seconds with an execution in flight."""
@@ -69,10 +74,11 @@ class Worker:
     """A slot, what it did, and the thread that serves it.
 
     Whoever took the worker out of the pool's idle list owns the slot: its own thread, woken by a token while `called`
-    is set, or a caller of run(). `batch` is what the thread runs at the moment; `watch` is told of every execution.
+    is set, or a caller of run(). `batch` is what the thread runs at the moment; `watch` is told of every execution;
+    `lost` is how an execution found the device broken.
     """
 
-    __slots__ = ("batch", "called", "counters", "lane", "slot", "thread", "tokens", "watch")
+    __slots__ = ("batch", "called", "counters", "lane", "lost", "slot", "thread", "tokens", "watch")
 
     def __init__(self, lane: Lane, slot: Slot) -> None:
         self.lane, self.slot, self.counters = lane, slot, Counters()
@@ -81,6 +87,7 @@ class Worker:
         self.called = False
         self.batch: Batch[Request] | None = None
         self.watch: Watch | None = None
+        self.lost: DeviceLost | None = None
 
 
 def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float, reason: str) -> list[Array]:
@@ -91,7 +98,7 @@ def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float,
         result = [output.copy() for output in outputs]
     except Exception as error:
         counters.failed += 1
-        raise _typed(error) from error.__cause__
+        raise _seen(worker, error) from error.__cause__
     copied = clock()
     if (watch := worker.watch) is not None:
         watch(None, fit.rows, fit.extents, Moments(started, staged, computed, copied))
@@ -106,7 +113,7 @@ def execute(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[boo
     try:
         results = _run(worker, parts, batched_outputs)
     except BaseException as error:
-        failure = _typed(error)
+        failure = _seen(worker, error)
     else:
         _settle(parts, results)
         return
@@ -180,8 +187,10 @@ def _settle(parts: Sequence[Part], results: Sequence[Any]) -> None:
         request.future.run_callbacks()
 
 
-def _typed(error: BaseException) -> BaseException:
-    """The error itself, but what Python says about memory in our terms."""
+def _seen(worker: Worker, error: BaseException) -> BaseException:
+    """The error itself, but what Python says about memory in our terms; that the device is lost is noted."""
+    if isinstance(error, DeviceLost):
+        worker.lost = error
     if isinstance(error, MemoryError) and not isinstance(error, OutOfMemory):
         return OutOfMemory(f"no memory is left for the results: {error}")
     return error
@@ -189,4 +198,4 @@ def _typed(error: BaseException) -> BaseException:
 
 def _may_retry(error: BaseException) -> bool:
     """Whether running fewer requests may succeed: not on a device that is broken."""
-    return isinstance(error, Exception) and (not isinstance(error, DeviceError) or isinstance(error, OutOfMemory))
+    return isinstance(error, Exception) and not isinstance(error, DeviceLost)
