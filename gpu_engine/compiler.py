@@ -16,6 +16,7 @@ from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
 from gpu_engine.gpu.binary import BinarySource
 from gpu_engine.gpu.bundle import Bundle, is_bundle, read_bundle
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.several import SeveralDevices
 from gpu_engine.ir.graph import Graph
 from gpu_engine.ir.structure import Structure
 from gpu_engine.options import (
@@ -35,7 +36,7 @@ from gpu_engine.passes.pipeline import optimize
 from gpu_engine.plan.plan import Batching
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
-from gpu_engine.runtime.late import DEVICES, KERNEL_COMPILER, load
+from gpu_engine.runtime.late import DEVICE_COUNTS, DEVICES, KERNEL_COMPILER, load
 from gpu_engine.runtime.sizing import is_shared
 from gpu_engine.settings import precision_of, refuse_ineffective, with_properties
 from gpu_engine.structured import OpenInput, StructuredEngine
@@ -78,7 +79,8 @@ def compile(
 
     config            a TOML file (or a mapping) of these options, as `gpu-engine tune` writes it: it says those that
                       the call leaves at their defaults
-    device            "auto" (cuda if it is usable, else cpu), "cpu", "cuda", "cuda:1"; "GPU(8)" also fixes the batch
+    device            "auto" (cuda if it is usable, else cpu), "cpu", "cuda", "cuda:1"; "cuda:all" and "cuda:0,2" are
+                      several GPUs of one architecture behind one queue; "GPU(8)" also fixes the batch
     fallback          "cpu": run there if the device asked for is not usable, instead of raising DeviceError
 
     precision         how a GPU multiplies float32: "fp32" (the default, exact), "tf32", "fp16" or "bf16", with sums in
@@ -202,7 +204,7 @@ def open_device(
         raise ValueError(f"fallback must be 'cpu' or None, given {fallback!r}")
     kind = "cuda" if choice.kind == "auto" else choice.kind
     try:
-        device = _open(kind, choice.index, precision, bundle, deterministic)
+        device = _open_all(replace(choice, kind=kind), precision, bundle, deterministic)
     except DeviceError as error:
         if kind == "cpu" or (choice.kind != "auto" and fallback is None):
             raise
@@ -214,6 +216,17 @@ def open_device(
         return device, reason
     _LOGGER.info("running on %s: %s", device.name, device.reason)
     return device, device.reason
+
+
+def _open_all(choice: DeviceChoice, precision: str, bundle: Bundle | None, deterministic: bool) -> Device:
+    """One device, or several as one."""
+
+    def one(index: int) -> Device:
+        return _open(choice.kind, index, precision, bundle, deterministic)
+
+    first = one(choice.index)
+    others = range(1, load(DEVICE_COUNTS[choice.kind])()) if choice.every else choice.others
+    return SeveralDevices([first, *map(one, others)]) if others else first
 
 
 def _open(kind: str, index: int, precision: str, bundle: Bundle | None, deterministic: bool) -> Device:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.driver import HostArray, Piece, Touched
+from gpu_engine.gpu.failures import CudaErrors, unusable
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
@@ -62,7 +63,8 @@ class CudaDriver:
 
     def __init__(self, ordinal: int, arch: int, source: BinarySource) -> None:
         self._device, self._arch, self._source = cupy.cuda.Device(ordinal), arch, source
-        with self._device:
+        self._errors = CudaErrors(f"cuda:{ordinal}")
+        with self._errors, self._device:
             self._stream = cupy.cuda.Stream(non_blocking=True)
         self._zero = np.zeros(1, np.int64)
         self._scratch: list[CudaMemory] = []
@@ -70,6 +72,7 @@ class CudaDriver:
     def active(self) -> AbstractContextManager[Any]:
         """The thread's current device and stream."""
         stack = ExitStack()
+        stack.enter_context(self._errors)
         stack.enter_context(self._device)
         stack.enter_context(self._stream)
         return stack
@@ -166,7 +169,7 @@ class CudaDevice:
         timed: bool = False,
     ) -> None:
         self._ordinal, self._timed = ordinal or 0, timed
-        self._count = _device_count()
+        self._count = device_count()
         if self._ordinal >= self._count:
             raise DeviceError(f"cuda:{self._ordinal} does not exist: {self._count} GPU(s) are there")
         properties = runtime.getDeviceProperties(self._ordinal)
@@ -210,7 +213,7 @@ class CudaDevice:
         drivers = [CudaDriver(self._ordinal, self._arch, self._source) for _ in range(streams)]
         with drivers[0].active():
             weights = Weights(plan, drivers[0])
-        drivers[0].finish()
+            drivers[0].finish()
         return [GpuStream(plan, slots, one, weights, self._timed) for one in drivers]
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
@@ -226,7 +229,7 @@ class CudaDevice:
         return False
 
     def free_memory(self) -> int:
-        with cupy.cuda.Device(self._ordinal):
+        with CudaErrors(self.name), cupy.cuda.Device(self._ordinal):
             return int(runtime.memGetInfo()[0])
 
 
@@ -244,8 +247,9 @@ def _allocated(nbytes: int) -> Any:
     raise AssertionError("the second attempt returns or raises")
 
 
-def _device_count() -> int:
+def device_count() -> int:
+    """How many GPUs this process sees; DeviceError with the reason where CUDA cannot say."""
     try:
         return int(runtime.getDeviceCount())
     except runtime.CUDARuntimeError as error:
-        raise DeviceError(f"no GPU can be used: {error}") from error
+        raise DeviceError(unusable(error, runtime.driverGetVersion(), runtime.runtimeGetVersion())) from error

@@ -34,7 +34,7 @@ app = typer.Typer(
     help="Run ONNX models for throughput.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 
-Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')]
+Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", "cuda:all", ...')]
 Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
 
 app.command("inspect")(run_inspection)

@@ -34,7 +34,7 @@ from gpu_engine.tools.trace import trace_events, write_trace
 
 def run_profile(
     model: Annotated[Path, typer.Argument(help="An .onnx file or a bundle.")],
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", "cuda:all", ...')] = "auto",
     streams: Annotated[str, typer.Option(help='Executions at the same time: a number, or "auto".')] = "1",
     batch: Annotated[int, typer.Option(min=1, help="Rows per execution.")] = 1,
     in_flight: Annotated[int, typer.Option(min=0, help="Requests in flight; 0: enough for every slot.")] = 0,
