@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from gpu_engine.runtime.memory import Budget
 from gpu_engine.runtime.requests import array_rows
 from gpu_engine.runtime.sizing import Sizes, memory_cap
 
+_LOGGER = logging.getLogger(__name__)
 _REMEMBERED = 4096
 _SMALL_NBYTES = 64
 
@@ -87,6 +89,17 @@ class Admission:
         """From now on at most so many rows of a family share an execution."""
         self._limits[family.key] = rows
 
+    def shorten(self, family: Family, rows: int) -> None:
+        """Memory ran out under so many rows of a family: from now on fewer of them share an execution."""
+        fewer = max(1, rows // 2)
+        if fewer < self._limits.get(family.key, self._sizes.batch.batch):
+            _LOGGER.warning(
+                "memory ran out on %s with %d rows of %s: from now on at most %d share an execution",
+                self._device.name, rows, self.describe(family), fewer,
+            )  # fmt: skip
+            self._limits[family.key] = fewer
+            self._known.clear()
+
     def limit_at(self, extents: tuple[int, ...]) -> int:
         """The most rows that share an execution at these extents."""
         place = self._signature.place
@@ -141,7 +154,7 @@ class Admission:
         if nbytes <= self._proven_nbytes:
             return
         free = self._device.free_memory()
-        if nbytes > (most := self._budget.most(free, weights, loaded=True)):
+        if nbytes > (most := self._budget.whole.room(free, weights, loaded=True)):
             limit = "" if most == free else f" and memory_limit leaves {max(0, most):,}"
             extents_text = ", ".join(f"{name} = {n}" for name, n in zip(self._plan.symbols, extents, strict=True))
             raise OutOfMemory(

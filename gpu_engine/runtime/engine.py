@@ -61,7 +61,8 @@ class Engine:
         self._usual = self._policy.timeout_s, self._policy.level
         streams = device.open(plan, sizes.streams, sizes.slots, threads_of(options, sizes.streams))
         self._buckets = self._tuner.bucketed(streams)
-        self._pool = Pool(self._buckets or streams, new_batcher(options), sizes.batch.batch, plan.batching.outputs)
+        outputs, shorten = plan.batching.outputs, self._admission.shorten
+        self._pool = Pool(self._buckets or streams, new_batcher(options), sizes.batch.batch, outputs, shorten)
         self._pool.rounds.individual = options.partial is Partial.individual
         weakref.finalize(self, self._pool.abandon).atexit = False
         if options.warmup and self._tuner.useful and not self._warmed():
@@ -131,6 +132,10 @@ class Engine:
             if worker is not None:
                 try:
                     return wrap(run_alone(worker, arrays, admitted.fit, started, reason))
+                except OutOfMemory:
+                    if admitted.rows == 1:
+                        raise
+                    worker.counters.failed -= 1  # the queue runs it in parts
                 finally:
                     self._pool.give_back(worker)
         request = self._request(arrays, wrap, admitted)

@@ -59,9 +59,10 @@ class Budget:
         room = int(free * self.fraction - (0 if loaded else weights))
         return room if self.limit is None else min(room, self.limit - weights)
 
-    def most(self, free: int, weights: int, loaded: bool) -> int:
-        """As `room`, of everything that is free: what a single execution may take."""
-        return Budget(1.0, self.limit).room(free, weights, loaded)
+    @property
+    def whole(self) -> Budget:
+        """The same of everything that is free, which a single execution may take."""
+        return Budget(1.0, self.limit)
 
     def bound(self, free: int, weights: int, loaded: bool) -> str:
         """What decides `room`, for people."""
@@ -87,10 +88,10 @@ def fitted(sizes: Sizes, plan: Plan, device: Device, budget: Budget) -> Sizes:
     """
     free, weights, loaded = device.free_memory(), device.memory(plan, extents_at(plan, 1))[0], not device.own_memory
     least = _slot_nbytes(plan, device, 1)
-    if least > (most := budget.most(free, weights, loaded)):
+    if least > (most := budget.whole.room(free, weights, loaded)):
         raise OutOfMemory(
             f"one stream of one row needs {weights:,} bytes of weights and {least:,} of activations, and of "
-            f"{device.name} {max(0, most):,} are left for activations by {budget.bound(free, weights, loaded)} "
+            f"{device.name} {max(0, most):,} are left for activations by {budget.whole.bound(free, weights, loaded)} "
             f"({free:,} bytes are free)"
         )
     room = budget.room(free, weights, loaded)

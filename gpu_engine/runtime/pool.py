@@ -17,7 +17,7 @@ from queue import Empty
 from gpu_engine.errors import DeviceLost, EngineClosed, ForkedEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
 from gpu_engine.runtime.endings import CLOSED, EXPIRED, FORKED, watch_endings
-from gpu_engine.runtime.execution import POLL_S, Lane, Worker, clock, seconds_left
+from gpu_engine.runtime.execution import POLL_S, Lane, Shortage, Worker, clock, seconds_left
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.gate import Gate
 from gpu_engine.runtime.observation import Observer, watch
@@ -34,14 +34,15 @@ class Pool:
     """Queue, slots and threads. What an engine shares with its threads, so that they never keep the engine alive."""
 
     def __init__(
-        self, streams: Sequence[Stream], batcher: Batcher[Request], batch: int, batched_outputs: Sequence[bool]
-    ) -> None:
+        self, streams: Sequence[Stream], batcher: Batcher[Request], batch: int, batched_outputs: Sequence[bool],
+        shortage: Shortage | None = None,
+    ) -> None:  # fmt: skip
         self.batcher, self._batch, self.gate = batcher, batch, Gate()
         self.rounds = Rounds(batcher, batched_outputs, lambda: self.gate.is_shut)
         self._lanes = [Lane(stream) for stream in streams]
         slots = max(len(stream.slots) for stream in streams)
         # Slot by slot: `observe` relies on it.
-        self._workers = [Worker(lane, lane.stream.slots[i]) for i in range(slots) for lane in self._lanes]
+        self._workers = [Worker(lane, lane.stream.slots[i], shortage) for i in range(slots) for lane in self._lanes]
         self._idle = self._workers[::-1]
         self._single = slots == 1
         self._by_thread: dict[int, Worker] = {}
