@@ -233,7 +233,7 @@ def _open(kind: str, index: int, precision: str, bundle: Bundle | None, determin
     try:
         make: Any = load(DEVICES[kind])
     except ImportError as error:
-        raise DeviceError(f"{kind} is not usable: {error}") from error
+        raise DeviceError(f"{kind} is not usable: {error}; `gpu-engine doctor` says what to install") from error
     if kind == "cuda":
         device: Device = make(index, precision, _binaries(bundle), built=bundle is not None)
     elif kind == "interpret":

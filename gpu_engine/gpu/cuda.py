@@ -33,7 +33,7 @@ from gpu_engine.gpu.driver import Copy, HostArray, Piece, Replay, Touched
 from gpu_engine.gpu.failures import MEMORY_ALLOCATION, CudaErrors, unusable
 from gpu_engine.gpu.graphs import captured_nbytes
 from gpu_engine.gpu.kernel import Kernel
-from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.options import OLDEST_ARCH, GpuOptions
 from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
@@ -45,7 +45,6 @@ from gpu_engine.plan.zones import Ints
 
 STATIC_SHARED_NBYTES = 48 << 10
 """A block that wants more dynamic shared memory has to say so first."""
-OLDEST_ARCH = 80
 CAPTURING = threading.Lock()
 """Held by whoever captures: captures at the same time get into each other's way in the driver
 (https://github.com/microsoft/onnxruntime/issues/18806)."""
@@ -254,7 +253,10 @@ class CudaDevice:
         if self._arch < OLDEST_ARCH:
             raise DeviceError(f"{self._name} is sm_{self._arch}, and kernels need sm_{OLDEST_ARCH} or newer")
         if source is None:
-            raise DeviceError("no source of compiled kernels: Triton is not installed, and the model is no bundle")
+            raise DeviceError(
+                "no source of compiled kernels: Triton is not installed, and the model is no bundle; "
+                "`gpu-engine doctor` says how to install it"
+            )
         self._source, self._options = source, GpuOptions(precision, self._arch)
 
     @property
