@@ -116,10 +116,11 @@ class Gpu:
         self.lanes: dict[int, Lane] = {}
         self.events: set[int] = set()
         self.graphs: set[int] = set()
-        self.captures = self.most_captures = 0
+        self.captures = 0
         self._faults = Faults()
         self._hosts: dict[int, float] = defaultdict(float)
         self._engines: dict[tuple[int, str], float] = defaultdict(float)
+        self._reading: list[tuple[Operation, int, int]] = []
         self._numbers = iter(range(1, 1 << 62))
         self._lock = threading.RLock()
 
@@ -287,18 +288,19 @@ class Gpu:
             for lane in [lane for lane in self.lanes.values() if ptr in (None, lane.ptr)]:
                 self.complete(lane.queue[-1] if lane.queue else None)
 
-    def wait_until(self, kind: str, ended_s: float, operation: Operation | None, *, stream: int = 0) -> None:
-        """Let the calling thread wait for work that ends then."""
+    def wait_until(self, kind: str, ended_s: float, operation: Operation | None, **what: int) -> None:
+        """Let the calling thread wait for work that ends then. The call stands in `calls` where it returned."""
         with self._lock:
-            made = self.call(kind, stream=stream)
+            made = self.call(kind, **what)
+            self.calls.pop()
             self.refuse_while_capturing(kind)
-            thread = made.thread
-            wait_s = max(0.0, ended_s - self._hosts[thread])
+            wait_s = max(0.0, ended_s - made.called_s)
         if self.pace:
             time.sleep(wait_s * self.pace)
         self.complete(operation)
         with self._lock:
-            self._hosts[thread] += wait_s
+            self._hosts[made.thread] += wait_s
+            self.calls.append(replace(made, begun_s=made.called_s, ended_s=made.called_s + wait_s))
 
     def begin_capture(self, ptr: int, mode: int, wanted: int) -> None:
         with self._lock:
@@ -309,8 +311,9 @@ class Gpu:
             if self.captures:
                 self.forbid("two captures at a time")
             self.captures += 1
-            self.most_captures = max(self.most_captures, self.captures)
             lane.capture = Capture(threading.get_ident())
+        if self.pace:
+            time.sleep(1e-3)
 
     def end_capture(self, ptr: int) -> Capture:
         """What was captured; raises if the capture is void."""
@@ -334,7 +337,10 @@ class Gpu:
             if ends[1] is None or ends[1].pinned:
                 self.forbid("a copy of memory that is not the device's")
                 raise cuda_error("memcpyAsync", "cudaErrorInvalidValue")
-            if direction == "out" and not self._captures(threading.get_ident()):
+            self._reading = [(read, first, last) for read, first, last in self._reading if not read.done]
+            if direction == "out" and not any(
+                target < last and first < target + nbytes for _, first, last in self._reading
+            ):
                 ctypes.memset(target, POISON, nbytes)
         seconds = self.costs.copy_s + nbytes / self.costs.copied_nbytes_per_s
 
@@ -344,7 +350,9 @@ class Gpu:
                 return
             ctypes.memmove(target, source, nbytes)
 
-        self.enqueue("memcpyAsync", ptr, move, seconds, direction, name=direction, nbytes=nbytes, address=device)
+        made = self.enqueue("memcpyAsync", ptr, move, seconds, direction, name=direction, nbytes=nbytes, address=device)
+        if direction == "in":
+            self._reading.append((made, host, host + nbytes))
 
     def check_pointers(self, name: str, pointers: Sequence[int]) -> bool:
         """Whether all of a kernel's pointers lie in memory of the device."""

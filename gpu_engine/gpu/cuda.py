@@ -108,7 +108,7 @@ class CudaDriver:
         self._errors = CudaErrors(f"cuda:{ordinal}")
         with self._errors, cupy.cuda.Device(ordinal):
             self._stream, self._inward, self._outward = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
-        self._target = self._stream
+        self._capturing = threading.local()
         self._zero = np.zeros(1, np.int64)
         self._scratch: list[CudaMemory] = []
 
@@ -121,7 +121,7 @@ class CudaDriver:
         return stack
 
     def allocate(self, nbytes: int) -> CudaMemory:
-        assert self._target is self._stream, "memory is reserved before a capture"
+        assert not hasattr(self._capturing, "stream"), "memory is reserved before a capture"
         return CudaMemory(nbytes)
 
     def staging(self, nbytes: int) -> HostArray:
@@ -137,20 +137,21 @@ class CudaDriver:
         return CudaPassage(self._stream, self._inward, self._outward, self._errors)
 
     def capture(self, start: Callable[[], object]) -> Replay:
-        """On a stream of its own, so that a capture that fails leaves nothing behind on those that work."""
+        """On a stream of its own, so that a capture that fails leaves nothing behind on those that work, and that takes
+        the launches of this thread alone."""
         with CAPTURING:
-            stream = cupy.cuda.Stream(non_blocking=True)
-            stream.begin_capture(runtime.streamCaptureModeThreadLocal)
-            self._target = stream
+            stream = self._capturing.stream = cupy.cuda.Stream(non_blocking=True)
             try:
-                start()
-            except BaseException:
-                with suppress(runtime.CUDARuntimeError):
-                    stream.end_capture()
-                raise
+                stream.begin_capture(runtime.streamCaptureModeThreadLocal)
+                try:
+                    start()
+                except BaseException:
+                    with suppress(runtime.CUDARuntimeError):
+                        stream.end_capture()
+                    raise
+                graph = stream.end_capture()
             finally:
-                self._target = self._stream
-            graph = stream.end_capture()
+                del self._capturing.stream
         return partial(graph.launch, self._stream)
 
     def array(self, memory: CudaMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
@@ -202,10 +203,10 @@ class CudaDriver:
         packed: NDArray[np.uint64],
         touched: Callable[[], Touched],
     ) -> None:
-        binary = loaded.binary
+        binary, stream = loaded.binary, getattr(self._capturing, "stream", self._stream)
         parameters = packed.__array_interface__["data"][0]
         driver.launchKernel(
-            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, self._target.ptr, parameters, 0
+            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, stream.ptr, parameters, 0
         )
 
     def discard(self, piece: Piece) -> None:
