@@ -125,6 +125,10 @@ class CpuDevice:
         """See `runtime.device.Device`."""
         return 0
 
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        """See `runtime.device.Device`."""
+        return 0
+
     def same_bits(self, plan: Plan) -> bool:
         return self._even and is_even(plan)
 

@@ -103,6 +103,9 @@ class RecordingDevice:
     def captured_nbytes(self, plan: Plan) -> int:
         return self.captured
 
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        return 7 * extents[0]
+
     def same_bits(self, plan: Plan) -> bool:
         return self.bits
 

@@ -14,6 +14,7 @@ import gpu_engine
 from gpu_engine.errors import DeviceError, DeviceLost, EngineClosed
 from gpu_engine.options import validated
 from gpu_engine.runtime.engine import Engine
+from gpu_engine.structured import OpenInput, StructuredEngine
 from tests.recording_device import MakeEngine, Model, RecordingDevice, double, occupy, plain, rows, until
 
 REASON = "cuda:0 is lost: cudaErrorIllegalAddress"
@@ -168,3 +169,15 @@ def test_a_closed_engine_is_healthy_but_not_ready(recorder: RecordingDevice, mak
 
 def test_the_error_is_public() -> None:
     assert issubclass(gpu_engine.DeviceLost, gpu_engine.DeviceError)
+
+
+def test_an_engine_of_many_structures_is_as_healthy_as_all_of_them(broken: RecordingDevice) -> None:
+    def compile_structure(structures: Any) -> Engine:
+        return Engine(plain(), broken, validated(streams=1, warmup=False))
+
+    with StructuredEngine([OpenInput("x", np.dtype(np.float32), False, None)], compile_structure) as engine:
+        engine.run([rows(1)])
+        assert engine.healthy
+        with pytest.raises(DeviceLost):
+            engine.run([rows(-1)])
+        assert not engine.healthy

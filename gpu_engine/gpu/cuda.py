@@ -31,6 +31,7 @@ from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.driver import Copy, HostArray, Piece, Replay, Touched
 from gpu_engine.gpu.failures import MEMORY_ALLOCATION, CudaErrors, unusable
+from gpu_engine.gpu.footprint import slot_memory
 from gpu_engine.gpu.graphs import captured_nbytes
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.options import OLDEST_ARCH, GpuOptions
@@ -205,9 +206,12 @@ class CudaDriver:
     ) -> None:
         binary, stream = loaded.binary, getattr(self._capturing, "stream", self._stream)
         parameters = packed.__array_interface__["data"][0]
-        driver.launchKernel(
-            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, stream.ptr, parameters, 0
-        )
+        try:
+            driver.launchKernel(
+                loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, stream.ptr, parameters, 0
+            )
+        except driver.CUDADriverError as error:
+            raise self._errors.typed(error) from error
 
     def discard(self, piece: Piece) -> None:
         """Nobody looks."""
@@ -302,6 +306,10 @@ class CudaDevice:
     def captured_nbytes(self, plan: Plan) -> int:
         """See `runtime.device.Device`."""
         return captured_nbytes(plan)
+
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        """See `runtime.device.Device`."""
+        return slot_memory(plan, extents).staging_nbytes
 
     def same_bits(self, plan: Plan) -> bool:
         return False

@@ -52,9 +52,13 @@ class CudaErrors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
-            found = typed(error, self._device)
+            found = self.typed(error)
             if found is not error:
                 raise found from error
+
+    def typed(self, error: Exception) -> Exception:
+        """See `typed`."""
+        return typed(error, self._device)
 
 
 def typed(error: Exception, device: str) -> Exception:

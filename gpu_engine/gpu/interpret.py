@@ -21,6 +21,7 @@ import numpy as np
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.device_arrays import DeviceArray, DeviceModule
 from gpu_engine.gpu.driver import Copy, HostArray, Piece, Pieces, Replay, Touched
+from gpu_engine.gpu.footprint import slot_memory
 from gpu_engine.gpu.interpreter import AccessError, interpret, interpreting, spans
 from gpu_engine.gpu.kernel import CudaKernel, Kernel
 from gpu_engine.gpu.options import GpuOptions
@@ -199,6 +200,10 @@ class InterpretDevice:
     def captured_nbytes(self, plan: Plan) -> int:
         """See `runtime.device.Device`."""
         return 0
+
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        """See `runtime.device.Device`."""
+        return slot_memory(plan, extents).staging_nbytes
 
     def same_bits(self, plan: Plan) -> bool:
         return False

@@ -75,6 +75,10 @@ class SeveralDevices:
         """See `runtime.device.Device`."""
         return self._first.captured_nbytes(plan)
 
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        """See `runtime.device.Device`."""
+        return self._first.staging_nbytes(plan, extents)
+
     def same_bits(self, plan: Plan) -> bool:
         return all(member.same_bits(plan) for member in self._members)
 

@@ -107,7 +107,7 @@ class Device(Protocol):
 
     @property
     def own_memory(self) -> bool:
-        """Whether it has a memory of its own, into which `open` copies the weights and `launch` the inputs."""
+        """Whether it has a memory of its own, into which `open` copies the weights."""
         ...
 
     @property
@@ -151,6 +151,10 @@ class Device(Protocol):
 
     def captured_nbytes(self, plan: Plan) -> int:
         """Bytes that a slot keeps, beside its arena, for each size that it prepared: 0 where nothing is captured."""
+        ...
+
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        """Bytes of the host in which a slot keeps inputs and outputs on their way; 0 where they lie in the arena."""
         ...
 
     def free_memory(self) -> int:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gpu_engine.errors import OutOfMemory
-from gpu_engine.ir.dims import symbols
-from gpu_engine.ir.dtypes import STRING
-from gpu_engine.ir.evaluation import evaluator
 from gpu_engine.options import Options
 from gpu_engine.plan.plan import Plan
 from gpu_engine.runtime.buckets import powers
@@ -76,7 +72,7 @@ def budget_of(options: Options) -> Budget:
 
 
 def extents_at(plan: Plan, rows: int, others: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The extents of `rows` rows where the others are as given, or 1."""
+    """The extents of `rows` rows; the others are as given, or 1."""
     others = others or (1,) * len(plan.symbols)
     return tuple(rows if name == plan.batching.symbol else n for name, n in zip(plan.symbols, others, strict=True))
 
@@ -84,8 +80,11 @@ def extents_at(plan: Plan, rows: int, others: tuple[int, ...] | None = None) -> 
 def fitted(sizes: Sizes, plan: Plan, device: Device, budget: Budget) -> Sizes:
     """The sizes within the memory: a smaller batch, then fewer streams; OutOfMemory if one row at a time does not fit.
 
-    Extents other than the batch count as 1: of larger ones `Admission` decides when they come.
+    Where extents other than the batch are open `Admission` decides, when they come.
     """
+    batched = plan.symbols == (plan.batching.symbol,) and not plan.batching.refused
+    if plan.symbols and not batched:
+        return sizes
     free, weights, loaded = device.free_memory(), device.memory(plan, extents_at(plan, 1))[0], not device.own_memory
     least = _slot_nbytes(plan, device, 1)
     if least > (most := budget.whole.room(free, weights, loaded)):
@@ -96,7 +95,7 @@ def fitted(sizes: Sizes, plan: Plan, device: Device, budget: Budget) -> Sizes:
         )
     room = budget.room(free, weights, loaded)
     found = sizes
-    if plan.symbols == (plan.batching.symbol,) and not plan.batching.refused:
+    if batched:
         most_rows = bisect_right(
             range(1, sizes.batch.batch + 1),
             room // sizes.slots_per_device,
@@ -124,7 +123,7 @@ def memory_plan(sizes: Sizes, plan: Plan, device: Device, seen: tuple[int, ...] 
         devices=sizes.devices,
         buckets={size: device.memory(plan, extents_at(plan, size, extents))[1] for size in sized},
         graphs=device.captured_nbytes(plan) * max(1, len(sized)),
-        staging=_staging_nbytes(plan, extents) if device.own_memory else 0,
+        staging=device.staging_nbytes(plan, extents),
     )
 
 
@@ -132,14 +131,6 @@ def _slot_nbytes(plan: Plan, device: Device, rows: int) -> int:
     """Of a slot for executions of up to `rows` rows, with what is captured for them."""
     captured = len(powers(rows)) if device.bucketed else 1
     return device.memory(plan, extents_at(plan, rows))[1] + captured * device.captured_nbytes(plan)
-
-
-def _staging_nbytes(plan: Plan, extents: tuple[int, ...]) -> int:
-    """Of inputs and outputs whose extents are known before the run."""
-    known = set(plan.symbols)
-    ports = [port for port in (*plan.input_ports, *plan.output_ports) if port.dtype != STRING]
-    sized = [port for port in ports if all(symbols(dim) <= known for dim in port.shape)]
-    return sum(math.prod(evaluator(port.shape, plan.symbols)(*extents)) * port.dtype.itemsize for port in sized)
 
 
 def _with_streams(sizes: Sizes, streams: int, numbers: str) -> Sizes:
