@@ -43,6 +43,8 @@ class CpuDevice:
     asynchronous = False
     batch_limit = 8
     bucketed = False
+    devices = 1
+    own_memory = False
 
     def __init__(
         self, ordinal: int | None = None, deterministic: bool = False, by_node: bool = False, *, timed: bool = False
@@ -121,6 +123,14 @@ class CpuDevice:
         program: Program = plan.program
         first = program.segments[0]
         return program.weights_nbytes, sum(zone_sizes(first, first.numbers.evaluate(extents)))
+
+    def captured_nbytes(self, plan: Plan) -> int:
+        """See `runtime.device.Device`."""
+        return 0
+
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        """See `runtime.device.Device`."""
+        return 0
 
     def same_bits(self, plan: Plan) -> bool:
         return self._even and is_even(plan)

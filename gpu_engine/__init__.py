@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gpu_engine.errors import (
     DependsOnValues,
     DeviceError,
+    DeviceLost,
     EngineClosed,
     ExecutionError,
     ForkedEngineError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DependsOnValues",
     "DeviceError",
+    "DeviceLost",
     "Engine",
     "EngineClosed",
     "ExecutionError",

@@ -16,6 +16,7 @@ from gpu_engine.frontend.reader import ModelSource, SpecificationFunctions, read
 from gpu_engine.gpu.binary import BinarySource
 from gpu_engine.gpu.bundle import Bundle, is_bundle, read_bundle
 from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.several import SeveralDevices
 from gpu_engine.ir.graph import Graph
 from gpu_engine.ir.structure import Structure
 from gpu_engine.options import (
@@ -35,7 +36,7 @@ from gpu_engine.passes.pipeline import optimize
 from gpu_engine.plan.plan import Batching
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.engine import Engine
-from gpu_engine.runtime.late import DEVICES, KERNEL_COMPILER, load
+from gpu_engine.runtime.late import DEVICE_COUNTS, DEVICES, KERNEL_COMPILER, load
 from gpu_engine.runtime.sizing import by_node, is_shared
 from gpu_engine.settings import precision_of, refuse_ineffective, with_properties
 from gpu_engine.structured import OpenInput, StructuredEngine
@@ -63,6 +64,7 @@ def compile(
     allow_override: bool = False,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
+    memory_limit: int | None = None,
     batch_policy: str | BatchPolicy = BatchPolicy.formula,
     partial: str | Partial = Partial.together,
     deterministic: bool = False,
@@ -77,7 +79,8 @@ def compile(
 
     config            a TOML file (or a mapping) of these options, as `gpu-engine tune` writes it: it says those that
                       the call leaves at their defaults
-    device            "auto" (cuda if it is usable, else cpu), "cpu", "cuda", "cuda:1"; "GPU(8)" also fixes the batch
+    device            "auto" (cuda if it is usable, else cpu), "cpu", "cuda", "cuda:1"; "cuda:all" and "cuda:0,2" are
+                      several GPUs of one architecture behind one queue; "GPU(8)" also fixes the batch
     fallback          "cpu": run there if the device asked for is not usable, instead of raising DeviceError
 
     precision         how a GPU multiplies float32: "fp32" (the default, exact), "tf32", "fp16" or "bf16", with sums in
@@ -112,6 +115,7 @@ def compile(
         allow_override=allow_override,
         auto_batching=True if choice.batched and auto_batching is None else auto_batching,
         memory_fraction=memory_fraction,
+        memory_limit=memory_limit,
         batch_policy=batch_policy,
         partial=partial,
         deterministic=deterministic,
@@ -204,7 +208,7 @@ def open_device(
         raise ValueError(f"fallback must be 'cpu' or None, given {fallback!r}")
     kind = "cuda" if choice.kind == "auto" else choice.kind
     try:
-        device = _open(kind, choice.index, precision, bundle, deterministic, nodes_apart)
+        device = _open_all(replace(choice, kind=kind), precision, bundle, deterministic, nodes_apart)
     except DeviceError as error:
         if kind == "cpu" or (choice.kind != "auto" and fallback is None):
             raise
@@ -218,13 +222,26 @@ def open_device(
     return device, device.reason
 
 
+def _open_all(
+    choice: DeviceChoice, precision: str, bundle: Bundle | None, deterministic: bool, nodes_apart: bool
+) -> Device:
+    """One device, or several as one."""
+
+    def one(index: int) -> Device:
+        return _open(choice.kind, index, precision, bundle, deterministic, nodes_apart)
+
+    first = one(choice.index)
+    others = range(1, load(DEVICE_COUNTS[choice.kind])()) if choice.every else choice.others
+    return SeveralDevices([first, *map(one, others)]) if others else first
+
+
 def _open(
     kind: str, index: int, precision: str, bundle: Bundle | None, deterministic: bool, nodes_apart: bool
 ) -> Device:
     try:
         make: Any = load(DEVICES[kind])
     except ImportError as error:
-        raise DeviceError(f"{kind} is not usable: {error}") from error
+        raise DeviceError(f"{kind} is not usable: {error}; `gpu-engine doctor` says what to install") from error
     if kind == "cuda":
         device: Device = make(index, precision, _binaries(bundle), built=bundle is not None)
     elif kind == "interpret":

@@ -7,7 +7,8 @@ GpuEngineError
 │   │   └── DependsOnValues  what there is to compile depends on the contents of inputs
 │   └── UnsafeModel          external data that points outside the model's folder
 ├── InputError               what a caller passed to run() or submit(); also a ValueError
-├── DeviceError              a device that is absent, refused or broken
+├── DeviceError              a device that is absent, refused, or that failed
+│   ├── DeviceLost           it failed for good: the engine is unhealthy and refuses requests
 │   └── OutOfMemory          also a MemoryError; raised before allocating wherever the size is known
 ├── ExecutionError           a step failed on these inputs; names the ONNX node
 ├── QueueFull                the bounded queue is full
@@ -53,6 +54,10 @@ class InputError(GpuEngineError, ValueError):
 
 class DeviceError(GpuEngineError):
     """The device is absent, refused, or failed."""
+
+
+class DeviceLost(DeviceError):
+    """The device failed in a way that no later call survives; only a new process can use it again."""
 
 
 class OutOfMemory(DeviceError, MemoryError):

@@ -99,7 +99,7 @@ class Partial(str, Enum):  # noqa: UP042 - as Scheduler
 class Options:
     """What the caller asked for, normalized; `None` means that it was not given.
 
-    streams           lanes that run at the same time: a count, "auto" (-1, or 0), "numa" (-2)
+    streams           lanes that run at the same time, on each device: a count, "auto" (-1, or 0), "numa" (-2)
     requests          how many requests the caller keeps in flight; 0 or None: unknown
     batch             rows per execution; 0 or None: chosen from requests and streams
     hint              LATENCY or THROUGHPUT; giving streams, requests or batch implies THROUGHPUT
@@ -114,6 +114,7 @@ class Options:
     allow_override    whether a request's own timeout may exceed `default_timeout`
     auto_batching     whether requests may share an execution; None: unless the hint is LATENCY
     memory_fraction   the share of free memory that the arenas of all slots may take together
+    memory_limit      bytes that weights and arenas may take on each device; 0 or None: no limit
     batch_policy      "formula", or "openvino": as many rows as requests, which is never fewer than 3 unless it is 1
     partial           "together", or "individual": the requests of a batch that is not full run one after another
     deterministic     a row's bits do not depend on the batch it travelled in
@@ -135,6 +136,7 @@ class Options:
     allow_override: bool = False
     auto_batching: bool | None = None
     memory_fraction: float = 0.9
+    memory_limit: int | None = None
     batch_policy: BatchPolicy = BatchPolicy.formula
     partial: Partial = Partial.together
     deterministic: bool = False
@@ -158,6 +160,7 @@ def validated(
     allow_override: bool = False,
     auto_batching: bool | None = None,
     memory_fraction: float = 0.9,
+    memory_limit: int | None = None,
     batch_policy: str | BatchPolicy = BatchPolicy.formula,
     partial: str | Partial = Partial.together,
     deterministic: bool = False,
@@ -180,6 +183,7 @@ def validated(
         allow_override=_flag("allow_override", allow_override) or False,
         auto_batching=_flag("auto_batching", auto_batching),
         memory_fraction=_fraction("memory_fraction", memory_fraction),
+        memory_limit=_count("memory_limit", memory_limit) or None,
         batch_policy=BatchPolicy(_choice("batch_policy", batch_policy, BatchPolicy)),
         partial=Partial(_choice("partial", partial, Partial)),
         deterministic=_flag("deterministic", deterministic) or False,
@@ -189,31 +193,46 @@ def validated(
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """A device string taken apart: "auto", "cpu" or "cuda", its index, the batch it fixed, whether it said BATCH."""
+    """A device string taken apart: "auto", "cpu" or "cuda", its index, the batch it fixed, whether it said BATCH, and
+    which `others` it named beside the index, or whether it named `every` one."""
 
     kind: str
     index: int = 0
     batch: int | None = None
     batched: bool = False
+    others: tuple[int, ...] = ()
+    every: bool = False
 
 
-_DEVICE = re.compile(r"(?P<batched>batch:)?(?P<kind>[a-z]+)(?:[:.](?P<index>\d+))?(?P<count>\(.*)?", re.DOTALL)
+_DEVICE = re.compile(
+    r"(?P<batched>batch:)?(?P<kind>[a-z]+)(?:[:.](?P<index>all|\d+(?:,\d+)*))?(?P<count>\(.*)?", re.DOTALL
+)
 _KINDS = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "gpu": "cuda", "interpret": "interpret"}
 
 
 def parse_device(text: str) -> DeviceChoice:
-    """The device that "cuda", "cuda:0", "GPU.1", "cpu", "auto", "BATCH:GPU", "GPU(8)" name, in any letter case.
+    """The device that "cuda", "cuda:0", "GPU.1", "cpu", "auto", "BATCH:GPU", "GPU(8)" name, in any letter case, or the
+    devices that "cuda:0,2" and "cuda:all" name.
 
-    ValueError if it names none, or if a batch in parentheses is not a number above 0; TypeError if it is no string.
+    ValueError if it names none, one twice, or several that are no GPUs, or if a batch in parentheses is not a number
+    above 0; TypeError if it is no string.
     """
     if not isinstance(text, str):
         raise TypeError(f"device must be a string, given {type(text).__name__}")
     match = _DEVICE.fullmatch(text.strip().lower())
     if match is None or match["kind"] not in _KINDS:
         near = suggestion(re.sub(r"[^a-z].*", "", text.lower().removeprefix("batch:")), _KINDS)
-        raise ValueError(f"unknown device {text!r}{near}; devices are auto, cpu, cuda, cuda:N and interpret")
+        raise ValueError(
+            f"unknown device {text!r}{near}; devices are auto, cpu, cuda, cuda:N, cuda:N,M, cuda:all and interpret"
+        )
     batch = None if match["count"] is None else _device_batch(match["kind"].upper(), match["count"])
-    return DeviceChoice(_KINDS[match["kind"]], int(match["index"] or 0), batch, match["batched"] is not None)
+    kind, every = _KINDS[match["kind"]], match["index"] == "all"
+    index, *others = (0,) if every else map(int, (match["index"] or "0").split(","))
+    if kind != "cuda" and (every or others):
+        raise ValueError(f"{text!r} names several devices, and only cuda has several")
+    if len({index, *others}) <= len(others):
+        raise ValueError(f"{text!r} names a device twice")
+    return DeviceChoice(kind, index, batch, match["batched"] is not None, tuple(others), every)
 
 
 def one_batch(device: DeviceChoice, batch: int | None) -> int | None:

@@ -58,6 +58,11 @@ class StructuredEngine:
         with self._lock:
             return tuple(self._engines.values())
 
+    @property
+    def healthy(self) -> bool:
+        """As Engine.healthy, of all of them."""
+        return all(engine.healthy for engine in self.engines)
+
     def run(self, inputs: Any) -> Any:
         """As Engine.run; inputs are a list in the order of the inputs or a dict by name."""
         engine, flat, named = self._prepare(inputs)

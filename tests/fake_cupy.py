@@ -347,6 +347,7 @@ def fake_cupy(gpu: Gpu) -> dict[str, ModuleType]:
 
     runtime = _module(
         "cupy.cuda.runtime", CUDARuntimeError=CUDARuntimeError, getDeviceCount=count,
+        driverGetVersion=lambda: 13000 * bool(gpu.devices), runtimeGetVersion=lambda: 13000,
         getDeviceProperties=lambda ordinal: {"major": 9, "minor": 0, "name": b"Fake H200"},
         memGetInfo=lambda: (gpu.nbytes - gpu.used_nbytes(device=current_device()), gpu.nbytes),
         memcpyAsync=copied, memsetAsync=filled, memcpyHostToDevice=1, memcpyDeviceToHost=2,

@@ -48,6 +48,9 @@ class RecordingDevice:
     asynchronous: bool = False
     batch_limit: int | None = None
     bucketed: bool = False
+    devices: int = 1
+    own_memory: bool = True
+    captured: int = 0
     bits: bool = True
     stream_limit: int | None = None
     free_nbytes: int = 1 << 40
@@ -96,6 +99,12 @@ class RecordingDevice:
         for extent in extents:
             activations *= extent
         return 1000, activations
+
+    def captured_nbytes(self, plan: Plan) -> int:
+        return self.captured
+
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        return 7 * extents[0]
 
     def same_bits(self, plan: Plan) -> bool:
         return self.bits

@@ -30,8 +30,11 @@ from numpy.typing import NDArray
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.driver import Copy, HostArray, Piece, Replay, Touched
+from gpu_engine.gpu.failures import MEMORY_ALLOCATION, CudaErrors, unusable
+from gpu_engine.gpu.footprint import slot_memory
+from gpu_engine.gpu.graphs import captured_nbytes
 from gpu_engine.gpu.kernel import Kernel
-from gpu_engine.gpu.options import GpuOptions
+from gpu_engine.gpu.options import OLDEST_ARCH, GpuOptions
 from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
@@ -43,9 +46,6 @@ from gpu_engine.plan.zones import Ints
 
 STATIC_SHARED_NBYTES = 48 << 10
 """A block that wants more dynamic shared memory has to say so first."""
-OLDEST_ARCH = 80
-MEMORY_ALLOCATION = 2
-"""cudaErrorMemoryAllocation, which CuPy 14 has no name for."""
 CAPTURING = threading.Lock()
 """Held by whoever captures: captures at the same time get into each other's way in the driver
 (https://github.com/microsoft/onnxruntime/issues/18806)."""
@@ -74,8 +74,8 @@ class CudaMemory:
 class CudaPassage:
     """See `driver.Passage`."""
 
-    def __init__(self, stream: Any, inward: Any, outward: Any) -> None:
-        self._stream, self._inward, self._outward = stream, inward, outward
+    def __init__(self, stream: Any, inward: Any, outward: Any, errors: CudaErrors) -> None:
+        self._stream, self._inward, self._outward, self._errors = stream, inward, outward, errors
         self._arrived, self._computed = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
         self._ended = cupy.cuda.Event(block=True, disable_timing=True)
 
@@ -93,7 +93,8 @@ class CudaPassage:
         self._ended.record(self._outward)
 
     def wait(self) -> None:
-        self._ended.synchronize()
+        with self._errors:
+            self._ended.synchronize()
 
 
 class CudaDriver:
@@ -104,7 +105,8 @@ class CudaDriver:
 
     def __init__(self, ordinal: int, arch: int, source: BinarySource) -> None:
         self._ordinal, self._arch, self._source = ordinal, arch, source
-        with cupy.cuda.Device(ordinal):
+        self._errors = CudaErrors(f"cuda:{ordinal}")
+        with self._errors, cupy.cuda.Device(ordinal):
             self._stream, self._inward, self._outward = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
         self._capturing = threading.local()
         self._zero = np.zeros(1, np.int64)
@@ -118,6 +120,7 @@ class CudaDriver:
     def active(self) -> AbstractContextManager[Any]:
         """The thread's current device and stream."""
         stack = ExitStack()
+        stack.enter_context(self._errors)
         stack.enter_context(cupy.cuda.Device(self._ordinal))
         stack.enter_context(self._stream)
         return stack
@@ -136,7 +139,7 @@ class CudaDriver:
         return np.frombuffer(PinnedMemoryPointer(memory, 0), np.uint8)
 
     def passage(self) -> CudaPassage:
-        return CudaPassage(self._stream, self._inward, self._outward)
+        return CudaPassage(self._stream, self._inward, self._outward, self._errors)
 
     def capture(self, start: Callable[[], object]) -> Replay:
         """On a stream of its own, so that a capture that fails leaves nothing behind on those that work, and that takes
@@ -207,9 +210,12 @@ class CudaDriver:
     ) -> None:
         binary, stream = loaded.binary, getattr(self._capturing, "stream", self._stream)
         parameters = packed.__array_interface__["data"][0]
-        driver.launchKernel(
-            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, stream.ptr, parameters, 0
-        )
+        try:
+            driver.launchKernel(
+                loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, stream.ptr, parameters, 0
+            )
+        except driver.CUDADriverError as error:
+            raise self._errors.typed(error) from error
 
     def discard(self, piece: Piece) -> None:
         """Nobody looks."""
@@ -233,6 +239,8 @@ class CudaDevice:
     asynchronous = True
     batch_limit = None
     bucketed = True
+    devices = 1
+    own_memory = True
     stream_limit = None
 
     def __init__(
@@ -244,7 +252,7 @@ class CudaDevice:
         timed: bool = False,
     ) -> None:
         self._ordinal, self._timed = ordinal or 0, timed
-        self._count = _device_count()
+        self._count = device_count()
         if self._ordinal >= self._count:
             raise DeviceError(f"cuda:{self._ordinal} does not exist: {self._count} GPU(s) are there")
         properties = runtime.getDeviceProperties(self._ordinal)
@@ -254,7 +262,10 @@ class CudaDevice:
         if self._arch < OLDEST_ARCH:
             raise DeviceError(f"{self._name} is sm_{self._arch}, and kernels need sm_{OLDEST_ARCH} or newer")
         if source is None:
-            raise DeviceError("no source of compiled kernels: Triton is not installed, and the model is no bundle")
+            raise DeviceError(
+                "no source of compiled kernels: Triton is not installed, and the model is no bundle; "
+                "`gpu-engine doctor` says how to install it"
+            )
         self._source, self._options = source, GpuOptions(precision, self._arch)
 
     @property
@@ -288,7 +299,7 @@ class CudaDevice:
         drivers = [CudaDriver(self._ordinal, self._arch, self._source) for _ in range(streams)]
         with drivers[0].active():
             weights = Weights(plan, drivers[0])
-        drivers[0].finish()
+            drivers[0].finish()
         return [GpuStream(plan, slots, one, weights, self._timed) for one in drivers]
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
@@ -296,11 +307,19 @@ class CudaDevice:
         program: Program = plan.program
         return program.weights_nbytes, zone_nbytes(program.segments[0], extents)
 
+    def captured_nbytes(self, plan: Plan) -> int:
+        """See `runtime.device.Device`."""
+        return captured_nbytes(plan)
+
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        """See `runtime.device.Device`."""
+        return slot_memory(plan, extents).staging_nbytes
+
     def same_bits(self, plan: Plan) -> bool:
         return False
 
     def free_memory(self) -> int:
-        with cupy.cuda.Device(self._ordinal):
+        with CudaErrors(self.name), cupy.cuda.Device(self._ordinal):
             return int(runtime.memGetInfo()[0])
 
 
@@ -318,8 +337,9 @@ def _allocated(nbytes: int) -> Any:
     raise AssertionError("the second attempt returns or raises")
 
 
-def _device_count() -> int:
+def device_count() -> int:
+    """How many GPUs this process sees; DeviceError with the reason where CUDA cannot say."""
     try:
         return int(runtime.getDeviceCount())
     except runtime.CUDARuntimeError as error:
-        raise DeviceError(f"no GPU can be used: {error}") from error
+        raise DeviceError(unusable(error, runtime.driverGetVersion(), runtime.runtimeGetVersion())) from error

@@ -95,7 +95,7 @@ class Graphs:
         except Exception as error:
             habit.failed += 1
             again = "it is tried once more" if habit.failed < TRIES else "its kernels are launched one by one"
-            _LOGGER.warning("a shape could not be captured as a CUDA graph, %s: %s", again, error)
+            _LOGGER.warning("a shape could not be captured as a CUDA graph, %s: %s", again, str(error))
             return
         habit.graphs = found
         self._held[habit] = None

@@ -21,6 +21,7 @@ import numpy as np
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.device_arrays import DeviceArray, DeviceModule
 from gpu_engine.gpu.driver import Copy, HostArray, Piece, Pieces, Replay, Touched
+from gpu_engine.gpu.footprint import slot_memory
 from gpu_engine.gpu.interpreter import AccessError, interpret, interpreting, spans
 from gpu_engine.gpu.kernel import CudaKernel, Kernel
 from gpu_engine.gpu.options import GpuOptions
@@ -153,6 +154,8 @@ class InterpretDevice:
     asynchronous = False
     batch_limit = None
     bucketed = False
+    devices = 1
+    own_memory = True
     stream_limit = None
 
     def __init__(
@@ -196,6 +199,14 @@ class InterpretDevice:
         """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""
         program: Program = plan.program
         return program.weights_nbytes, zone_nbytes(program.segments[0], extents)
+
+    def captured_nbytes(self, plan: Plan) -> int:
+        """See `runtime.device.Device`."""
+        return 0
+
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        """See `runtime.device.Device`."""
+        return slot_memory(plan, extents).staging_nbytes
 
     def same_bits(self, plan: Plan) -> bool:
         return False

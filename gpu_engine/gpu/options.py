@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+OLDEST_ARCH = 80
+"""That kernels run on."""
 
 
 @dataclass(frozen=True)

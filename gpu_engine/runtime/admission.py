@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from gpu_engine.plan.plan import Plan
 from gpu_engine.plan.signature import Family, Fit, Signature
 from gpu_engine.runtime.arrays import Array, Ports, Wrap
 from gpu_engine.runtime.device import Device
+from gpu_engine.runtime.memory import Budget
 from gpu_engine.runtime.requests import array_rows
-from gpu_engine.runtime.sizing import MemoryPlan, Sizes, memory_cap
+from gpu_engine.runtime.sizing import Sizes, memory_cap
 
+_LOGGER = logging.getLogger(__name__)
 _REMEMBERED = 4096
 _SMALL_NBYTES = 64
 
@@ -39,9 +42,9 @@ class Admitted:
 class Admission:
     """Checks inputs against a plan; what it found out about a set of shapes and dtypes is remembered."""
 
-    def __init__(self, plan: Plan, device: Device, sizes: Sizes, memory_fraction: float) -> None:
+    def __init__(self, plan: Plan, device: Device, sizes: Sizes, budget: Budget) -> None:
         self.ports = Ports(plan.input_ports, plan.output_ports, plan.output_structures)
-        self._plan, self._device, self._sizes, self._fraction = plan, device, sizes, memory_fraction
+        self._plan, self._device, self._sizes, self._budget = plan, device, sizes, budget
         self._signature = Signature(plan)
         self._known: dict[Hashable, Admitted] = {}
         self._limits: dict[tuple[int, ...], int] = {}
@@ -86,6 +89,17 @@ class Admission:
         """From now on at most so many rows of a family share an execution."""
         self._limits[family.key] = rows
 
+    def shorten(self, family: Family, rows: int) -> None:
+        """Memory ran out under so many rows of a family: from now on fewer of them share an execution."""
+        fewer = max(1, rows // 2)
+        if fewer < self._limits.get(family.key, self._sizes.batch.batch):
+            _LOGGER.warning(
+                "memory ran out on %s with %d rows of %s: from now on at most %d share an execution",
+                self._device.name, rows, self.describe(family), fewer,
+            )  # fmt: skip
+            self._limits[family.key] = fewer
+            self._known.clear()
+
     def limit_at(self, extents: tuple[int, ...]) -> int:
         """The most rows that share an execution at these extents."""
         place = self._signature.place
@@ -120,16 +134,6 @@ class Admission:
         ports = zip(fit.family.output_shapes, self._plan.output_ports, strict=True)
         return [np.empty((0, *shape[1:]), port.dtype) for shape, port in ports]
 
-    def memory_plan(self) -> MemoryPlan:
-        """See `Engine.memory_plan`."""
-        sizes, batch = self._sizes, self._plan.batching.symbol
-        extents = list(self.largest or (1,) * len(self._plan.symbols))
-        if sizes.shared and batch is not None:
-            extents[self._plan.symbols.index(batch)] = sizes.batch.batch
-        weights, activations = self._device.memory(self._plan, tuple(extents))
-        slots = sizes.streams * sizes.slots
-        return MemoryPlan(weights, activations * slots, slots)
-
     def _admit_shapes(self, arrays: Sequence[Array]) -> Admitted:
         self.ports.check_dtypes(arrays)
         fit = self._signature.fit([array.shape for array in arrays])
@@ -145,28 +149,29 @@ class Admission:
         return Admitted(fit, fit.rows, limit, reason, None if self._shares_inputs else (fit.family.key,))
 
     def _check_memory(self, extents: tuple[int, ...]) -> None:
-        """OutOfMemory if one execution does not fit the free memory."""
-        nbytes = self._device.memory(self._plan, extents)[1]
+        """OutOfMemory if one execution does not fit the memory."""
+        weights, nbytes = self._device.memory(self._plan, extents)
         if nbytes <= self._proven_nbytes:
             return
         free = self._device.free_memory()
-        if nbytes > free:
+        if nbytes > (most := self._budget.whole.room(free, weights, loaded=True)):
+            limit = "" if most == free else f" and memory_limit leaves {max(0, most):,}"
             extents_text = ", ".join(f"{name} = {n}" for name, n in zip(self._plan.symbols, extents, strict=True))
             raise OutOfMemory(
                 f"an execution at {extents_text or 'its fixed shape'} needs {nbytes:,} bytes, "
-                f"but {self._device.name} has {free:,} free"
+                f"but {self._device.name} has {free:,} free{limit}"
             )
         self._proven_nbytes, self.largest = nbytes, extents
 
     def row_limit(self, family: Family, batch: int) -> int:
         """`batch`, or fewer rows where all slots together would not fit the free memory."""
-        slots = self._sizes.streams * self._sizes.slots
         full = family.extents(batch)
         if self._device.memory(self._plan, full)[1] > self._proven_nbytes:
             one_row = family.extents(1)
-            row_nbytes = self._device.memory(self._plan, one_row)[1]
+            weights, row_nbytes = self._device.memory(self._plan, one_row)
             self._check_memory(one_row)
-            cap = memory_cap(self._device.free_memory() * self._fraction, 0, row_nbytes, slots)
+            room = self._budget.room(self._device.free_memory(), weights, loaded=True)
+            cap = memory_cap(room, 0, row_nbytes, self._sizes.slots_per_device)
             batch = batch if cap is None else min(batch, cap)
             self._check_memory(family.extents(batch))
         return batch

@@ -101,6 +101,16 @@ class Device(Protocol):
         ...
 
     @property
+    def devices(self) -> int:
+        """Of how many devices it is made: streams are opened on each of them, and weights lie once on each."""
+        ...
+
+    @property
+    def own_memory(self) -> bool:
+        """Whether it has a memory of its own, into which `open` copies the weights."""
+        ...
+
+    @property
     def bucketed(self) -> bool:
         """Whether executions should have few sizes, because each is prepared by itself: see `runtime.buckets`."""
         ...
@@ -119,9 +129,10 @@ class Device(Protocol):
         ...
 
     def properties(self) -> Mapping[str, Any]:
-        """What OpenVINO's properties say of the device: FULL_DEVICE_NAME, DEVICE_ARCHITECTURE, DEVICE_UUID,
-        OPTIMIZATION_CAPABILITIES, INFERENCE_PRECISION_HINT, ENABLE_CPU_PINNING, CACHE_DIR, LOADED_FROM_CACHE (of what
-        was lowered last), and USES_THREADS, whether it computes with threads of the host."""
+        """What OpenVINO's properties say of the device: EXECUTION_DEVICES if it is several, FULL_DEVICE_NAME,
+        DEVICE_ARCHITECTURE, DEVICE_UUID, OPTIMIZATION_CAPABILITIES, INFERENCE_PRECISION_HINT, ENABLE_CPU_PINNING,
+        CACHE_DIR, LOADED_FROM_CACHE (of what was lowered last), and USES_THREADS, whether it computes with threads of
+        the host."""
         ...
 
     def timed(self) -> Device:
@@ -135,9 +146,17 @@ class Device(Protocol):
         ...
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
-        """(weights, activations of one slot) in bytes while bound to `extents`."""
+        """(weights, activations of one slot) in bytes while bound to `extents`, on each of the devices."""
+        ...
+
+    def captured_nbytes(self, plan: Plan) -> int:
+        """Bytes that a slot keeps, beside its arena, for each size that it prepared: 0 where nothing is captured."""
+        ...
+
+    def staging_nbytes(self, plan: Plan, extents: tuple[int, ...]) -> int:
+        """Bytes of the host in which a slot keeps inputs and outputs on their way; 0 where they lie in the arena."""
         ...
 
     def free_memory(self) -> int:
-        """Bytes that a new allocation may still take."""
+        """Bytes that a new allocation may still take, on the fullest of the devices."""
         ...

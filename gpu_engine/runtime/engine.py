@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import weakref
-from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -16,18 +14,21 @@ from gpu_engine.options import Options, Partial
 from gpu_engine.plan.plan import Plan, Port
 from gpu_engine.runtime.admission import Admission, Admitted
 from gpu_engine.runtime.arrays import Array, Wrap
+from gpu_engine.runtime.description import Description, describe
 from gpu_engine.runtime.device import Device
 from gpu_engine.runtime.execution import clock, run_alone
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.late import ADMIT_ASYNC, STREAM, load
+from gpu_engine.runtime.memory import MemoryPlan, budget_of, memory_plan
 from gpu_engine.runtime.observation import Observer
+from gpu_engine.runtime.ordered import ordered
 from gpu_engine.runtime.policy import new_batcher, queue_policy
 from gpu_engine.runtime.pool import Pool
 from gpu_engine.runtime.properties import Facts, checked_change, read_property
 from gpu_engine.runtime.requests import Join, Request, fail_all
 from gpu_engine.runtime.reusable import ReusableRequest
 from gpu_engine.runtime.rooms import Rooms
-from gpu_engine.runtime.sizing import BatchPlan, MemoryPlan, Sizes, threads_of
+from gpu_engine.runtime.sizing import BatchPlan, Sizes, threads_of
 from gpu_engine.runtime.statistics import Statistics
 from gpu_engine.runtime.tuning import Tuner, sizes_of
 
@@ -52,7 +53,7 @@ class Engine:
         self._plan, self._device, self._options, self._name = plan, device, options, name
         self._reason = reason or device.reason
         sizes = sizes_of(plan, device, options)
-        self._admission = Admission(plan, device, sizes, options.memory_fraction)
+        self._admission = Admission(plan, device, sizes, budget_of(options))
         self._tuner = Tuner(plan, device, options, sizes, self._admission)
         self._rooms = Rooms()
         self._serve_callers = options.batch_timeout_ms == 0 or not self._sizes.shared
@@ -60,11 +61,15 @@ class Engine:
         self._usual = self._policy.timeout_s, self._policy.level
         streams = device.open(plan, sizes.streams, sizes.slots, threads_of(options, sizes.streams))
         self._buckets = self._tuner.bucketed(streams)
-        self._pool = Pool(self._buckets or streams, new_batcher(options), sizes.batch.batch, plan.batching.outputs)
+        outputs, shorten = plan.batching.outputs, self._admission.shorten
+        self._pool = Pool(self._buckets or streams, new_batcher(options), sizes.batch.batch, outputs, shorten)
         self._pool.rounds.individual = options.partial is Partial.individual
         weakref.finalize(self, self._pool.abandon).atexit = False
         if options.warmup and self._tuner.useful and not self._warmed():
             self._pool.rounds.may_share = self._tuner.may_share
+        if not self.healthy:
+            self.close(drain=False)
+            self.check_open()
 
     @property
     def _sizes(self) -> Sizes:
@@ -127,6 +132,10 @@ class Engine:
             if worker is not None:
                 try:
                     return wrap(run_alone(worker, arrays, admitted.fit, started, reason))
+                except OutOfMemory:
+                    if admitted.rows == 1:
+                        raise
+                    worker.counters.failed -= 1  # the queue runs it in parts
                 finally:
                     self._pool.give_back(worker)
         request = self._request(arrays, wrap, admitted)
@@ -190,22 +199,7 @@ class Engine:
         Reads ahead by at most twice `optimal_requests` items. The first error is raised at its place and ends the
         iteration; what was not dispatched by then is cancelled.
         """
-        source, group = iter(inputs), self.optimal_requests
-        waiting: deque[Future[Any]] = deque()
-        more = True
-        try:
-            while more or waiting:
-                while more and len(waiting) <= group:
-                    items = list(itertools.islice(source, group))
-                    more = len(items) == group
-                    waiting.extend(self._queue_group(items))
-                if not more:
-                    self._flush_last()
-                if waiting:
-                    yield self._result(waiting.popleft())
-        finally:
-            for future in waiting:
-                future.cancel()
+        return ordered(inputs, self.optimal_requests, self._queue_group, self._flush_last, self._result)
 
     def warmup(self, inputs: Any = None) -> BatchPlan:
         """Run rows singly and together, and time batches of 1, 2, 4, ... rows: what `explain_batching` then says.
@@ -257,7 +251,17 @@ class Engine:
 
         Weights do not depend on the number of streams; activations grow with the number of slots.
         """
-        return self._admission.memory_plan()
+        return memory_plan(self._sizes, self._plan, self._device, self._admission.largest)
+
+    @property
+    def healthy(self) -> bool:
+        """False once the device has failed for good: then every request fails with DeviceLost, here and in any other
+        engine of this process on that device. See `describe`."""
+        return not self._pool.gate.lost
+
+    def describe(self) -> Description:
+        """The state of the engine, ready or not and why, with all that was decided for it."""
+        return describe(self._pool.gate, self.device, self._sizes, self.memory_plan())
 
     def get_property(self, name: str) -> Any:
         """The value in effect of a property by OpenVINO's name; "SUPPORTED_PROPERTIES" lists the names.
@@ -291,8 +295,8 @@ class Engine:
         self._rooms.close()
 
     def check_open(self) -> None:
-        """EngineClosed once requests are refused; ForkedEngineError in the child of a fork."""
-        self._pool.check_open()
+        """EngineClosed once requests are refused, ForkedEngineError in the child of a fork; DeviceLost if unhealthy."""
+        self._pool.gate.check()
 
     def serve_until(self, done: Callable[[], bool]) -> bool:
         """For a callback that is about to wait, see `Pool.serve_until`."""

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from gpu_engine.errors import DeviceError, OutOfMemory
-from gpu_engine.plan.signature import Fit
+from gpu_engine.errors import DeviceLost, OutOfMemory
+from gpu_engine.plan.signature import Family, Fit
 from gpu_engine.runtime.arrays import Array
 from gpu_engine.runtime.device import Slot, Stream
 from gpu_engine.runtime.observation import Moments, Watch
-from gpu_engine.runtime.requests import Part, Request, gather, scatter
+from gpu_engine.runtime.requests import Join, Part, Request, gather, scatter
+from gpu_engine.runtime.rooms import Rooms
 from gpu_engine.runtime.scheduler import Batch
 from gpu_engine.runtime.statistics import Counters
 from gpu_engine.runtime.tokens import Tokens
 
+_LOGGER = logging.getLogger(__name__)
 clock = time.monotonic
+Shortage = Callable[[Family, int], None]
 POLL_S = 1e-3
 """Between looks for an idle slot, where no thread tells."""
 
@@ -58,7 +62,10 @@ class Lane:
             if worker.lane is self:
                 worker.watch = None
                 del worker.slot
-        self.stream.close()
+        try:
+            self.stream.close()
+        except Exception:
+            _LOGGER.exception("a stream could not be closed")
 
     def busy_until(self, now: float) -> float:
         """Seconds with an execution in flight."""
@@ -69,18 +76,20 @@ class Worker:
     """A slot, what it did, and the thread that serves it.
 
     Whoever took the worker out of the pool's idle list owns the slot: its own thread, woken by a token while `called`
-    is set, or a caller of run(). `batch` is what the thread runs at the moment; `watch` is told of every execution.
+    is set, or a caller of run(). `batch` is what the thread runs at the moment; `watch` is told of every execution;
+    `lost` is how an execution found the device broken; `shortage` is told how many rows had too little memory.
     """
 
-    __slots__ = ("batch", "called", "counters", "lane", "slot", "thread", "tokens", "watch")
+    __slots__ = ("batch", "called", "counters", "lane", "lost", "shortage", "slot", "thread", "tokens", "watch")
 
-    def __init__(self, lane: Lane, slot: Slot) -> None:
-        self.lane, self.slot, self.counters = lane, slot, Counters()
+    def __init__(self, lane: Lane, slot: Slot, shortage: Shortage | None = None) -> None:
+        self.lane, self.slot, self.shortage, self.counters = lane, slot, shortage, Counters()
         self.tokens = Tokens()
         self.thread: threading.Thread | None = None
         self.called = False
         self.batch: Batch[Request] | None = None
         self.watch: Watch | None = None
+        self.lost: DeviceLost | None = None
 
 
 def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float, reason: str) -> list[Array]:
@@ -91,7 +100,7 @@ def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float,
         result = [output.copy() for output in outputs]
     except Exception as error:
         counters.failed += 1
-        raise _typed(error) from error.__cause__
+        raise _seen(worker, error) from error.__cause__
     copied = clock()
     if (watch := worker.watch) is not None:
         watch(None, fit.rows, fit.extents, Moments(started, staged, computed, copied))
@@ -104,17 +113,21 @@ def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float,
 def execute(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[bool]) -> None:
     """Run parts of one key together and settle their requests; never raises."""
     try:
+        if worker.lost is not None:
+            raise worker.lost
         results = _run(worker, parts, batched_outputs)
     except BaseException as error:
-        failure = _typed(error)
+        failure = _seen(worker, error)
+        if isinstance(failure, OutOfMemory) and worker.shortage is not None:
+            worker.shortage(parts[0][0].fit.family, sum([stop - start for _, start, stop in parts]))
     else:
         _settle(parts, results)
         return
-    if len(parts) > 1 and _may_retry(failure):
-        worker.counters.retried += 1
-        half = len(parts) // 2
-        execute(worker, parts[:half], batched_outputs)
-        execute(worker, parts[half:], batched_outputs)
+    halves = _halves(parts, failure, batched_outputs)
+    worker.counters.retried += bool(halves)
+    for half in halves:
+        execute(worker, half, batched_outputs)
+    if halves:
         return
     for request, _, _ in parts:
         worker.counters.failed += not request.future.done()
@@ -180,13 +193,27 @@ def _settle(parts: Sequence[Part], results: Sequence[Any]) -> None:
         request.future.run_callbacks()
 
 
-def _typed(error: BaseException) -> BaseException:
-    """The error itself, but what Python says about memory in our terms."""
+def _seen(worker: Worker, error: BaseException) -> BaseException:
+    """The error itself, but what Python says about memory in our terms; that the device is lost is noted."""
+    if isinstance(error, DeviceLost):
+        worker.lost = error
     if isinstance(error, MemoryError) and not isinstance(error, OutOfMemory):
         return OutOfMemory(f"no memory is left for the results: {error}")
     return error
 
 
-def _may_retry(error: BaseException) -> bool:
-    """Whether running fewer requests may succeed: not on a device that is broken."""
-    return isinstance(error, Exception) and (not isinstance(error, DeviceError) or isinstance(error, OutOfMemory))
+def _halves(parts: Sequence[Part], error: BaseException, batched_outputs: Sequence[bool]) -> Sequence[Sequence[Part]]:
+    """Two executions that may succeed where one failed: fewer requests and, where memory ran out, fewer rows of a
+    single one. Nothing helps on a device that is broken."""
+    if not isinstance(error, Exception) or isinstance(error, DeviceLost):
+        return ()
+    if len(parts) > 1:
+        half = len(parts) // 2
+        return parts[:half], parts[half:]
+    request, start, stop = parts[0]
+    if stop - start < 2 or not isinstance(error, OutOfMemory):
+        return ()
+    if request.join is None:
+        request.join = Join(request.rows, batched_outputs, Rooms())
+    middle = (start + stop) // 2
+    return [(request, start, middle)], [(request, middle, stop)]

@@ -10,6 +10,7 @@ DEVICES = {
     "cuda": "gpu_engine.gpu.cuda:CudaDevice",
     "interpret": "gpu_engine.gpu.interpret:InterpretDevice",
 }
+DEVICE_COUNTS = {"cuda": "gpu_engine.gpu.cuda:device_count"}
 KERNEL_COMPILER = "gpu_engine.gpu.offline:compile_binary"
 """Needs Triton, which a bundle does without."""
 NAMES = {

@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from gpu_engine.errors import EngineClosed, ForkedEngineError, RequestTimeout
+from gpu_engine.errors import DeviceLost, EngineClosed, ForkedEngineError, RequestTimeout
 from gpu_engine.runtime.device import Stream
 from gpu_engine.runtime.endings import CLOSED, EXPIRED, FORKED, watch_endings
-from gpu_engine.runtime.execution import POLL_S, Lane, Worker, clock, seconds_left
+from gpu_engine.runtime.execution import POLL_S, Lane, Shortage, Worker, clock, seconds_left
 from gpu_engine.runtime.future import Future
+from gpu_engine.runtime.gate import Gate
 from gpu_engine.runtime.observation import Observer, watch
 from gpu_engine.runtime.requests import Request, fail_all
 from gpu_engine.runtime.rounds import Rounds
@@ -32,31 +33,31 @@ class Pool:
     """Queue, slots and threads. What an engine shares with its threads, so that they never keep the engine alive."""
 
     def __init__(
-        self, streams: Sequence[Stream], batcher: Batcher[Request], batch: int, batched_outputs: Sequence[bool]
-    ) -> None:
-        self.batcher, self._batch = batcher, batch
-        self.rounds = Rounds(batcher, batched_outputs, lambda: self._refusal is not None)
+        self, streams: Sequence[Stream], batcher: Batcher[Request], batch: int, batched_outputs: Sequence[bool],
+        shortage: Shortage | None = None,
+    ) -> None:  # fmt: skip
+        self.batcher, self._batch, self.gate = batcher, batch, Gate()
+        self.rounds = Rounds(batcher, batched_outputs, lambda: self.gate.is_shut)
         self._lanes = [Lane(stream) for stream in streams]
         slots = max(len(stream.slots) for stream in streams)
         # Slot by slot: `observe` relies on it.
-        self._workers = [Worker(lane, lane.stream.slots[i]) for i in range(slots) for lane in self._lanes]
+        self._workers = [Worker(lane, lane.stream.slots[i], shortage) for i in range(slots) for lane in self._lanes]
         self._idle = self._workers[::-1]
         self._single = slots == 1
         self._by_thread: dict[int, Worker] = {}
         self._made_at = clock()
-        self._coming = self._leavers = 0
+        self._coming = 0
         self._timekeeper: Worker | None = None
-        self._refusal: str | None = None
         self._open = list(self._lanes)
-        self._started = self._stopped = self._abandoned = self._forked = False
+        self._started = self._stopped = self._abandoned = False
         self._make_locks()
         self._forget_exit = watch_endings(self)
 
     def borrow(self, now: float) -> Worker | None:
-        """An idle slot for the calling thread if nothing waits, else None; EngineClosed after close()."""
+        """An idle slot for the calling thread if nothing waits, else None; raises what `gate` says."""
         with self._mutex:
-            if self._refusal is not None:
-                self.check_open()
+            if self.gate.is_shut:
+                self.gate.check()
             if not self._idle or self.batcher.size:
                 return None
             worker = self._idle.pop() if self._single else self._pick()
@@ -65,22 +66,26 @@ class Pool:
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[Worker]:
-        """An idle slot, waited for, for the calling thread; EngineClosed after close()."""
+        """An idle slot, waited for, for the calling thread; raises what `gate` says."""
         while (worker := self.borrow(clock())) is None:
             time.sleep(POLL_S)
         try:
             yield worker
+        except DeviceLost as error:
+            worker.lost = error
+            raise
         finally:
             self.give_back(worker)
 
     def give_back(self, worker: Worker) -> None:
         """End what `borrow` began."""
+        self._notice_loss(worker)
         with self._mutex:
             worker.lane.end(clock())
             self._idle.append(worker)
             if self.batcher.size:
                 self._call_workers()
-            if self._refusal is not None:
+            if self.gate.is_shut:
                 self._quiet.notify_all()
         if self._stopped:
             self._release_streams()
@@ -88,7 +93,7 @@ class Pool:
     def admit(self, requests: Iterable[Request], block: bool = False) -> None:
         """Queue requests as one group; with `block`, wait for room up to each request's deadline.
 
-        EngineClosed after close(), QueueFull without `block`, RequestTimeout with it.
+        Raises what `gate` says, QueueFull without `block`, RequestTimeout with it.
         """
         if not self._started:
             self._start()
@@ -96,10 +101,11 @@ class Pool:
             bounded = self.batcher.max_size
             try:
                 for request in requests:
-                    if bounded and not self._has_room() and block:
-                        self._wait_for_room(request)
-                    if self._refusal is not None:
-                        self.check_open()
+                    if bounded and not self._vacancy.has_room() and block:
+                        self._call_workers()
+                        self._vacancy.wait(request)
+                    if self.gate.is_shut:
+                        self.gate.check()
                     self.batcher.add(request)
             finally:
                 self._call_workers()
@@ -109,8 +115,8 @@ class Pool:
         if not self._started:
             self._start()
         with self._mutex:
-            self.check_open()
-            if self._has_room():
+            self.gate.check()
+            if self._vacancy.has_room():
                 self.batcher.add(request)
                 self._call_workers()
                 return None
@@ -119,23 +125,12 @@ class Pool:
     def leave(self) -> None:
         """A request was cancelled: its place in a bounded queue is free."""
         with self._mutex:
-            self._leavers += 1
-            self._vacancy.announce()
-
-    @property
-    def closed(self) -> bool:
-        """Whether requests are refused."""
-        return self._refusal is not None
+            self._vacancy.leave()
 
     @property
     def threads(self) -> int:
         """Threads of the host that all streams together compute with."""
         return sum(lane.stream.threads for lane in self._lanes)
-
-    def check_open(self) -> None:
-        """EngineClosed once requests are refused."""
-        if self._refusal is not None:
-            raise (ForkedEngineError if self._forked else EngineClosed)(self._refusal)
 
     def collect_for(self, timeout_s: float) -> None:
         """From now on let a batch that is not full wait so long for more rows."""
@@ -167,8 +162,8 @@ class Pool:
     def observe(self, observer: Observer | None) -> None:
         """See `Engine.observe`."""
         with self._mutex:
-            if observer is not None and self._refusal is not None:
-                raise EngineClosed(self._refusal)
+            if observer is not None:
+                self.gate.check()
             for number, worker in enumerate(self._workers):
                 place, stream = divmod(number, len(self._lanes))
                 worker.watch = None if observer is None else watch(observer, stream, place, worker.slot)
@@ -192,8 +187,8 @@ class Pool:
         worker = self._by_thread.get(threading.get_ident())
         self._forget_exit()
         with self._mutex:
-            self._refusal = self._refusal or CLOSED
-            if self._forked:
+            self.gate.shut(EngineClosed, CLOSED)
+            if self.gate.forked:
                 return
             self._vacancy.announce()
         while drain and worker is not None and self._serve_one(worker):
@@ -223,12 +218,12 @@ class Pool:
         self._forget_exit()
         for worker in self._workers:
             worker.tokens.put()
-        if not self._started and not self._forked:
+        if not self._started and not self.gate.forked:
             self._release_streams()
 
     def after_fork(self) -> None:
         """In the child of a fork no thread serves the slots: fail what waits, refuse what comes."""
-        self._forked, self._refusal = True, FORKED
+        self.gate.shut(ForkedEngineError, FORKED)
         self._make_locks()
         self._by_thread.clear()
         requests = [*self.batcher.clear(), *self._in_flight()]
@@ -247,15 +242,29 @@ class Pool:
         fail_all(expired, RequestTimeout(EXPIRED))
         if batch is not None:
             self.rounds.execute(worker, batch)
+            self._notice_loss(worker)
         return batch is not None
+
+    def _notice_loss(self, worker: Worker) -> None:
+        """After an execution that found the device broken: fail what waits, at once, and refuse what comes."""
+        if (lost := worker.lost) is None:
+            return
+        worker.lost = None
+        with self._mutex:
+            self.gate.shut(DeviceLost, str(lost))
+            waiting = self.batcher.clear()
+            self._vacancy.announce()
+        worker.counters.failed += sum(not request.cancelled() for request in waiting)
+        fail_all(waiting, lost)
 
     def _make_locks(self) -> None:
         self._mutex = threading.Lock()
-        self._quiet, self._vacancy = threading.Condition(self._mutex), Vacancy(self._mutex)
+        self._quiet = threading.Condition(self._mutex)
+        self._vacancy = Vacancy(self._mutex, self.batcher, self.gate)
 
     def _start(self) -> None:
         with self._mutex:
-            if self._started or self._refusal is not None:
+            if self._started or self.gate.is_shut:
                 return
             for i, worker in enumerate(self._workers):
                 if worker.thread is None:
@@ -324,6 +333,7 @@ class Pool:
             ran = batch is not None
             if batch is not None:
                 self.rounds.run(worker, batch)
+                self._notice_loss(worker)
             elif wait_s is None:
                 return
             else:
@@ -348,7 +358,7 @@ class Pool:
                 self._call_workers()
             if self.batcher.max_size:
                 self._vacancy.announce()
-            if self._refusal is not None:
+            if self.gate.is_shut:
                 self._quiet.notify_all()
             expired = self.batcher.pop_expired()
         if expired:
@@ -363,19 +373,6 @@ class Pool:
                 self._timekeeper = None
             self._answer(worker)
 
-    def _has_room(self) -> bool:
-        """Whether the queue can take a request, once those left that were cancelled; the mutex is held."""
-        if self._leavers and self.batcher.full():
-            self._leavers = 0
-            self.batcher.drop_cancelled()
-        return not self.batcher.full()
-
-    def _wait_for_room(self, request: Request) -> None:
-        """Wait until the queue has room; the mutex is held."""
-        self._call_workers()
-        if not self._vacancy.wait_for(lambda: self.closed or self._has_room(), seconds_left(request.deadline)):
-            raise RequestTimeout(f"{EXPIRED} while the queue was full")
-
     def _is_quiet(self) -> bool:
         """Whether no slot is owned."""
         return len(self._idle) == len(self._workers)
@@ -385,7 +382,7 @@ class Pool:
 
     def _fail_abandoned(self) -> None:
         with self._mutex:
-            self._refusal = CLOSED
+            self.gate.shut(EngineClosed, CLOSED)
             waiting = self.batcher.clear()
         fail_all(waiting, EngineClosed("the engine was dropped before the request ran"))
 

@@ -11,6 +11,7 @@ from typing import Any
 from gpu_engine.options import Options, PerformanceMode, milliseconds, suggestion
 from gpu_engine.plan.plan import Plan
 from gpu_engine.runtime.device import Device
+from gpu_engine.runtime.memory import budget_of
 from gpu_engine.runtime.sizing import HEURISTIC_BATCH, Sizes, is_latency, memory_cap
 
 LIVE = "AUTO_BATCH_TIMEOUT"
@@ -125,9 +126,9 @@ def _max_batch(facts: Facts) -> int:
     plan = facts.plan
     if plan.batching.refused or plan.symbols != (plan.batching.symbol,):
         return 1
-    _, row_nbytes = facts.device.memory(plan, (1,))
-    free = facts.device.free_memory() * facts.options.memory_fraction
-    return memory_cap(free, 0, row_nbytes, facts.sizes.streams * facts.sizes.slots) or 1
+    weights, row_nbytes = facts.device.memory(plan, (1,))
+    room = budget_of(facts.options).room(facts.device.free_memory(), weights, loaded=True)
+    return memory_cap(room, 0, row_nbytes, facts.sizes.slots_per_device) or 1
 
 
 def _optimal_batch(facts: Facts) -> int:
@@ -170,5 +171,5 @@ _READ: dict[str, Callable[[Facts], Any]] = {
     "OPTIMAL_BATCH_SIZE": _optimal_batch,
     "MAX_BATCH_SIZE": _max_batch,
     "NETWORK_NAME": lambda facts: facts.name,
-    "EXECUTION_DEVICES": lambda facts: (facts.device.name,),
+    "EXECUTION_DEVICES": lambda facts: facts.device.properties().get("EXECUTION_DEVICES", (facts.device.name,)),
 }

@@ -68,7 +68,7 @@ class ReusableRequest:
 
     @property
     def state(self) -> RequestState:
-        if self._state is RequestState.BUSY or not (self._stopped or self._pool.closed):
+        if self._state is RequestState.BUSY or not (self._stopped or self._pool.gate.is_shut):
             return self._state
         return RequestState.STOP
 
@@ -186,7 +186,7 @@ class ReusableRequest:
     def reserve(self) -> bool:
         """Make the request BUSY for a `launch`; False if it is."""
         self._settle_after_fork()
-        self._pool.check_open()
+        self._pool.gate.check()
         if self._stopped:
             raise EngineClosed("the request was closed")
         with self._changed:
@@ -267,7 +267,7 @@ class ReusableRequest:
 
     def _settle_after_fork(self) -> None:
         """In the child of a fork nobody calls callbacks any more."""
-        if self._pool.closed and not self._settled:
+        if self._pool.gate.is_shut and not self._settled:
             self.settle_if_done()
 
     def _given(self, inputs: Any) -> Any:

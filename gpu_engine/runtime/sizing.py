@@ -27,23 +27,10 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes: of the weights, which all streams share, and of the activations of all slots together."""
-
-    weights: int
-    activations: int
-    slots: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.activations
-
-
-@dataclass(frozen=True)
 class Sizes:
     """What an engine opens: `slots` per stream that execute or are in flight, `shared` if requests are batched.
 
-    `optimal_requests` in flight keep every slot busy and the next batches gathered.
+    `optimal_requests` in flight keep every slot busy and the next batches gathered. Streams are spread over `devices`.
     """
 
     streams: int
@@ -51,18 +38,26 @@ class Sizes:
     batch: BatchPlan
     shared: bool
     optimal_requests: int
+    devices: int = 1
+
+    @property
+    def slots_per_device(self) -> int:
+        """The most slots on one device."""
+        return -(-self.streams // self.devices) * self.slots
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds the choice: the device's `streams` and `batch` (None: nothing), whether its launches are
-    asynchronous, whether requests of many rows must be cut even where none are joined, how many streams "auto" and
-    "numa" mean, and why the graph refuses batching ("" if it does not)."""
+    """What bounds the choice: the device's `streams` and `batch` (None: nothing), how many `devices` share requests,
+    each with streams of its own, whether launches are asynchronous, whether requests of many rows must be cut even
+    where none are joined, how many streams "auto" and "numa" mean, and why the graph refuses batching ("" if it does
+    not)."""
 
     auto_streams: int
     numa_nodes: int = 1
     streams: int | None = None
     batch: int | None = None
+    devices: int = 1
     asynchronous: bool = False
     splits: bool = False
     refused: str = ""
@@ -73,6 +68,8 @@ def choose(options: Options, limits: Limits) -> Sizes:
     """The sizes of an engine; warns where more streams are asked for than the device has cores."""
     latency = is_latency(options)
     streams = choose_streams(options, limits)
+    if options.scheduler is not Scheduler.single_stream:
+        streams *= limits.devices
     in_flight = 1 if latency else SLOTS_PER_STREAM
     plan = choose_batch(options, limits, streams)
     return Sizes(
@@ -81,6 +78,7 @@ def choose(options: Options, limits: Limits) -> Sizes:
         batch=plan,
         shared=(is_shared(options) or limits.splits) and not limits.refused,
         optimal_requests=optimal_requests(plan.batch, streams, in_flight),
+        devices=limits.devices,
     )
 
 
@@ -105,7 +103,8 @@ def is_shared(options: Options) -> bool:
 
 
 def choose_streams(options: Options, limits: Limits) -> int:
-    """Streams to open: an explicit count, else `auto_streams` for a throughput hint or "auto", else 1."""
+    """Streams to open on each device: an explicit count, else `auto_streams` for a throughput hint or "auto", else 1. A
+    single stream is one on all devices together."""
     if options.scheduler is Scheduler.single_stream:
         return 1
     streams, cores = options.streams, usable_cores(options, limits)
@@ -203,11 +202,11 @@ def memory_cap(free: float, weights: int, row: int, slots: int) -> int | None:
     return max(1, int(free - weights) // (row * slots))
 
 
-def capped(plan: BatchPlan, cap: int | None) -> BatchPlan:
-    """The plan within a memory cap."""
+def capped(plan: BatchPlan, cap: int | None, bound: str = "free memory") -> BatchPlan:
+    """The plan within a memory cap, which `bound` sets."""
     if cap is None or cap >= plan.batch:
         return plan
-    return BatchPlan(cap, f"{plan.reason}, limited to {cap} by free memory", "memory", plan.refused_inputs)
+    return BatchPlan(cap, f"{plan.reason}, limited to {cap} by {bound}", "memory", plan.refused_inputs)
 
 
 def resized(sizes: Sizes, plan: BatchPlan) -> Sizes:

@@ -20,8 +20,9 @@ from gpu_engine.runtime.admission import Admission
 from gpu_engine.runtime.buckets import BucketStream, powers
 from gpu_engine.runtime.device import Device, Stream
 from gpu_engine.runtime.execution import Worker
+from gpu_engine.runtime.memory import budget_of, fitted
 from gpu_engine.runtime.requests import Part, gather_rows
-from gpu_engine.runtime.sizing import BatchPlan, Limits, Sizes, capped, choose, memory_cap, resized
+from gpu_engine.runtime.sizing import BatchPlan, Limits, Sizes, choose, resized
 from gpu_engine.runtime.warmup import Measured, Row, check, measure, random_rows, took_s
 
 _LOGGER = logging.getLogger(__name__)
@@ -165,15 +166,10 @@ def sizes_of(plan: Plan, device: Device, options: Options) -> Sizes:
         numa_nodes=numa_nodes(),
         streams=device.stream_limit,
         batch=device.batch_limit,
+        devices=device.devices,
         asynchronous=device.asynchronous,
         splits=options.deterministic and not device.same_bits(plan),
         refused=refused,
         refused_inputs=tuple(port.name for port, carries in named if not carries),
     )
-    sizes = choose(options, limits)
-    if refused or plan.symbols != (batching.symbol,):
-        return sizes
-    weights, row_nbytes = device.memory(plan, (1,))
-    free = device.free_memory() * options.memory_fraction
-    cap = memory_cap(free, weights, row_nbytes, sizes.streams * sizes.slots)
-    return resized(sizes, capped(sizes.batch, cap))
+    return fitted(choose(options, limits), plan, device, budget_of(options))

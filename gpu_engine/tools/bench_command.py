@@ -18,7 +18,7 @@ from gpu_engine.tools.peers import PEERS
 from gpu_engine.tools.scenarios import scenario
 
 Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
-Device = Annotated[str, typer.Option("--device", "-d", help='"auto", "cpu", "cuda", "cuda:1", ...')]
+Device = Annotated[str, typer.Option("--device", "-d", help='"auto", "cpu", "cuda", "cuda:1", "cuda:all", ...')]
 Config = Annotated[
     Path | None, typer.Option("--config", "-load_config", help="A TOML file of compile()'s options, as `tune` writes.")
 ]

@@ -1,5 +1,5 @@
-"""The command line: `gpu-engine demo`, `run`, `bench`, `tune`, `build`, `precision`, `inspect`, `profile`, `simulate`
-and `ops`."""
+"""The command line: `gpu-engine demo`, `run`, `bench`, `tune`, `build`, `precision`, `inspect`, `profile`, `simulate`,
+`ops` and `doctor`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from gpu_engine.gpu import bundle
 from gpu_engine.tools import bundles, operators
 from gpu_engine.tools.bench_command import Config, Inputs, Precision, Seed, Shapes, bench
 from gpu_engine.tools.demo import Advance, Report, run_demo
+from gpu_engine.tools.doctor_command import run_doctor
 from gpu_engine.tools.feeds import Request
 from gpu_engine.tools.files import describe_value, named_outputs, read_inputs, write_outputs
 from gpu_engine.tools.inspection_command import run_inspection
@@ -37,9 +38,10 @@ app = typer.Typer(
     help="Run ONNX models for throughput.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 
-Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')]
+Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", "cuda:all", ...')]
 Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
 
+app.command("doctor")(run_doctor)
 app.command("inspect")(run_inspection)
 app.command("profile")(run_profile)
 app.command("simulate")(run_simulation)

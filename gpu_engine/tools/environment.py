@@ -63,7 +63,7 @@ def environment(packages: Sequence[str] = ()) -> Environment:
         memory_nbytes=_memory(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
-        versions={name: found for name in (*PACKAGES, *packages) if (found := _version(name))},
+        versions={name: found for name in (*PACKAGES, *packages) if (found := installed_version(name))},
     )
 
 
@@ -95,7 +95,8 @@ def _memory() -> int:
     return os.sysconf(names[0]) * os.sysconf(names[1]) if all(name in os.sysconf_names for name in names) else 0
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of a package; "" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

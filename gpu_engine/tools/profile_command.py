@@ -38,7 +38,7 @@ from gpu_engine.tools.trace import trace_events, write_trace
 
 def run_profile(
     model: Annotated[Path, typer.Argument(help="An .onnx file or a bundle.")],
-    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", ...')] = "auto",
+    device: Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", "cuda:all", ...')] = "auto",
     config: Config = None,
     streams: Annotated[
         str | None, typer.Option(help='Executions at the same time: a number, or "auto"; 1 unless given.')
