@@ -42,6 +42,7 @@ class CpuDevice:
     asynchronous = False
     batch_limit = 8
     bucketed = False
+    intake = None
 
     def __init__(self, ordinal: int | None = None, deterministic: bool = False, *, timed: bool = False) -> None:
         if ordinal not in (None, 0):

@@ -50,6 +50,7 @@ class RecordingDevice:
     bucketed: bool = False
     bits: bool = True
     stream_limit: int | None = None
+    intake: None = None
     free_nbytes: int = 1 << 40
     row_nbytes: int = 1
     name: str = "recording"

@@ -14,15 +14,19 @@ from gpu_engine.errors import ExecutionError, GpuEngineError
 from gpu_engine.gpu.clocks import StepClocks
 from gpu_engine.gpu.control import Body, controls, run_bodies
 from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, Touched, host_array
+from gpu_engine.gpu.exchange import Exchange, Place
 from gpu_engine.gpu.launches import ArrayCall, BodyCall, Launch
-from gpu_engine.gpu.program import Bound, Program, Segment, bind, located
-from gpu_engine.ir.dtypes import STRING
+from gpu_engine.gpu.program import Bound, Program, Segment, bind, located, rebased
+from gpu_engine.ir.dtypes import STRING, DType
 from gpu_engine.plan.execution import extents_after, step_failure
 from gpu_engine.plan.plan import Plan, Step, constant_of, root
 from gpu_engine.plan.zones import Ints
-from gpu_engine.runtime.device import StepTimes
+from gpu_engine.runtime.device import Cut, StepTimes
+from gpu_engine.runtime.device_tensors import DeviceTensor, GivenTensor
 
 CACHED_BINDINGS = 32
+CACHED_ADDRESSES = 8
+"""Sets of addresses of callers' tensors for each binding."""
 
 
 class Weights:
@@ -80,8 +84,11 @@ class Area:
 class GpuSlot:
     """Room for one batch in flight. See `runtime.device.Slot`."""
 
-    def __init__(self, plan: Plan, driver: Driver, weights: Weights, timed: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, driver: Driver, weights: Weights, timed: bool = False, place: Place | None = None
+    ) -> None:
         self._plan, self._driver, self._weights = plan, driver, weights
+        self._exchange = None if place is None else Exchange(driver, place)
         self._clocks = StepClocks(driver, len(plan.steps)) if timed else None
         self._program: Program = plan.program
         self._moves, self._seen = [0], 0
@@ -104,6 +111,8 @@ class GpuSlot:
     def stage(self, extents: tuple[int, ...]) -> Sequence[HostArray]:
         """See `runtime.device.Slot`. InputError if the extents contradict each other inside the model."""
         bound = self._bound
+        if self._exchange is not None:
+            self._exchange.stage()
         if bound is None or bound.extents != extents or self._seen != self._moves[0]:
             self._bound = None
             with self._driver.active():
@@ -115,6 +124,21 @@ class GpuSlot:
                 for i in self._plan.inputs
             ]
         return self._inputs
+
+    def read(self, position: int, tensors: Sequence[GivenTensor]) -> None:
+        """See `runtime.device.TensorSlot`."""
+        assert self._exchange is not None
+        self._exchange.read[position] = tensors
+
+    def give(self, rows: int, cuts: Sequence[Cut]) -> None:
+        """See `runtime.device.TensorSlot`."""
+        assert self._exchange is not None
+        self._exchange.give(rows, cuts)
+
+    def given(self) -> Sequence[Sequence[DeviceTensor]]:
+        """See `runtime.device.TensorSlot`."""
+        assert self._exchange is not None
+        return self._exchange.outputs
 
     def launch(self) -> None:
         """Copy the inputs to the device and start every step; an error is kept for `wait`."""
@@ -139,7 +163,13 @@ class GpuSlot:
         with self._driver.active():
             if self._clocks is not None:
                 self._clocks.finish()
-            outputs = [self.output(i) for i in range(len(self._plan.outputs))]
+            if self._exchange is not None and self._exchange.cuts:
+                self._driver.finish()
+                outputs = []
+            else:
+                outputs = [self.output(i) for i in range(len(self._plan.outputs))]
+        if self._exchange is not None:
+            self._exchange.ended()
         self._failed = False
         return outputs
 
@@ -156,9 +186,11 @@ class GpuSlot:
         if self._failed:
             for area in (area for areas in self._areas for area in areas):
                 area.clear()
-        self._failed, chain = True, [bound]
-        for buffer, source in zip(self._plan.inputs, inputs, strict=True):
-            self._write(buffer, source, chain)
+        self._failed = True
+        chain = [self._with_tensors(bound)]
+        for position, (buffer, source) in enumerate(zip(self._plan.inputs, inputs, strict=True)):
+            if self._exchange is None or position not in self._exchange.read:
+                self._write(buffer, source, chain)
         if self._clocks is not None:
             self._clocks.begin()
         for index, segment in enumerate(self._program.segments):
@@ -170,7 +202,37 @@ class GpuSlot:
                 chain.append(self._bind(index + 1, extents, chain))
                 for buffer, result in zip(step.outputs, results, strict=True):
                     self._write(buffer, result, chain)
+        if self._exchange is not None and self._exchange.cuts:
+            self._exchange.copy_out([self._result(i, chain) for i in range(len(self._plan.outputs))])
         self._failed, self._chain = False, chain
+
+    def _with_tensors(self, bound: Bound) -> Bound:
+        """Bound to the tensors of callers that kernels can read where they lie; others are copied."""
+        exchange = self._exchange
+        if exchange is None or not exchange.read:
+            return bound
+        exchange.wait_for_producers()
+        in_place, inputs = exchange.in_place(), self._plan.inputs
+        for position in exchange.read:
+            if position not in in_place:
+                exchange.copy_in(position, self._piece(inputs[position], [bound]))
+        if not in_place:
+            return bound
+        addresses = tuple(in_place.get(position, 0) for position in range(len(inputs)))
+        found = bound.elsewhere.pop(addresses, None)
+        if found is None:
+            owners = {root(self._plan.buffers, inputs[position]): address for position, address in in_place.items()}
+            memories = {owner: self._driver.view(address, bound.located[owner][2]) for owner, address in owners.items()}
+            found = rebased(self._plan, self._program.segments[0], bound, memories)
+            if len(bound.elsewhere) >= CACHED_ADDRESSES:
+                del bound.elsewhere[next(iter(bound.elsewhere))]
+        bound.elsewhere[addresses] = found
+        return found
+
+    def _result(self, position: int, chain: list[Bound]) -> tuple[Piece, tuple[int, ...], DType, bool]:
+        """An output for `Exchange.copy_out`."""
+        buffer, carries = self._plan.outputs[position], self._plan.batching.outputs[position]
+        return self._piece(buffer, chain), self._shape(buffer, chain), self._plan.buffers[buffer].dtype, carries
 
     def _run(self, segment: Segment, chain: list[Bound]) -> Sequence[Any]:
         """Start the steps of one segment; what the last one gives if it binds extents."""
@@ -323,8 +385,10 @@ class GpuStream:
 
     threads = 1
 
-    def __init__(self, plan: Plan, slots: int, driver: Driver, weights: Weights, timed: bool = False) -> None:
-        self.slots = [GpuSlot(plan, driver, weights, timed) for _ in range(slots)]
+    def __init__(
+        self, plan: Plan, slots: int, driver: Driver, weights: Weights, timed: bool = False, place: Place | None = None
+    ) -> None:
+        self.slots = [GpuSlot(plan, driver, weights, timed, place) for _ in range(slots)]
 
     def enter(self) -> None:
         """No thread of a GPU's stream is tied to a core."""

@@ -15,7 +15,8 @@ _STEP_S = 20e-6
 
 
 class Rounds:
-    """`prepare` is called before a batch; `individual`: requests of a batch that is not full run one after another."""
+    """`prepare` is called before a batch of the host's arrays; `individual`: requests of a batch that is not full run
+    one after another."""
 
     def __init__(self, batcher: Batcher[Request], batched_outputs: Sequence[bool], closed: Callable[[], bool]) -> None:
         self._batcher, self._batched_outputs, self._closed = batcher, tuple(batched_outputs), closed
@@ -24,7 +25,7 @@ class Rounds:
 
     def run(self, worker: Worker, batch: Batch[Request]) -> None:
         """Run a batch and settle its requests; never raises."""
-        if self.prepare is not None:
+        if self.prepare is not None and batch.parts[0][0].placed is None:
             self.prepare(worker, batch.parts)
         started = clock()
         self.execute(worker, batch)
