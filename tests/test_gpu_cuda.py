@@ -25,12 +25,11 @@ from gpu_engine.runtime.late import KERNEL_COMPILER, load
 from gpu_engine.runtime.observation import Execution
 from gpu_engine.tools.stages import read_named, stages_of
 from tests import fake_cupy
+from tests.recording_cuda import Gpu
 
-Log = list[tuple[Any, ...]]
 
-
-def replace_modules(monkeypatch: pytest.MonkeyPatch, log: Log, devices: int = 1) -> None:
-    for name, module in fake_cupy.fake_cupy(log, devices).items():
+def replace_modules(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
+    for name, module in fake_cupy.fake_cupy(gpu).items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "gpu_engine.gpu.cuda", raising=False)
 
@@ -41,12 +40,13 @@ def replace_modules(monkeypatch: pytest.MonkeyPatch, log: Log, devices: int = 1)
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
-    """What was asked of the GPU, in order."""
-    found: Log = []
-    replace_modules(monkeypatch, found)
-    yield found
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """A recorded GPU, which nobody may do to what CUDA forbids."""
+    made = Gpu()
+    replace_modules(monkeypatch, made)
+    yield made
     sys.modules.pop("gpu_engine.gpu.cuda", None)
+    assert not made.violations
 
 
 def network() -> onnx.ModelProto:
@@ -76,18 +76,18 @@ def network() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
 
 
-def test_results_are_those_of_the_cpu(log: Log) -> None:
+def test_results_are_those_of_the_cpu(gpu: Gpu) -> None:
     rng = np.random.default_rng()
     with gpu_engine.compile(network(), device="cuda") as ours, gpu_engine.compile(network(), device="cpu") as cpu:
         for rows in (1, 7, 64, 7):
             x = rng.standard_normal((rows, 6), np.float32)
             for found, expected in zip(ours.run([x]), cpu.run([x]), strict=True):
                 np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
-    assert any(entry[0] == "launch" for entry in log)
+    assert gpu.of("launchKernel", "graphLaunch")
 
 
 @pytest.mark.skipif(not has_compiler(), reason="g++ compiles CUDA C for the host")
-def test_kernels_in_cuda_c_are_launched_alike(log: Log) -> None:
+def test_kernels_in_cuda_c_are_launched_alike(gpu: Gpu) -> None:
     top = helper.make_node("TopK", ["x", "k"], ["values", "places"], axis=0)
     kinds = [helper.make_tensor_value_info(name, kind, None) for name, kind in (("values", 1), ("places", 7))]
     graph = helper.make_graph(
@@ -99,7 +99,7 @@ def test_kernels_in_cuda_c_are_launched_alike(log: Log) -> None:
     with gpu_engine.compile(model, device="cuda") as ours, gpu_engine.compile(model, device="cpu") as cpu:
         for found, expected in zip(ours.run([x]), cpu.run([x]), strict=True):
             np.testing.assert_array_equal(found, expected)
-    assert [entry[:3] for entry in log if entry[0] == "launch"] == [("launch", "top_k", (3, 1, 1))]
+    assert [(call.name, call.grid) for call in gpu.of("launchKernel")] == [("top_k", (3, 1, 1))]
 
 
 def products() -> onnx.ModelProto:
@@ -119,7 +119,7 @@ def products() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
 
 
-def test_descriptors_have_scratch_of_their_own(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors_have_scratch_of_their_own(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """All launches of a stream share it until one wants more; those that were packed before keep theirs."""
     choice = Choice(1, None, GemmTile(16, 32, 16, 4, 2), 1, persistent=True)
     monkeypatch.setattr(gemm, "choose", lambda *args, **options: (choice,))
@@ -131,38 +131,38 @@ def test_descriptors_have_scratch_of_their_own(log: Log, monkeypatch: pytest.Mon
             x = rng.standard_normal((rows, 32)).astype(np.float16)
             for found, expected in zip(ours.run([x]), cpu.run([x]), strict=True):
                 np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=1e-2, atol=1e-1)
-    launches = [entry[1:3] for entry in log if entry[0] == "launch"]
+    launches = [(call.name, call.grid) for call in gpu.of("launchKernel")]
     assert {name for name, _ in launches} == {"persistent_gemm_float16"}
     assert max(grid for _, grid in launches) == (5, 1, 1)
     nbytes = 3 * fake_cupy.DESCRIPTOR_NBYTES
-    reserved = [entry[1] for entry in log if entry[0] == "alloc" and entry[1] in (2 * nbytes, 5 * nbytes)]
+    reserved = [call.nbytes for call in gpu.of("malloc") if call.nbytes in (2 * nbytes, 5 * nbytes)]
     assert reserved == [2 * nbytes, 5 * nbytes]
 
 
-def test_requests_on_two_streams_share_one_copy_of_the_weights(log: Log) -> None:
+def test_requests_on_two_streams_share_one_copy_of_the_weights(gpu: Gpu) -> None:
     rng = np.random.default_rng()
     with gpu_engine.compile(network(), device="cuda", streams=2, requests=16) as engine:
-        weights = [entry for entry in log if entry == ("alloc", 24)]
+        weights = [call for call in gpu.of("malloc") if call.nbytes == 24]
         rows = [rng.standard_normal((1, 6), np.float32) for _ in range(64)]
         futures = [engine.submit([row]) for row in rows]
         for row, future in zip(rows, futures, strict=True):
             expected = np.tanh(row * 2 + np.arange(6, dtype=np.float32) / 10)
             np.testing.assert_allclose(future.result()[1], expected.sum(axis=1), rtol=1e-4, atol=1e-5)
     assert len(weights) <= 1
-    assert len({entry[3] for entry in log if entry[0] == "launch"}) == 2
+    assert len({call.stream for call in gpu.of("launchKernel")}) == 2
 
 
-def test_a_known_shape_allocates_nothing(log: Log) -> None:
+def test_a_known_shape_allocates_nothing(gpu: Gpu) -> None:
     with gpu_engine.compile(network(), device="cuda") as engine:
         x = np.zeros((5, 6), np.float32)
         for _ in range(3):
             engine.run([x])
-        before = [entry[0] for entry in log].count("alloc")
+        gpu.calls.clear()
         engine.run([x])
-        assert [entry[0] for entry in log].count("alloc") == before
+        assert not gpu.of("malloc", "hostAlloc")
 
 
-def test_a_timed_gpu_tells_what_each_step_took(log: Log) -> None:
+def test_a_timed_gpu_tells_what_each_step_took(gpu: Gpu) -> None:
     device = load("gpu_engine.gpu.cuda:CudaDevice")(0, "fp32", fake_cupy.binary_source)
     stages = stages_of(read_named(network()), device.lower)
     seen: list[Execution] = []
@@ -177,7 +177,7 @@ def test_a_timed_gpu_tells_what_each_step_took(log: Log) -> None:
 
 
 def test_no_driver_is_said_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_modules(monkeypatch, [], devices=0)
+    replace_modules(monkeypatch, Gpu(devices=0))
     with pytest.raises(DeviceError, match="cudaErrorInsufficientDriver"):
         gpu_engine.compile(network(), device="cuda")
     with gpu_engine.compile(network()) as engine:
@@ -185,17 +185,17 @@ def test_no_driver_is_said_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatc
     sys.modules.pop("gpu_engine.gpu.cuda", None)
 
 
-def test_a_gpu_that_is_not_there(log: Log) -> None:
+def test_a_gpu_that_is_not_there(gpu: Gpu) -> None:
     with pytest.raises(DeviceError, match="cuda:3 does not exist"):
         gpu_engine.compile(network(), device="cuda:3")
 
 
-def test_memory_that_is_not_there(log: Log) -> None:
+def test_memory_that_is_not_there(gpu: Gpu) -> None:
     with gpu_engine.compile(network(), device="cuda", auto_batching=False) as engine, pytest.raises(OutOfMemory):
         engine.run([np.zeros((1 << 26, 6), np.float32)])
 
 
-def test_without_triton_the_reason_is_said(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_the_reason_is_said(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(place: str) -> Any:
         if place == KERNEL_COMPILER:
             raise ImportError("No module named 'triton'")
@@ -206,7 +206,7 @@ def test_without_triton_the_reason_is_said(log: Log, monkeypatch: pytest.MonkeyP
         gpu_engine.compile(network(), device="cuda")
 
 
-def test_a_product_in_parts_is_one_launch(log: Log) -> None:
+def test_a_product_in_parts_is_one_launch(gpu: Gpu) -> None:
     """[n, 1024] times [1024, 24]: few tiles share what is summed over, and count in memory that starts as zeros."""
     rng = np.random.default_rng()
     weights = rng.standard_normal((1024, 24), np.float32) / np.float32(32)
@@ -218,8 +218,8 @@ def test_a_product_in_parts_is_one_launch(log: Log) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     with gpu_engine.compile(model, device="cuda", auto_batching=False) as engine:
         for rows in (1, 20):
-            log.clear()
+            gpu.calls.clear()
             x = rng.standard_normal((rows, 1024), np.float32)
             np.testing.assert_allclose(engine.run([x])[0], x @ weights, 1e-3, 1e-4)
-            (grid,) = [entry[2] for entry in log if entry[0] == "launch"]
+            (grid,) = [call.grid for call in gpu.of("launchKernel")]
             assert grid[1] > 1

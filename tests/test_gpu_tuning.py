@@ -28,6 +28,7 @@ from gpu_engine.ir.graph import Node, Op, TensorType, Value
 from gpu_engine.ir.ops import MatMul
 from gpu_engine.ir.ops.channels_last import LastConv
 from tests import fake_cupy
+from tests.recording_cuda import Gpu
 from tests.test_gpu_cuda import replace_modules
 
 ROWS = dims.symbol("rows")
@@ -74,7 +75,7 @@ def test_every_candidate_is_a_choice() -> None:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
-    replace_modules(monkeypatch, [])
+    replace_modules(monkeypatch, Gpu())
     from gpu_engine.gpu.cuda import CudaDriver
 
     yield CudaDriver(0, 90, fake_cupy.binary_source)
@@ -200,7 +201,7 @@ def test_a_tile_that_is_no_candidate_any_more_is_not_taken(tuned: Path, monkeypa
 
 
 def test_without_a_gpu_measuring_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    replace_modules(monkeypatch, [], devices=0)
+    replace_modules(monkeypatch, Gpu(devices=0))
     monkeypatch.delitem(sys.modules, "benchmarks.gpu_clock", raising=False)
     assert gpu_tiles.main(["--measure"]) == 1
     assert "no GPU can be used: cudaErrorInsufficientDriver" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import cupy
 import numpy as np
 from cupy.cuda import driver, runtime
 from cupy.cuda.function import Module
+from cupy.cuda.memory import Memory
 from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
@@ -31,6 +32,8 @@ from gpu_engine.plan.zones import Ints
 STATIC_SHARED_NBYTES = 48 << 10
 """A block that wants more dynamic shared memory has to say so first."""
 OLDEST_ARCH = 80
+MEMORY_ALLOCATION = 2
+"""cudaErrorMemoryAllocation, which CuPy 14 has no name for."""
 LEAST_SCRATCH = 64 << 10
 """Bytes of scratch, enough for the descriptors that a program on each multiprocessor makes."""
 
@@ -45,13 +48,10 @@ class Loaded:
 
 
 class CudaMemory:
-    """Bytes of the device; CuPy frees them with the last reference."""
+    """Bytes of the device of no pool, which are given back with the last reference."""
 
     def __init__(self, nbytes: int) -> None:
-        try:
-            self.pointer = cupy.cuda.alloc(max(nbytes, 1))
-        except cupy.cuda.memory.OutOfMemoryError as error:
-            raise OutOfMemory(f"{nbytes:,} bytes could not be allocated on the GPU: {error}") from error
+        self.pointer = cupy.cuda.MemoryPointer(_allocated(max(nbytes, 1)), 0)
         self.address, self.nbytes = int(self.pointer.ptr), nbytes
 
 
@@ -222,6 +222,20 @@ class CudaDevice:
     def free_memory(self) -> int:
         with cupy.cuda.Device(self._ordinal):
             return int(runtime.memGetInfo()[0])
+
+
+def _allocated(nbytes: int) -> Any:
+    """New memory; where there is none, CuPy's pool gives up what it holds and nobody uses."""
+    for attempt in range(2):
+        try:
+            return Memory(nbytes)
+        except runtime.CUDARuntimeError as error:
+            if error.status != MEMORY_ALLOCATION:
+                raise
+            if attempt:
+                raise OutOfMemory(f"{nbytes:,} bytes could not be allocated on the GPU: {error}") from error
+            cupy.get_default_memory_pool().free_all_blocks()
+    raise AssertionError("the second attempt returns or raises")
 
 
 def _device_count() -> int:
