@@ -25,6 +25,8 @@ from tests.recording_faults import ERRORS, Fault, Faults, cuda_error
 
 POISON = 0xFF
 ALIGNMENT = 256
+LEGACY_STREAM = 1
+"""And 2 for the threads' own, which is one stream here."""
 Action = Callable[[], None]
 
 
@@ -35,6 +37,7 @@ class Costs:
     call_s: float = 2e-6
     copy_s: float = 5e-6
     copied_nbytes_per_s: float = 25e9
+    moved_nbytes_per_s: float = 2e12
     kernel_s: float = 100e-6
 
 
@@ -120,8 +123,10 @@ class Gpu:
         self._faults = Faults()
         self._hosts: dict[int, float] = defaultdict(float)
         self._engines: dict[tuple[int, str], float] = defaultdict(float)
-        self._numbers = iter(range(1, 1 << 62))
+        self._numbers = iter(range(LEGACY_STREAM + 2, 1 << 62))
         self._lock = threading.RLock()
+        for default in (LEGACY_STREAM, LEGACY_STREAM + 1):
+            self.lanes[default] = Lane(default, 0)
 
     def fail_at(self, kind: str, nth: int, error: str) -> None:
         """Let the nth call of this kind from now on (1: the next) fail with an error of `recording_faults.ERRORS`.
@@ -325,7 +330,10 @@ class Gpu:
             return capture
 
     def copy(self, target: int, source: int, nbytes: int, direction: str, ptr: int) -> None:
-        """An asynchronous copy between the host's pinned memory and the device."""
+        """An asynchronous copy between the host's pinned memory and the device, or inside it: "within"."""
+        if direction == "within":
+            self._move(target, source, nbytes, ptr)
+            return
         host, device = (source, target) if direction == "in" else (target, source)
         with self._lock:
             ends = self.find(host, nbytes), self.find(device, nbytes)
@@ -345,6 +353,14 @@ class Gpu:
             ctypes.memmove(target, source, nbytes)
 
         self.enqueue("memcpyAsync", ptr, move, seconds, direction, name=direction, nbytes=nbytes, address=device)
+
+    def _move(self, target: int, source: int, nbytes: int, ptr: int) -> None:
+        def move() -> None:
+            if self.check_pointers("a copy", (target, source, target + nbytes - 1, source + nbytes - 1)):
+                ctypes.memmove(target, source, nbytes)
+
+        seconds = self.costs.copy_s + nbytes / self.costs.moved_nbytes_per_s
+        self.enqueue("memcpyAsync", ptr, move, seconds, name="within", nbytes=nbytes, address=target)
 
     def check_pointers(self, name: str, pointers: Sequence[int]) -> bool:
         """Whether all of a kernel's pointers lie in memory of the device."""

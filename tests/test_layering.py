@@ -54,7 +54,7 @@ THIRD_PARTIES = {
     "llvmlite": ("cpu_fallback",),
     "threadpoolctl": ("cpu_fallback",),
     "triton": ("gpu_engine.gpu",),
-    "cupy": ("gpu_engine.gpu.cuda",),
+    "cupy": ("gpu_engine.gpu.cuda", "gpu_engine.gpu.cuda_tensors"),
     "typer": ("gpu_engine.tools",),
     "rich": ("gpu_engine.tools",),
     "jinja2": ("gpu_engine.tools",),

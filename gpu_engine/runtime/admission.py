@@ -27,8 +27,8 @@ _SMALL_NBYTES = 64
 class Admitted:
     """Inputs of known shapes: `rows` for the scheduler, at most `limit` of them per execution.
 
-    `placed` is None where all inputs and outputs are arrays of the host. `reason` is why an execution of these inputs alone is closed, "" if they must queue. Requests of equal `key`
-    may share an execution; None: ask `Admission.key`.
+    `reason` is why an execution of these inputs alone is closed, "" if they must queue. Requests of equal `key`
+    may share an execution; None: ask `Admission.key`. `placed` is None where everything is arrays of the host.
     """
 
     fit: Fit
@@ -53,6 +53,8 @@ class Admission:
         self._known: dict[Hashable, Admitted] = {}
         self._limits: dict[tuple[int, ...], int] = {}
         self._empty_outputs = all(plan.batching.outputs)
+        strings = [port.name for port in plan.output_ports if port.dtype == STRING]
+        self._host_outputs = ", ".join([name for name, _ in plan.output_structures] or strings)
         self._shares_inputs = sizes.shared and not all(plan.batching.inputs)
         self._proven_nbytes = 0
         self.largest: tuple[int, ...] | None = None
@@ -60,7 +62,8 @@ class Admission:
     def admit(self, inputs: Any, outputs: str | None = None) -> tuple[Sequence[Array], Wrap, Admitted]:
         """The inputs in order, what gives outputs the caller's form, and what their shapes mean.
 
-        `outputs` is "host" or "device" for these inputs alone; ValueError for anything else. InputError for whatever does not fit the model; OutOfMemory if the device has not the memory to run it.
+        InputError for whatever does not fit the model; OutOfMemory if the device has not the memory to run it.
+        `outputs` is "host" or "device", for these inputs alone; ValueError for anything else.
         """
         arrays, wrap = self.ports.arrange(inputs)
         if len(arrays) == 1:
@@ -140,10 +143,15 @@ class Admission:
         return [np.empty((0, *shape[1:]), port.dtype) for shape, port in ports]
 
     def _placed(self, admitted: Admitted, arrays: Sequence[Array], outputs: str | None) -> Admitted:
-        """The same for what lies in the device's memory: it shares executions with what lies alike, and nothing else."""
+        """The same for what lies in the device's memory: it shares executions with what lies alike, with nothing else.
+
+        ValueError for outputs that cannot lie there.
+        """
         place = self._outputs if outputs is None else output_place(outputs)
         inputs = tuple([isinstance(array, GivenTensor) for array in arrays])
         on_device = place is OutputPlace.device and self._device.intake is not None
+        if on_device and self._host_outputs:
+            raise ValueError(f"outputs cannot lie on the device: {self._host_outputs} are no tensors of numbers")
         if not on_device and True not in inputs:
             return admitted
         placed = Placed(inputs, on_device)

@@ -78,7 +78,8 @@ class BucketSlot:
         self._slot.launch()
 
     def wait(self) -> Sequence[Array]:
-        return self._cut(self._slot.wait(), self._batching.outputs)
+        outputs = self._slot.wait()
+        return self._cut(outputs, self._batching.outputs) if outputs else outputs
 
     def step_times(self) -> StepTimes | None:
         return self._slot.step_times()

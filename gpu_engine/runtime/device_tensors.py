@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from gpu_engine.errors import InputError
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.runtime.dlpack import (
     CUDA,
+    CUDA_HOST,
     CUDA_MANAGED,
     HOST_READS,
     LEGACY_STREAM,
@@ -198,15 +198,10 @@ def take(value: Any, name: str, device: str, intake: Intake | None) -> GivenTens
     own = None if intake is None else intake.own(value)
     if own is not None:
         return _given(own, None, value, device)
-    try:
-        if hasattr(value, "__dlpack_device__"):
-            return _through_dlpack(value, name, device, intake)
-        if hasattr(value, "__cuda_array_interface__"):
-            return _through_interface(value, name, device, intake)
-    except (TypeError, ValueError, RuntimeError, BufferError, AttributeError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"input {name!r} is a {_type(value)} that cannot be read in place: {error}") from error
+    if hasattr(value, "__dlpack_device__"):
+        return _through_dlpack(value, name, device, intake)
+    if hasattr(value, "__cuda_array_interface__"):
+        return _through_interface(value, name, device, intake)
     return None
 
 
@@ -215,26 +210,40 @@ def _through_dlpack(value: Any, name: str, device: str, intake: Intake | None) -
     kind, ordinal = map(int, value.__dlpack_device__())
     if kind in HOST_READS:
         return None
-    if intake is None or ((kind, ordinal) not in intake.devices and kind != CUDA_MANAGED):
+    if intake is None or ((kind, ordinal) not in intake.devices and (kind != CUDA_MANAGED or not intake.devices)):
         raise InputError(_elsewhere(name, value, place_name(kind, ordinal), device))
     stream = intake.stream()
-    found = exported(value, stream)
+    found = _read(exported, name, value, stream)
     return _given(found, None if stream is None else intake.after(stream), value, device)
 
 
 def _through_interface(value: Any, name: str, device: str, intake: Intake | None) -> GivenTensor:
-    found = described(value)
-    if intake is None:
+    found = _read(described, name, value)
+    if intake is None or not intake.devices:
         raise InputError(_elsewhere(name, value, "a GPU", device))
     where = intake.device_of(found.address) if found.address else None
-    if where is not None and where not in intake.devices:
+    if where is not None and where not in intake.devices and where[0] != CUDA_MANAGED:
         raise InputError(_elsewhere(name, value, place_name(*where), device))
     return _given(found, None if found.stream is None else intake.after(found.stream), value, device)
 
 
+def _read(read: Callable[..., Exported], name: str, value: Any, *stream: int | None) -> Exported:
+    """What a tensor says of itself; InputError with the other library's reason if it does not."""
+    try:
+        return read(value, *stream)
+    except (TypeError, ValueError, RuntimeError, BufferError, AttributeError, KeyError) as error:
+        raise InputError(f"input {name!r} is a {_type(value)} that cannot be read in place: {error}") from error
+
+
 def place_name(kind: int, ordinal: int) -> str:
     """DLPack's device as people call it."""
-    known = {CUDA: f"cuda:{ordinal}", CUDA_MANAGED: "managed memory of CUDA", 10: f"rocm:{ordinal}", 8: "metal"}
+    known = {
+        CUDA_HOST: "the host",
+        CUDA: f"cuda:{ordinal}",
+        CUDA_MANAGED: "managed memory of CUDA",
+        10: f"rocm:{ordinal}",
+        8: "metal",
+    }
     return known.get(kind, f"DLPack's device {kind}:{ordinal}")
 
 

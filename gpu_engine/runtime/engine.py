@@ -42,6 +42,10 @@ class Engine:
     the caller: fresh, writable and C-contiguous. Input arrays are read when the request runs, so they must not be
     changed before its future is done. Nested lists and scalars are converted to the input's dtype, arrays never are.
 
+    On a GPU, tensors in its memory that speak DLPack or `__cuda_array_interface__` are read where they lie, behind what
+    their owners' streams were given before; with outputs="device" a DeviceTensor comes back instead of an array. Both
+    are complete, and inputs may be changed, when `run` returns or the future is done.
+
     Leaving a `with` block closes the engine and runs what waits; dropping the last reference fails what waits.
     """
 

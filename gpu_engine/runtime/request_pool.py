@@ -70,7 +70,8 @@ class RequestPool:
         """Start an idle request, waiting until there is one, and return it.
 
         The inputs are copied, so that the caller may change them at once, but for tensors on a device; with
-        `share_inputs` they are read when the request runs. Raises what `ReusableRequest.start` raises, and RequestBusy in a callback if all are busy.
+        `share_inputs` they are read when the request runs. Raises what `ReusableRequest.start` raises, and RequestBusy
+        in a callback if all are busy.
         """
         given = inputs if share_inputs else _copied(inputs)
         request = self._claim()
