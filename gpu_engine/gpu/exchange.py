@@ -75,7 +75,7 @@ class Exchange:
             address += tensor.nbytes
 
     def copy_out(self, outputs: Sequence[tuple[Piece, tuple[int, ...], DType, bool]]) -> None:
-        """Copy to every cut its part of the outputs, each given as (where it lies, shape, dtype, whether it has rows)."""
+        """Copy to every cut its part of the outputs, each as (where it lies, shape, dtype, whether it has rows)."""
         self.outputs = [[self._cut(cut, i, *output) for i, output in enumerate(outputs)] for cut in self.cuts]
 
     def _cut(self, cut: Cut, i: int, source: Piece, shape: tuple[int, ...], dtype: DType, carries: bool) -> Any:
