@@ -1,12 +1,22 @@
-"""The NVIDIA GPU as a device: CuPy's memory and streams, and kernels launched with packed parameters."""
+"""The NVIDIA GPU as a device: CuPy's memory and streams, and kernels launched with packed parameters.
+
+Each of our streams is three of CUDA's: one computes, one copies to the device and one back. One stream for both
+directions would not do: the download of a batch, which waits until it is computed, would stand before the upload of the
+next. Events order the three for each slot, so that uploads and downloads overlap what other slots compute.
+
+Who waits for a batch sleeps in cudaEventSynchronize, on an event of its slot made for blocking, without the GIL: the
+thread that serves the slot, or a caller of run(). While it waits, the thread of the stream's other slot stages the next
+batch. The driver calls no Python, and nothing spins.
+"""
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import cupy
@@ -14,12 +24,13 @@ import numpy as np
 from cupy.cuda import driver, runtime
 from cupy.cuda.function import Module
 from cupy.cuda.memory import Memory
+from cupy.cuda.pinned_memory import PinnedMemory, PinnedMemoryPointer
 from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.cuda_tensors import CudaIntake, ForeignMemory, gather, read
-from gpu_engine.gpu.driver import HostArray, Piece, Touched
+from gpu_engine.gpu.driver import Copy, HostArray, Piece, Replay, Touched
 from gpu_engine.gpu.exchange import Place
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.lending import Lender
@@ -39,6 +50,9 @@ STATIC_SHARED_NBYTES = 48 << 10
 OLDEST_ARCH = 80
 MEMORY_ALLOCATION = 2
 """cudaErrorMemoryAllocation, which CuPy 14 has no name for."""
+CAPTURING = threading.Lock()
+"""Held by whoever captures: captures at the same time get into each other's way in the driver
+(https://github.com/microsoft/onnxruntime/issues/18806)."""
 LEAST_SCRATCH = 64 << 10
 """Bytes of scratch, enough for the descriptors that a program on each multiprocessor makes."""
 
@@ -53,34 +67,93 @@ class Loaded:
 
 
 class CudaMemory:
-    """Bytes of the device of no pool, which are given back with the last reference."""
+    """Bytes of the device, given back with the last reference. They are of no pool, so that no stream gets what another
+    one may still use: cudaFree waits for the device."""
 
     def __init__(self, nbytes: int) -> None:
-        self.pointer = cupy.cuda.MemoryPointer(_allocated(max(nbytes, 1)), 0)
+        self.pointer = cupy.cuda.MemoryPointer(_allocated(nbytes), 0)
         self.address, self.nbytes = int(self.pointer.ptr), nbytes
 
 
+class CudaPassage:
+    """See `driver.Passage`."""
+
+    def __init__(self, stream: Any, inward: Any, outward: Any) -> None:
+        self._stream, self._inward, self._outward = stream, inward, outward
+        self._arrived, self._computed, self._ended = (
+            cupy.cuda.Event(block=True, disable_timing=True) for _ in range(3)
+        )
+
+    def send(self, copies: Sequence[Copy]) -> None:
+        for host, device, nbytes in copies:
+            runtime.memcpyAsync(device, host, nbytes, runtime.memcpyHostToDevice, self._inward.ptr)
+        self._arrived.record(self._inward)
+        self._stream.wait_event(self._arrived)
+
+    def fetch(self, copies: Sequence[Copy]) -> None:
+        self._computed.record(self._stream)
+        self._outward.wait_event(self._computed)
+        for host, device, nbytes in copies:
+            runtime.memcpyAsync(host, device, nbytes, runtime.memcpyDeviceToHost, self._outward.ptr)
+        self._ended.record(self._outward)
+
+    def wait(self) -> None:
+        self._ended.synchronize()
+
+
 class CudaDriver:
-    """One CUDA stream of a device. See `driver.Driver`."""
+    """The CUDA streams of one of ours. See `driver.Driver`."""
 
     xp = cupy
+    captures = True
 
     def __init__(self, ordinal: int, arch: int, source: BinarySource) -> None:
-        self._device, self._arch, self._source = cupy.cuda.Device(ordinal), arch, source
-        with self._device:
-            self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._ordinal, self._arch, self._source = ordinal, arch, source
+        with cupy.cuda.Device(ordinal):
+            self._stream, self._inward, self._outward = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+        self._target = self._stream
         self._zero = np.zeros(1, np.int64)
         self._scratch: list[CudaMemory] = []
 
     def active(self) -> AbstractContextManager[Any]:
         """The thread's current device and stream."""
         stack = ExitStack()
-        stack.enter_context(self._device)
+        stack.enter_context(cupy.cuda.Device(self._ordinal))
         stack.enter_context(self._stream)
         return stack
 
     def allocate(self, nbytes: int) -> CudaMemory:
+        assert self._target is self._stream, "memory is reserved before a capture"
         return CudaMemory(nbytes)
+
+    def staging(self, nbytes: int) -> HostArray:
+        try:
+            memory = PinnedMemory(max(nbytes, 1), runtime.hostAllocPortable)
+        except runtime.CUDARuntimeError as error:
+            if error.status != MEMORY_ALLOCATION:
+                raise
+            raise OutOfMemory(f"{nbytes:,} bytes of page-locked memory could not be allocated: {error}") from error
+        return np.frombuffer(PinnedMemoryPointer(memory, 0), np.uint8)
+
+    def passage(self) -> CudaPassage:
+        return CudaPassage(self._stream, self._inward, self._outward)
+
+    def capture(self, start: Callable[[], object]) -> Replay:
+        """On a stream of its own, so that a capture that fails leaves nothing behind on those that work."""
+        with CAPTURING:
+            stream = cupy.cuda.Stream(non_blocking=True)
+            stream.begin_capture(runtime.streamCaptureModeThreadLocal)
+            self._target = stream
+            try:
+                start()
+            except BaseException:
+                with suppress(runtime.CUDARuntimeError):
+                    stream.end_capture()
+                raise
+            finally:
+                self._target = self._stream
+            graph = stream.end_capture()
+        return partial(graph.launch, self._stream)
 
     def array(self, memory: CudaMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
         return cupy.ndarray(shape, array_dtype(dtype), memory.pointer + offset)
@@ -94,20 +167,20 @@ class CudaDriver:
         return found.view(dtype) if found.dtype != dtype else found
 
     def view(self, address: int, nbytes: int) -> ForeignMemory:
-        return ForeignMemory(address, nbytes, self._device.id)
+        return ForeignMemory(address, nbytes, self._ordinal)
 
     def move(self, target: int, source: int, nbytes: int) -> None:
         runtime.memcpyAsync(target, source, nbytes, runtime.memcpyDeviceToDevice, self._stream.ptr)
 
     def gather(self, target: int, source: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> None:
-        gather(target, source, shape, strides, dtype, self._device.id)
+        gather(target, source, shape, strides, dtype, self._ordinal)
 
     def read(self, address: int, nbytes: int) -> NDArray[np.uint8]:
-        with self._device:
+        with cupy.cuda.Device(self._ordinal):
             return read(address, nbytes)
 
     def signal(self) -> Any:
-        with self._device:
+        with cupy.cuda.Device(self._ordinal):
             return cupy.cuda.Event(disable_timing=True)
 
     def record(self, signal: Any, stream: int | None = None) -> None:
@@ -157,7 +230,7 @@ class CudaDriver:
         binary = loaded.binary
         parameters = packed.__array_interface__["data"][0]
         driver.launchKernel(
-            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, self._stream.ptr, parameters, 0
+            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, self._target.ptr, parameters, 0
         )
 
     def discard(self, piece: Piece) -> None:
@@ -172,7 +245,8 @@ class CudaDriver:
         return [cupy.cuda.get_elapsed_time(marks[0], mark) / 1e3 for mark in marks]
 
     def finish(self) -> None:
-        self._stream.synchronize()
+        for stream in (self._inward, self._stream, self._outward):
+            stream.synchronize()
 
 
 class CudaDevice:
@@ -180,7 +254,7 @@ class CudaDevice:
 
     asynchronous = True
     batch_limit = None
-    bucketed = False
+    bucketed = True
     stream_limit = None
 
     def __init__(

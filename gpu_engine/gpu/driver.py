@@ -37,8 +37,39 @@ class Memory(Protocol):
     def nbytes(self) -> int: ...
 
 
+class Copy(NamedTuple):
+    """Bytes between the host's memory, of `Driver.staging`, and the device's."""
+
+    host: int
+    device: int
+    nbytes: int
+
+
+class Passage(Protocol):
+    """How what one slot takes and gives travels, beside what its stream computes.
+
+    One batch at a time: after `fetch` nothing is sent until `wait` has returned or `Driver.finish` was called.
+    """
+
+    def send(self, copies: Sequence[Copy]) -> None:
+        """Start to copy to the device. What the stream is given afterwards finds it there."""
+        ...
+
+    def fetch(self, copies: Sequence[Copy]) -> None:
+        """Start to copy to the host what comes of all that the stream was given so far."""
+        ...
+
+    def wait(self) -> None:
+        """Sleep until all that `fetch` started is there; raises what went wrong on the device."""
+        ...
+
+
+Replay = Callable[[], None]
+
+
 class Driver(Protocol):
-    """One device, as slots use it. Launches and copies happen in the order of the calls."""
+    """One stream of a device, as its slots use it. Launches and copies happen in the order of the calls, but those of
+    passages."""
 
     @property
     def xp(self) -> Any:
@@ -56,6 +87,14 @@ class Driver(Protocol):
     def array(self, memory: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
         """A C-contiguous array of the device over a part of its memory; unsigned integers of its width where the
         device's array module does not know the dtype."""
+        ...
+
+    def staging(self, nbytes: int) -> HostArray:
+        """Uninitialised bytes of the host that passages reach, aligned to 256; OutOfMemory."""
+        ...
+
+    def passage(self) -> Passage:
+        """One for each slot."""
         ...
 
     def upload(self, target: Any, source: HostArray) -> None:
@@ -106,6 +145,16 @@ class Driver(Protocol):
         """Start a kernel. `touched` gives the memory that its step declares, if asked."""
         ...
 
+    @property
+    def captures(self) -> bool:
+        """Whether `capture` is worth calling."""
+        ...
+
+    def capture(self, start: Callable[[], object]) -> Replay:
+        """One call that launches what `start` launches, which does nothing else and launched it before. Nothing runs
+        meanwhile. Raises what the device raises; the stream is as it was."""
+        ...
+
     def discard(self, piece: Piece) -> None:
         """What lies here is not needed any more."""
         ...
@@ -119,7 +168,7 @@ class Driver(Protocol):
         ...
 
     def finish(self) -> None:
-        """Wait for everything that was started; its error, if it had one."""
+        """Wait for everything that was started, passages too; its error, if it had one."""
         ...
 
 

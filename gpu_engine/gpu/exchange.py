@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from gpu_engine.gpu.driver import Driver, Piece
+from gpu_engine.gpu.driver import Copy, Driver, Piece
 from gpu_engine.gpu.kernel import DIVISIBILITY
 from gpu_engine.gpu.lending import Lender
+from gpu_engine.gpu.steps import End
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.runtime.device import Cut
 from gpu_engine.runtime.device_tensors import DeviceTensor, GivenTensor, one_behind_the_other
@@ -28,7 +29,7 @@ class Place:
 class Exchange:
     """What is to come and go between `stage` and `wait`. `outputs` are those of each cut, once they were started."""
 
-    def __init__(self, driver: Driver, place: Place) -> None:
+    def __init__(self, driver: Driver, place: Place | None) -> None:
         self._driver, self._place = driver, place
         self.read: dict[int, Sequence[GivenTensor]] = {}
         self.cuts: Sequence[Cut] = ()
@@ -64,6 +65,11 @@ class Exchange:
             if tensors[0].address % DIVISIBILITY == 0 and tensors[0].nbytes and one_behind_the_other(tensors)
         }
 
+    def others(self, end: End) -> list[Copy]:
+        """The copies of the inputs that come from the host."""
+        read = {int(end.arrays[position].__array_interface__["data"][0]) for position in self.read}
+        return [copy for copy in end.copies if copy.host not in read]
+
     def copy_in(self, position: int, target: Piece) -> None:
         """Copy an input, one tensor behind the other, to where the slot has it."""
         address = target[0]
@@ -96,5 +102,6 @@ class Exchange:
         return tensor
 
     def _new(self, shape: tuple[int, ...], dtype: DType) -> DeviceTensor:
+        assert self._place is not None, "a slot of a device that lends nothing"
         loan = self._place.lender.lend(math.prod(shape) * dtype.itemsize)
         return DeviceTensor(loan, shape, dtype, self._place.name, self._place.dlpack)

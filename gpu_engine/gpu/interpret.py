@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.device_arrays import DeviceArray, DeviceModule
-from gpu_engine.gpu.driver import HostArray, Piece, Pieces, Touched
+from gpu_engine.gpu.driver import Copy, HostArray, Piece, Pieces, Replay, Touched
 from gpu_engine.gpu.exchange import Place
 from gpu_engine.gpu.interpreter import AccessError, interpret, interpreting, spans
 from gpu_engine.gpu.kernel import CudaKernel, Kernel
@@ -94,8 +94,25 @@ class HostIntake:
         return CUDA, 0
 
 
+class Crossing:
+    """See `driver.Passage`; everything happens at once."""
+
+    def send(self, copies: Sequence[Copy]) -> None:
+        for host, device, nbytes in copies:
+            ctypes.memmove(device, host, nbytes)
+
+    def fetch(self, copies: Sequence[Copy]) -> None:
+        for host, device, nbytes in copies:
+            ctypes.memmove(host, device, nbytes)
+
+    def wait(self) -> None:
+        """Everything has happened by then."""
+
+
 class Interpreter:
     """See `driver.Driver`."""
+
+    captures = False
 
     def __init__(self, seed: int = 0) -> None:
         self._shuffle = random.Random(seed)
@@ -109,6 +126,15 @@ class Interpreter:
 
     def array(self, memory: HostMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
         return self.xp.on_device(np.ndarray(shape, array_dtype(dtype), memory.bytes.data, offset))
+
+    def staging(self, nbytes: int) -> HostArray:
+        return HostMemory(nbytes).bytes
+
+    def passage(self) -> Crossing:
+        return Crossing()
+
+    def capture(self, start: Callable[[], object]) -> Replay:
+        raise AssertionError("nothing is captured")
 
     def upload(self, target: DeviceArray, source: HostArray) -> None:
         self.xp.on_host(target)[...] = (

@@ -5,28 +5,28 @@ Every slot has its own arena and ports, so that two batches of one stream can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from gpu_engine.errors import ExecutionError, GpuEngineError
+from gpu_engine.gpu.areas import Area
 from gpu_engine.gpu.clocks import StepClocks
-from gpu_engine.gpu.control import Body, controls, run_bodies
-from gpu_engine.gpu.driver import Driver, HostArray, Memory, Piece, Touched, host_array
-from gpu_engine.gpu.exchange import Exchange, Place
-from gpu_engine.gpu.launches import ArrayCall, BodyCall, Launch
-from gpu_engine.gpu.program import Bound, Program, Segment, bind, located, rebased
-from gpu_engine.ir.dtypes import STRING, DType
-from gpu_engine.plan.execution import extents_after, step_failure
-from gpu_engine.plan.plan import Plan, Step, constant_of, root
+from gpu_engine.gpu.control import Body
+from gpu_engine.gpu.driver import Driver, HostArray, Memory, Replay
+from gpu_engine.gpu.graphs import Graphs, Habit
+from gpu_engine.gpu.launches import BodyCall
+from gpu_engine.gpu.program import Bound, Program, Segment, bind
+from gpu_engine.gpu.steps import End, Steps
+from gpu_engine.plan.execution import extents_after
+from gpu_engine.plan.plan import Plan
 from gpu_engine.plan.zones import Ints
-from gpu_engine.runtime.device import Cut, StepTimes
-from gpu_engine.runtime.device_tensors import DeviceTensor, GivenTensor
+from gpu_engine.runtime.device import StepTimes
 
 CACHED_BINDINGS = 32
-CACHED_ADDRESSES = 8
-"""Sets of addresses of callers' tensors for each binding."""
 
 
 class Weights:
@@ -58,101 +58,76 @@ def _body(plan: Plan, driver: Driver) -> Body:
     return Body(plan, lambda: GpuSlot(plan, driver, weights))
 
 
-class Area:
-    """A piece of device memory that grows on demand; `moves` counts how often pieces of its kind have moved. With
-    `zeroed` it starts full of zeros."""
+@dataclass(eq=False)
+class Known:
+    """What a slot keeps of a shape. `ends` are those of inputs and outputs, once it was staged."""
 
-    def __init__(self, driver: Driver, moves: list[int], *, zeroed: bool = False) -> None:
-        self._driver, self._moves, self._zeroed = driver, moves, zeroed
-        self.memory = driver.allocate(0)
-
-    def reserve(self, nbytes: int) -> Memory:
-        """At least `nbytes`."""
-        if nbytes > self.memory.nbytes:
-            self.memory = self._driver.allocate(nbytes)
-            self._moves[0] += 1
-            self.clear()
-        return self.memory
-
-    def clear(self) -> None:
-        """Fill what has to be full of zeros."""
-        if self._zeroed and self.memory.nbytes:
-            zeros = np.zeros(self.memory.nbytes, np.uint8)
-            self._driver.upload(self._driver.array(self.memory, 0, zeros.shape, zeros.dtype), zeros)
+    bound: Bound
+    ends: tuple[End, End] | None = None
+    habit: Habit = field(default_factory=Habit)
 
 
 class GpuSlot:
     """Room for one batch in flight. See `runtime.device.Slot`."""
 
-    def __init__(
-        self, plan: Plan, driver: Driver, weights: Weights, timed: bool = False, place: Place | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, driver: Driver, weights: Weights, timed: bool = False) -> None:
         self._plan, self._driver, self._weights = plan, driver, weights
-        self._exchange = None if place is None else Exchange(driver, place)
         self._clocks = StepClocks(driver, len(plan.steps)) if timed else None
+        self._steps = Steps(plan, driver, weights, self._clocks)
         self._program: Program = plan.program
-        self._moves, self._seen = [0], 0
-        self._areas = [
-            [Area(driver, self._moves, zeroed=zeroed) for zeroed in (False, False, True)]
-            for _ in self._program.segments
-        ]
-        self._cache: dict[tuple[int, tuple[int, ...]], Bound] = {}
-        self._bound: Bound | None = None
-        self._inputs: list[HostArray] = []
-        self._chain: list[Bound] = []
+        self._areas = [[Area(driver, zeroed=zeroed) for zeroed in (False, False, True)] for _ in self._program.segments]
+        self._passage, self._graphs = driver.passage(), Graphs(plan, driver, wanted=not timed)
+        self._cache: dict[tuple[int, ...], Known] = {}
+        self._known: Known | None = None
+        self._outputs: Sequence[HostArray] = ()
         self._error: BaseException | None = None
-        self._failed = False
+        self._failed = self._in_flight = False
 
     def run(self, extents: tuple[int, ...], inputs: Sequence[Any]) -> list[Any]:
         """See `control.BodySlot`."""
-        self._start(self._bind(0, extents, []), inputs)
-        return [self._array(buffer, self._chain) for buffer in self._plan.outputs]
+        known = self._recall(extents)
+        chain = [known.bound]
+        for buffer, source in zip(self._plan.inputs, inputs, strict=True):
+            self._steps.write(buffer, source, chain)
+        self._start(known, chain)
+        return [self._steps.array(buffer, chain) for buffer in self._plan.outputs]
 
     def stage(self, extents: tuple[int, ...]) -> Sequence[HostArray]:
         """See `runtime.device.Slot`. InputError if the extents contradict each other inside the model."""
-        bound = self._bound
-        if self._exchange is not None:
-            self._exchange.stage()
-        if bound is None or bound.extents != extents or self._seen != self._moves[0]:
-            self._bound = None
+        if self._in_flight:
+            self._settle()
+        known = self._known
+        if known is None or known.bound.extents != extents:
+            self._known = None
             with self._driver.active():
-                self._bound = bound = self._bind(0, extents, [])
-            shapes = self._program.segments[0].shapes
-            buffers = self._plan.buffers
-            self._inputs = [
-                host_array(tuple(bound.values[place] for place in shapes[i]), buffers[i].dtype)
-                for i in self._plan.inputs
-            ]
-        return self._inputs
-
-    def read(self, position: int, tensors: Sequence[GivenTensor]) -> None:
-        """See `runtime.device.TensorSlot`."""
-        assert self._exchange is not None
-        self._exchange.read[position] = tensors
-
-    def give(self, rows: int, cuts: Sequence[Cut]) -> None:
-        """See `runtime.device.TensorSlot`."""
-        assert self._exchange is not None
-        self._exchange.give(rows, cuts)
-
-    def given(self) -> Sequence[Sequence[DeviceTensor]]:
-        """See `runtime.device.TensorSlot`."""
-        assert self._exchange is not None
-        return self._exchange.outputs
+                known = self._recall(extents)
+                if known.ends is None:
+                    known.ends = self._ends(known.bound)
+            self._known = known
+        assert known.ends is not None
+        return known.ends[0].arrays
 
     def launch(self) -> None:
-        """Copy the inputs to the device and start every step; an error is kept for `wait`."""
-        assert self._bound is not None, "launch without stage"
-        self._error, self._chain = None, []
+        """Copy the inputs to the device, start every step, and copy the outputs back; an error is kept for `wait`."""
+        assert self._known is not None and self._known.ends is not None, "launch without stage"
+        self._error, self._in_flight = None, True
+        known, chain = self._known, [self._known.bound]
+        sent, fetched = self._known.ends
         try:
             with self._driver.active():
-                self._start(self._bound, self._inputs)
+                self._passage.send(sent.copies)
+                self._start(known, chain)
+                if len(chain) > 1:
+                    fetched = self._steps.end(self._plan.outputs, chain, self._staged)
+                self._passage.fetch(fetched.copies)
+                self._outputs = fetched.arrays
         except BaseException as error:
             self._error = error
             if not isinstance(error, Exception):
                 raise
 
     def wait(self) -> Sequence[HostArray]:
+        """See `runtime.device.Slot`. Sleeps in the driver, on what belongs to this slot alone."""
         if self._error is not None:
             error, self._error = self._error, None
             try:
@@ -160,224 +135,88 @@ class GpuSlot:
             finally:
                 del error  # its traceback holds this frame
         self._failed = True
-        with self._driver.active():
-            if self._clocks is not None:
-                self._clocks.finish()
-            if self._exchange is not None and self._exchange.cuts:
-                self._driver.finish()
-                outputs = []
-            else:
-                outputs = [self.output(i) for i in range(len(self._plan.outputs))]
-        if self._exchange is not None:
-            self._exchange.ended()
-        self._failed = False
-        return outputs
+        self._passage.wait()
+        if self._clocks is not None:
+            self._clocks.finish()
+        self._failed = self._in_flight = False
+        return self._outputs
+
+    def _settle(self) -> None:
+        """End a launch that failed, or that nobody waited for: its copies may still be reading and writing."""
+        with suppress(Exception), self._driver.active():
+            self._driver.finish()
+        self._in_flight = False
 
     def step_times(self) -> StepTimes | None:
         """See `runtime.device.Slot`."""
         return None if self._clocks is None else self._clocks.times
 
-    def output(self, position: int) -> HostArray:
-        """An output of the last launch, in the host's memory."""
-        return self._on_host(self._plan.outputs[position], self._chain)
-
-    def _start(self, bound: Bound, inputs: Sequence[Any]) -> None:
-        """Start every step. What a failed execution left in counters is cleared first."""
+    def _start(self, known: Known, chain: list[Bound]) -> None:
+        """Start every step; segments bound on the way join the chain. What a failed execution left in counters is
+        cleared first."""
         if self._failed:
             for area in (area for areas in self._areas for area in areas):
                 area.clear()
         self._failed = True
-        chain = [self._with_tensors(bound)]
-        for position, (buffer, source) in enumerate(zip(self._plan.inputs, inputs, strict=True)):
-            if self._exchange is None or position not in self._exchange.read:
-                self._write(buffer, source, chain)
         if self._clocks is not None:
             self._clocks.begin()
+        self._graphs.prepare(known.habit, partial(self._steps.run, self._program.segments[0], chain))
         for index, segment in enumerate(self._program.segments):
-            results = self._run(segment, chain)
+            results = self._run_all(segment, chain, known.habit.graphs if not index else {})
             if segment.binds is not None:
                 step = self._plan.steps[segment.binds]
                 names, following = segment.names, self._program.segments[index + 1].names
                 extents = extents_after(self._plan, step, results, names, chain[index].extents, following)
                 chain.append(self._bind(index + 1, extents, chain))
                 for buffer, result in zip(step.outputs, results, strict=True):
-                    self._write(buffer, result, chain)
-        if self._exchange is not None and self._exchange.cuts:
-            self._exchange.copy_out([self._result(i, chain) for i in range(len(self._plan.outputs))])
-        self._failed, self._chain = False, chain
+                    self._steps.write(buffer, result, chain)
+        self._failed = False
 
-    def _with_tensors(self, bound: Bound) -> Bound:
-        """Bound to the tensors of callers that kernels can read where they lie; others are copied."""
-        exchange = self._exchange
-        if exchange is None or not exchange.read:
-            return bound
-        exchange.wait_for_producers()
-        in_place, inputs = exchange.in_place(), self._plan.inputs
-        for position in exchange.read:
-            if position not in in_place:
-                exchange.copy_in(position, self._piece(inputs[position], [bound]))
-        if not in_place:
-            return bound
-        addresses = tuple(in_place.get(position, 0) for position in range(len(inputs)))
-        found = bound.elsewhere.pop(addresses, None)
-        if found is None:
-            owners = {root(self._plan.buffers, inputs[position]): address for position, address in in_place.items()}
-            memories = {owner: self._driver.view(address, bound.located[owner][2]) for owner, address in owners.items()}
-            found = rebased(self._plan, self._program.segments[0], bound, memories)
-            if len(bound.elsewhere) >= CACHED_ADDRESSES:
-                del bound.elsewhere[next(iter(bound.elsewhere))]
-        bound.elsewhere[addresses] = found
-        return found
-
-    def _result(self, position: int, chain: list[Bound]) -> tuple[Piece, tuple[int, ...], DType, bool]:
-        """An output for `Exchange.copy_out`."""
-        buffer, carries = self._plan.outputs[position], self._plan.batching.outputs[position]
-        return self._piece(buffer, chain), self._shape(buffer, chain), self._plan.buffers[buffer].dtype, carries
-
-    def _run(self, segment: Segment, chain: list[Bound]) -> Sequence[Any]:
-        """Start the steps of one segment; what the last one gives if it binds extents."""
-        bound = chain[-1]
+    def _run_all(self, segment: Segment, chain: list[Bound], graphs: Mapping[int, Replay]) -> Sequence[Any]:
+        """Start the steps of one segment, by graphs where there are; what the last one gives if it binds extents."""
+        if not graphs:
+            return self._steps.run(segment, chain, segment.steps)
         results: Sequence[Any] = ()
-        for i in segment.steps:
-            step = self._plan.steps[i]
-            if isinstance(step.kernel, Launch):
-                self._launch(segment, i, step, step.kernel, chain)
+        for steps in self._graphs.runs:
+            replay = graphs.get(steps.start)
+            if replay is None:
+                results = self._steps.run(segment, chain, steps)
             else:
-                results = self._call(segment, i, step, step.kernel, chain)
-            if self._clocks is not None:
-                self._clocks.ended(i)
-            for buffer in segment.dying[i]:
-                memory, offset, nbytes = bound.located[buffer]
-                self._driver.discard((memory.address + offset, nbytes))
+                replay()
         return results
 
-    def _launch(self, segment: Segment, i: int, step: Step, launch: Launch, chain: list[Bound]) -> None:
-        bound = chain[-1]
-        x, y, z = (bound.values[place] for place in segment.grids[i])
-        if not x * y * z:
-            return
-        loaded = self._weights.kernels[launch.kernel]
-        packed = bound.packed.get(i)
-        if packed is None:
-            first = segment.firsts[i]
-            words = bound.words[first : first + len(launch.words)]
-            packed = bound.packed[i] = self._driver.pack(loaded, words, (x, y, z))
-
-        def touched() -> Touched:
-            kinds = step.inputs, (*step.outputs, *step.scratch), launch.zeroed
-            return Touched(*([self._piece(buffer, chain) for buffer in buffers] for buffers in kinds))
-
-        try:
-            self._driver.launch(loaded, (x, y, z), packed, touched)
-        except GpuEngineError as error:
-            raise type(error)(f"{step.source}: {error}") from error
-
-    def _call(
-        self, segment: Segment, i: int, step: Step, call: ArrayCall | BodyCall, chain: list[Bound]
-    ) -> Sequence[Any]:
-        """Run a step over arrays; its results if extents depend on them, else nothing: they are written."""
-        resolve = segment.resolvers[i]
-        op: Any = call.op if resolve is None else resolve(chain[-1].values)
-        bodies = isinstance(call, BodyCall)
-        hosted = controls(op) if isinstance(call, BodyCall) else len(step.inputs) if call.host else 0
-        inputs = [self._on_host(buffer, chain) for buffer in step.inputs[:hosted]]
-        inputs += [self._array(buffer, chain) for buffer in step.inputs[hosted:]]
-        kept: list[Any] = []
-
-        def keep(results: Sequence[Any]) -> None:
-            if step.binds:
-                kept.extend(result.copy() if bodies else result for result in results)
-                return
-            for buffer, result in zip(step.outputs, results, strict=True):
-                self._write_checked(step, buffer, result, chain)
-
-        try:
-            with np.errstate(all="ignore"):
-                if isinstance(call, BodyCall):
-                    run_bodies(self._driver.xp, op, self._weights.bodies[i], inputs, keep)
-                else:
-                    keep(call.function(np if call.host else self._driver.xp, op, inputs))
-                return kept
-        except GpuEngineError:
-            raise
-        except Exception as error:
-            raise step_failure(step, op, inputs, error) from error
-
-    def _on_host(self, buffer: int, chain: list[Bound]) -> HostArray:
-        dtype, constant = self._plan.buffers[buffer].dtype, constant_of(self._plan, buffer)
-        if constant is not None:
-            return constant.reshape(self._shape(buffer, chain))  # type: ignore[no-any-return]
-        array = self._array(buffer, chain)
-        return array if dtype == STRING else self._driver.download(array, dtype)
-
-    def _write_checked(self, step: Step, buffer: int, result: Any, chain: list[Bound]) -> None:
-        shape = self._shape(buffer, chain)
-        if tuple(result.shape) != shape:
-            raise ExecutionError(
-                f"{step.source}: a result of shape {list(result.shape)} where {list(shape)} was declared"
-            )
-        self._write(buffer, result, chain)
-
-    def _write(self, buffer: int, source: Any, chain: list[Bound]) -> None:
-        """Fill a buffer from an array of the host or the device."""
-        target, dtype = self._array(buffer, chain), self._plan.buffers[buffer].dtype
-        if dtype == STRING:
-            target[...] = source
-        elif type(source) is np.ndarray or isinstance(source, np.generic):
-            self._driver.upload(target, np.asarray(source).astype(dtype, copy=False))
-        else:
-            target[...] = source
-
-    def _array(self, buffer: int, chain: list[Bound]) -> Any:
-        owner, constant = root(self._plan.buffers, buffer), constant_of(self._plan, buffer)
-        dtype, shape = self._plan.buffers[buffer].dtype, self._shape(buffer, chain)
-        if dtype == STRING:
-            if constant is not None:
-                return constant.reshape(shape)
-            found = next((bound.hosted[owner] for bound in chain if owner in bound.hosted), None)
-            if found is None:
-                found = chain[-1].hosted[owner] = host_array(shape, dtype)
-            return found.reshape(shape)
-        if constant is not None:
-            return self._driver.array(self._weights.memories[owner], 0, shape, dtype)
-        memory, offset, _ = located(owner, chain)
-        return self._driver.array(memory, offset, shape, dtype)
-
-    def _shape(self, buffer: int, chain: list[Bound]) -> tuple[int, ...]:
-        for segment, bound in zip(self._program.segments, chain, strict=False):
-            places = segment.shapes.get(buffer)
-            if places is not None:
-                return tuple(bound.values[place] for place in places)
-        raise AssertionError(f"buffer {buffer} has no array in the segments that ran")
-
-    def _piece(self, buffer: int, chain: list[Bound]) -> Piece:
-        owner = root(self._plan.buffers, buffer)
-        memory = self._weights.memories.get(owner)
-        if memory is not None:
-            return memory.address, memory.nbytes
-        memory, offset, nbytes = located(owner, chain)
-        return memory.address + offset, nbytes
+    def _recall(self, extents: tuple[int, ...]) -> Known:
+        """The first segment bound to `extents`, from the cache or new."""
+        known = self._cache.pop(extents, None)
+        if known is None:
+            known = Known(self._bind(0, extents, []))
+            if len(self._cache) >= CACHED_BINDINGS:
+                self._graphs.forget(self._cache.pop(next(iter(self._cache))).habit)
+        self._cache[extents] = known
+        return known
 
     def _bind(self, index: int, extents: tuple[int, ...], chain: list[Bound]) -> Bound:
-        """From the cache, or new; whatever moves makes all older bindings void."""
-        if self._seen != self._moves[0]:
-            self._cache.clear()
-        bound = self._cache.pop((index, extents), None)
-        if bound is None or index:
-            segment = self._program.segments[index]
-            bound = bind(segment, extents, self._reserving(index), self._weights.addresses, chain)
-            if self._seen != self._moves[0]:
-                self._cache.clear()
-        self._seen = self._moves[0]
-        if not index:
-            if len(self._cache) >= CACHED_BINDINGS:
-                del self._cache[next(iter(self._cache))]
-            self._cache[index, extents] = bound
-        return bound
-
-    def _reserving(self, index: int) -> Callable[[Sequence[int]], Sequence[Memory]]:
         areas = self._areas[index]
-        return lambda sizes: [area.reserve(nbytes) for area, nbytes in zip(areas, sizes, strict=True)]
+
+        def reserve(sizes: Sequence[int]) -> list[Memory]:
+            """Where an area grows, what was bound and captured is void, and keeps what it leaves no longer."""
+            if not index and any(size > area.memory.nbytes for area, size in zip(areas, sizes, strict=True)):
+                self._known = None
+                self._cache.clear()
+                self._graphs.clear()
+            return [area.reserve(size) for area, size in zip(areas, sizes, strict=True)]
+
+        return bind(self._program.segments[index], extents, reserve, self._weights.addresses, chain)
+
+    def _staged(self, index: int) -> HostArray:
+        """The host's mirror of a segment's ports."""
+        return self._areas[index][1].staged()
+
+    def _ends(self, bound: Bound) -> tuple[End, End]:
+        """Of inputs, and of outputs if they are known before the launch."""
+        outputs = self._plan.outputs if len(self._program.segments) == 1 else ()
+        given = self._steps.end(self._plan.inputs, [bound], self._staged)
+        return given, self._steps.end(outputs, [bound], self._staged)
 
 
 class GpuStream:
@@ -385,13 +224,18 @@ class GpuStream:
 
     threads = 1
 
-    def __init__(
-        self, plan: Plan, slots: int, driver: Driver, weights: Weights, timed: bool = False, place: Place | None = None
-    ) -> None:
-        self.slots = [GpuSlot(plan, driver, weights, timed, place) for _ in range(slots)]
+    def __init__(self, plan: Plan, slots: int, driver: Driver, weights: Weights, timed: bool = False) -> None:
+        self._driver: Driver | None = driver
+        with driver.active():
+            self.slots = [GpuSlot(plan, driver, weights, timed) for _ in range(slots)]
 
     def enter(self) -> None:
         """No thread of a GPU's stream is tied to a core."""
 
     def close(self) -> None:
+        """Wait for what is still running; give up the slots with their memory, and the device's stream."""
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            with suppress(Exception), driver.active():
+                driver.finish()
         self.slots = []
