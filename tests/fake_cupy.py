@@ -231,7 +231,7 @@ class Event:
 
     def synchronize(self) -> None:
         assert self.block, "a wait that spins"
-        self.gpu.wait_until("eventSynchronize", self.at_s, self.marker)
+        self.gpu.wait_until("eventSynchronize", self.at_s, self.marker, address=self.ptr)
 
     @property
     def done(self) -> bool:

@@ -119,7 +119,7 @@ class Gpu:
         self.lanes: dict[int, Lane] = {}
         self.events: set[int] = set()
         self.graphs: set[int] = set()
-        self.captures = self.most_captures = 0
+        self.captures = 0
         self._faults = Faults()
         self._hosts: dict[int, float] = defaultdict(float)
         self._engines: dict[tuple[int, str], float] = defaultdict(float)
@@ -292,18 +292,19 @@ class Gpu:
             for lane in [lane for lane in self.lanes.values() if ptr in (None, lane.ptr)]:
                 self.complete(lane.queue[-1] if lane.queue else None)
 
-    def wait_until(self, kind: str, ended_s: float, operation: Operation | None, *, stream: int = 0) -> None:
-        """Let the calling thread wait for work that ends then."""
+    def wait_until(self, kind: str, ended_s: float, operation: Operation | None, **what: int) -> None:
+        """Let the calling thread wait for work that ends then. The call stands in `calls` where it returned."""
         with self._lock:
-            made = self.call(kind, stream=stream)
+            made = self.call(kind, **what)
+            self.calls.pop()
             self.refuse_while_capturing(kind)
-            thread = made.thread
-            wait_s = max(0.0, ended_s - self._hosts[thread])
+            wait_s = max(0.0, ended_s - made.called_s)
         if self.pace:
             time.sleep(wait_s * self.pace)
         self.complete(operation)
         with self._lock:
-            self._hosts[thread] += wait_s
+            self._hosts[made.thread] += wait_s
+            self.calls.append(replace(made, begun_s=made.called_s, ended_s=made.called_s + wait_s))
 
     def begin_capture(self, ptr: int, mode: int, wanted: int) -> None:
         with self._lock:
@@ -314,8 +315,9 @@ class Gpu:
             if self.captures:
                 self.forbid("two captures at a time")
             self.captures += 1
-            self.most_captures = max(self.most_captures, self.captures)
             lane.capture = Capture(threading.get_ident())
+        if self.pace:
+            time.sleep(1e-3)
 
     def end_capture(self, ptr: int) -> Capture:
         """What was captured; raises if the capture is void."""

@@ -67,8 +67,8 @@ def captured_nbytes(plan: Plan) -> int:
 class Graphs:
     """The graphs of one slot, of the shapes launched last. `runs` are the steps of the plan's first segment."""
 
-    def __init__(self, plan: Plan, driver: Driver, wanted: bool, limit: int = CAPTURED_SHAPES) -> None:
-        self._driver, self._limit = driver, limit
+    def __init__(self, plan: Plan, driver: Driver, wanted: bool) -> None:
+        self._driver = driver
         self.runs = runs_of_launches(plan, plan.program.segments[0].steps)
         self._captured = [steps for steps in self.runs if wanted and driver.captures and is_captured(plan, steps)]
         self._held: dict[Habit, None] = {}
@@ -101,7 +101,7 @@ class Graphs:
             return
         habit.graphs = found
         self._held[habit] = None
-        if len(self._held) > self._limit:
+        if len(self._held) > CAPTURED_SHAPES:
             self._evict(next(iter(self._held)))
 
     def _evict(self, habit: Habit) -> None:

@@ -30,8 +30,8 @@ CACHED_BINDINGS = 32
 
 
 class Weights:
-    """A plan's constants on the device, once for all streams, its kernels ready to launch, and the bodies that its
-    steps run, by step."""
+    """A plan's constants on the device, once for all streams, its kernels ready to launch, and the same of the bodies
+    that its steps run, by step."""
 
     def __init__(self, plan: Plan, driver: Driver) -> None:
         program: Program = plan.program
@@ -45,17 +45,22 @@ class Weights:
                 shared[key] = driver.allocate(array.nbytes)
                 driver.upload(driver.array(shared[key], 0, array.shape, array.dtype), array)
             self.memories[index] = shared[key]
-        self.bodies = {
-            i: [_body(body, driver) for body in step.kernel.bodies]
+        self.inner = {
+            i: [(body, Weights(body, driver)) for body in step.kernel.bodies]
             for i, step in enumerate(plan.steps)
             if isinstance(step.kernel, BodyCall)
         }
         self.addresses: Ints = np.array([self.memories[index].address for index in program.constants], np.int64)
 
 
-def _body(plan: Plan, driver: Driver) -> Body:
-    weights = Weights(plan, driver)
-    return Body(plan, lambda: GpuSlot(plan, driver, weights))
+def bodies_of(weights: Weights, driver: Driver) -> dict[int, list[Body]]:
+    """The bodies that steps run, for one stream: its slots run them one after the other."""
+    return {i: [_body(plan, driver, inner) for plan, inner in found] for i, found in weights.inner.items()}
+
+
+def _body(plan: Plan, driver: Driver, weights: Weights) -> Body:
+    bodies = bodies_of(weights, driver)
+    return Body(plan, lambda: GpuSlot(plan, driver, weights, bodies))
 
 
 @dataclass(eq=False)
@@ -70,10 +75,17 @@ class Known:
 class GpuSlot:
     """Room for one batch in flight. See `runtime.device.Slot`."""
 
-    def __init__(self, plan: Plan, driver: Driver, weights: Weights, timed: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        driver: Driver,
+        weights: Weights,
+        bodies: Mapping[int, Sequence[Body]],
+        timed: bool = False,
+    ) -> None:
         self._plan, self._driver, self._weights = plan, driver, weights
         self._clocks = StepClocks(driver, len(plan.steps)) if timed else None
-        self._steps = Steps(plan, driver, weights, self._clocks)
+        self._steps = Steps(plan, driver, weights, bodies, self._clocks)
         self._program: Program = plan.program
         self._areas = [[Area(driver, zeroed=zeroed) for zeroed in (False, False, True)] for _ in self._program.segments]
         self._passage, self._graphs = driver.passage(), Graphs(plan, driver, wanted=not timed)
@@ -227,7 +239,8 @@ class GpuStream:
     def __init__(self, plan: Plan, slots: int, driver: Driver, weights: Weights, timed: bool = False) -> None:
         self._driver: Driver | None = driver
         with driver.active():
-            self.slots = [GpuSlot(plan, driver, weights, timed) for _ in range(slots)]
+            bodies = bodies_of(weights, driver)
+            self.slots = [GpuSlot(plan, driver, weights, bodies, timed) for _ in range(slots)]
 
     def enter(self) -> None:
         """No thread of a GPU's stream is tied to a core."""

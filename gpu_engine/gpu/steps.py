@@ -20,17 +20,14 @@ from gpu_engine.plan.plan import Plan, Step, constant_of, root
 
 
 class Shared(Protocol):
-    """What all slots of a plan have on the device together: kernels ready to launch, the memory of constants by buffer,
-    the bodies that steps run."""
+    """What all slots of a plan have on the device together: kernels ready to launch, and the memory of constants by
+    buffer."""
 
     @property
     def kernels(self) -> Mapping[Kernel, Any]: ...
 
     @property
     def memories(self) -> Mapping[int, Memory]: ...
-
-    @property
-    def bodies(self) -> Mapping[int, Sequence[Body]]: ...
 
 
 class End(NamedTuple):
@@ -46,8 +43,16 @@ class Steps:
     A `chain` are the bound segments that run, in order. With `clocks` every step is timed.
     """
 
-    def __init__(self, plan: Plan, driver: Driver, weights: Shared, clocks: StepClocks | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        driver: Driver,
+        weights: Shared,
+        bodies: Mapping[int, Sequence[Body]],
+        clocks: StepClocks | None,
+    ) -> None:
         self._plan, self._driver, self._weights, self._clocks = plan, driver, weights, clocks
+        self._bodies = bodies
         self._program: Program = plan.program
 
     def run(self, segment: Segment, chain: list[Bound], steps: range) -> Sequence[Any]:
@@ -110,7 +115,7 @@ class Steps:
         try:
             with np.errstate(all="ignore"):
                 if isinstance(call, BodyCall):
-                    run_bodies(self._driver.xp, op, self._weights.bodies[i], inputs, keep)
+                    run_bodies(self._driver.xp, op, self._bodies[i], inputs, keep)
                 else:
                     keep(call.function(np if call.host else self._driver.xp, op, inputs))
                 return kept
