@@ -254,6 +254,18 @@ def test_shapes_that_depend_on_values_and_outputs_that_are_inputs_or_constants(o
                 np.testing.assert_array_equal(found[1].numpy(), x)
 
 
+def test_outputs_that_are_inputs_come_from_where_these_lie() -> None:
+    model = model_of(
+        [helper.make_node("Identity", [name], [name + "_again"]) for name in "abc"],
+        {name: (TensorProto.FLOAT, ["n"]) for name in "abc"},
+        {name + "_again": (TensorProto.FLOAT, ["n"]) for name in "abc"},
+    )
+    with compiled(model) as engine:
+        arrays = [np.random.default_rng().standard_normal(5, np.float32) for _ in range(3)]
+        found = engine.run([on_device(arrays[0]), arrays[1], on_device(arrays[2])])
+        np.testing.assert_array_equal(found, arrays)
+
+
 def test_a_shared_input_and_one_with_rows() -> None:
     model = model_of(
         [helper.make_node("Mul", ["x", "scale"], ["y"])],
@@ -378,9 +390,8 @@ def test_what_does_not_fit_is_refused() -> None:
             engine.run([on_device(np.zeros((2, 6)))])
         with pytest.raises(InputError, match="x"):
             engine.run([on_device(np.zeros((2, 5), np.float32))])
-    with compiled(network(), batch=4) as engine:
-        with pytest.raises(InputError, match="warm-up takes arrays of the host"):
-            engine.warmup([on_device(rows(2))])
+    with compiled(network(), batch=4) as engine, pytest.raises(InputError, match="warm-up takes arrays of the host"):
+        engine.warmup([on_device(rows(2))])
 
 
 def test_strings_come_to_the_host() -> None:

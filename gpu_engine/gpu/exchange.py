@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu_engine.gpu.driver import Copy, Driver, Piece
 from gpu_engine.gpu.kernel import DIVISIBILITY
@@ -26,12 +26,21 @@ class Place:
     lender: Lender
 
 
+class Result(NamedTuple):
+    """An output: where the slot has it, and whether it carries the batch."""
+
+    piece: Piece
+    shape: tuple[int, ...]
+    dtype: DType
+    carries: bool
+
+
 class Exchange:
     """What is to come and go between `stage` and `wait`. `outputs` are those of each cut, once they were started."""
 
     def __init__(self, driver: Driver, place: Place | None) -> None:
         self._driver, self._place = driver, place
-        self.read: dict[int, Sequence[GivenTensor]] = {}
+        self.tensors: dict[int, Sequence[GivenTensor]] = {}
         self.cuts: Sequence[Cut] = ()
         self.outputs: list[list[Any]] = []
         self._rows = 0
@@ -39,7 +48,11 @@ class Exchange:
 
     def stage(self) -> None:
         """Nothing is known of the next execution. What an interrupted wait left behind is still held."""
-        self.read, self.cuts, self.outputs = {}, (), []
+        self.tensors, self.cuts, self.outputs = {}, (), []
+
+    def read(self, position: int, tensors: Sequence[GivenTensor]) -> None:
+        """See `runtime.device.TensorSlot`."""
+        self.tensors[position] = tensors
 
     def give(self, rows: int, cuts: Sequence[Cut]) -> None:
         """See `runtime.device.TensorSlot`."""
@@ -47,11 +60,12 @@ class Exchange:
 
     def ended(self) -> None:
         """Nothing reads the callers' tensors any more."""
+        self.tensors = {}
         self._held.clear()
 
     def wait_for_producers(self) -> None:
         """Put what follows behind what callers did to their tensors, which are held from now on."""
-        tensors = [tensor for tensors in self.read.values() for tensor in tensors]
+        tensors = [tensor for tensors in self.tensors.values() for tensor in tensors]
         self._held += tensors
         for ready in dict.fromkeys(tensor.ready for tensor in tensors):
             if ready is not None:
@@ -61,28 +75,28 @@ class Exchange:
         """{position: address} of the inputs that kernels can read where they lie."""
         return {
             position: tensors[0].address
-            for position, tensors in self.read.items()
+            for position, tensors in self.tensors.items()
             if tensors[0].address % DIVISIBILITY == 0 and tensors[0].nbytes and one_behind_the_other(tensors)
         }
 
     def others(self, end: End) -> list[Copy]:
         """The copies of the inputs that come from the host."""
-        read = {int(end.arrays[position].__array_interface__["data"][0]) for position in self.read}
+        read = {int(end.arrays[position].__array_interface__["data"][0]) for position in self.tensors}
         return [copy for copy in end.copies if copy.host not in read]
 
     def copy_in(self, position: int, target: Piece) -> None:
         """Copy an input, one tensor behind the other, to where the slot has it."""
         address = target[0]
-        for tensor in self.read[position]:
+        for tensor in self.tensors[position]:
             if tensor.strides is None:
                 self._driver.move(address, tensor.address, tensor.nbytes)
             else:
                 self._driver.gather(address, tensor.address, tensor.shape, tensor.strides, tensor.dtype.element)
             address += tensor.nbytes
 
-    def copy_out(self, outputs: Sequence[tuple[Piece, tuple[int, ...], DType, bool]]) -> None:
-        """Copy to every cut its part of the outputs, each as (where it lies, shape, dtype, whether it has rows)."""
-        self.outputs = [[self._cut(cut, i, *output) for i, output in enumerate(outputs)] for cut in self.cuts]
+    def copy_out(self, results: Sequence[Result]) -> None:
+        """Copy to every cut its part of the results."""
+        self.outputs = [[self._cut(cut, i, *result) for i, result in enumerate(results)] for cut in self.cuts]
 
     def _cut(self, cut: Cut, i: int, source: Piece, shape: tuple[int, ...], dtype: DType, carries: bool) -> Any:
         row_nbytes = math.prod(shape) * dtype.itemsize // max(self._rows, 1) if carries else 0

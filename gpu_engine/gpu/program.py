@@ -7,7 +7,7 @@ launches at a time, eight bytes for each.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -167,8 +167,7 @@ class Bound:
     """A segment with numbers: the arguments of its launches and where its buffers lie.
 
     `located` are (memory, offset, bytes) by root buffer. `hosted` are arrays of objects, which have no address.
-    `elsewhere` are the same with inputs at other addresses, by these; what they share of the `packed` arguments points
-    into `shared`.
+    Some of the `packed` arguments may point into `shared`, the words of a segment bound before.
     """
 
     extents: tuple[int, ...]
@@ -177,7 +176,6 @@ class Bound:
     packed: dict[int, Any]
     located: dict[int, tuple[Any, int, int]]
     hosted: dict[int, Any]
-    elsewhere: dict[tuple[int, ...], Bound] = field(default_factory=dict)
     shared: Ints | None = None
 
 
