@@ -31,6 +31,7 @@ from gpu_engine.runtime.late import NAMES, load
 
 if TYPE_CHECKING:
     from gpu_engine.compiler import compile
+    from gpu_engine.runtime.device_tensors import DeviceTensor
     from gpu_engine.runtime.engine import Engine
     from gpu_engine.runtime.request_pool import RequestPool
     from gpu_engine.runtime.reusable import RequestState
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DependsOnValues",
     "DeviceError",
+    "DeviceTensor",
     "Engine",
     "EngineClosed",
     "ExecutionError",

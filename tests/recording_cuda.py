@@ -125,8 +125,7 @@ class Gpu:
         self._engines: dict[tuple[int, str], float] = defaultdict(float)
         self._numbers = iter(range(LEGACY_STREAM + 2, 1 << 62))
         self._lock = threading.RLock()
-        for default in (LEGACY_STREAM, LEGACY_STREAM + 1):
-            self.lanes[default] = Lane(default, 0)
+        self._defaults = {ptr: Lane(ptr, 0) for ptr in (LEGACY_STREAM, LEGACY_STREAM + 1)}
 
     def fail_at(self, kind: str, nth: int, error: str) -> None:
         """Let the nth call of this kind from now on (1: the next) fail with an error of `recording_faults.ERRORS`.
@@ -219,7 +218,7 @@ class Gpu:
 
     def lane(self, ptr: int, kind: str = "") -> Lane:
         """A stream that is open."""
-        lane = self.lanes.get(ptr)
+        lane = self.lanes.get(ptr) or self._defaults.get(ptr)
         if lane is None:
             self.forbid(f"{kind} on a stream that is closed")
             raise cuda_error(kind, "cudaErrorInvalidResourceHandle")
@@ -289,7 +288,7 @@ class Gpu:
     def complete_all(self, ptr: int | None = None) -> None:
         """Run all that was put on a stream, or on any."""
         with self._lock:
-            for lane in [lane for lane in self.lanes.values() if ptr in (None, lane.ptr)]:
+            for lane in [each for each in (*self.lanes.values(), *self._defaults.values()) if ptr in (None, each.ptr)]:
                 self.complete(lane.queue[-1] if lane.queue else None)
 
     def wait_until(self, kind: str, ended_s: float, operation: Operation | None, **what: int) -> None:

@@ -32,7 +32,10 @@ def replace_modules(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
     for name, module in fake_cupy.fake_cupy(gpu).items():
         monkeypatch.setitem(sys.modules, name, module)
     for name in ("gpu_engine.gpu.cuda", "gpu_engine.gpu.cuda_tensors"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        # What imports them here is taken out again, and nothing comes back that an earlier call left.
+        sys.modules.pop(name, None)
+        monkeypatch.setitem(sys.modules, name, None)
+        sys.modules.pop(name)
 
     def loaded(place: str) -> Any:
         return fake_cupy.binary_source if place == KERNEL_COMPILER else load(place)
