@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_engine.ir.dtypes import DType
-from gpu_engine.runtime.dlpack import CODES, CUDA, LEGACY_STREAM, Exported, capsule, exported, on_host
+from gpu_engine.runtime.dlpack import CUDA, Exported, capsule, exported, on_host
 from tests.recording_cuda import Gpu
 
 WORK_S = 1e-3
@@ -22,11 +22,12 @@ class Library:
     def __init__(self, gpu: Gpu, stream: int | None = None, device: int = 0) -> None:
         self.gpu, self.device = gpu, device
         self.stream = gpu.open_lane(device).ptr if stream is None else stream
+        self.lane = gpu.default_stream(self.stream, device)
         self.given_back: list[int] = []
 
     def work(self, action: Callable[[], object], seconds: float = WORK_S) -> None:
         """Let a kernel of the library run on its stream, when the GPU gets there."""
-        self.gpu.enqueue("launchKernel", self.stream, lambda: action() and None, seconds, name="theirs")
+        self.gpu.enqueue("launchKernel", self.lane, lambda: action() and None, seconds, name="theirs")
 
     def behind(self, waiting: int, stream: int) -> None:
         """Let a stream wait for all that another was given."""
@@ -68,7 +69,7 @@ class Tensor:
     def __dlpack__(self, *, stream: int, max_version: Any = None) -> Any:
         assert stream not in (0, None), "a stream that is ambiguous"
         if stream != -1:
-            self.library.behind(stream, self.library.stream)
+            self.library.behind(stream, self.library.lane)
         return capsule(self.address, self.shape, self.dtype, self.__dlpack_device__(), self.memory)
 
 
@@ -108,6 +109,3 @@ def read(found: Exported) -> Any:
 def collected(library: Library, address: int) -> bool:
     gc.collect()
     return address in library.given_back
-
-
-assert LEGACY_STREAM == 1 and CODES

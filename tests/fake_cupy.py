@@ -214,6 +214,7 @@ class Event:
     def __init__(self, gpu: Gpu, block: bool, disable_timing: bool) -> None:
         self.gpu, self.block, self.timed, self.ptr = gpu, block, not disable_timing, gpu.number()
         gpu.call("eventCreate")
+        self.device_id = current_device()
         gpu.events.add(self.ptr)
         EVENTS[self.ptr] = self
         self.marker: Operation | None = None
@@ -360,11 +361,18 @@ def fake_cupy(gpu: Gpu) -> dict[str, ModuleType]:
     def waited(stream: int, event: int) -> None:
         gpu.enqueue("streamWaitEvent", stream, nothing, after=EVENTS[event], address=event)
 
+    def recorded(event: int, stream: int) -> None:
+        ptr = gpu.default_stream(stream, current_device())
+        if gpu.lane(ptr, "eventRecord").device != EVENTS[event].device_id:
+            raise cuda_error("eventRecord", "cudaErrorInvalidResourceHandle")
+        EVENTS[event].record_on(ptr)
+
     def fetched_at_once(target: int, source: int, nbytes: int, kind: int) -> None:
         assert kind == 2
         gpu.refuse_while_capturing("memcpy")
-        last = gpu.enqueue("memcpy", LEGACY_STREAM, nothing, nbytes=nbytes)
-        gpu.wait_until("streamSynchronize", gpu.lane(LEGACY_STREAM).tail_s, last, stream=LEGACY_STREAM)
+        ptr = gpu.default_stream(LEGACY_STREAM, current_device())
+        last = gpu.enqueue("memcpy", ptr, nothing, nbytes=nbytes)
+        gpu.wait_until("streamSynchronize", gpu.lane(ptr).tail_s, last, stream=ptr)
         assert gpu.check_pointers("a copy", (source, source + nbytes - 1))
         ctypes.memmove(target, source, nbytes)
 
@@ -377,7 +385,7 @@ def fake_cupy(gpu: Gpu) -> dict[str, ModuleType]:
         getDeviceProperties=lambda ordinal: {"major": 9, "minor": 0, "name": b"Fake H200"},
         memGetInfo=lambda: (gpu.nbytes - gpu.used_nbytes(device=current_device()), gpu.nbytes),
         memcpyDeviceToDevice=3, streamWaitEvent=waited, memcpy=fetched_at_once, pointerGetAttributes=attributes,
-        eventRecord=lambda event, stream: EVENTS[event].record_on(stream),
+        eventRecord=recorded,
         memcpyAsync=copied, memsetAsync=filled, memcpyHostToDevice=1, memcpyDeviceToHost=2,
         streamCaptureModeThreadLocal=THREAD_LOCAL, hostAllocPortable=1, getDevice=current_device,
     )  # fmt: skip

@@ -123,9 +123,9 @@ class Gpu:
         self._faults = Faults()
         self._hosts: dict[int, float] = defaultdict(float)
         self._engines: dict[tuple[int, str], float] = defaultdict(float)
-        self._numbers = iter(range(LEGACY_STREAM + 2, 1 << 62))
+        self._numbers = iter(range(2 * devices + 1, 1 << 62))
         self._lock = threading.RLock()
-        self._defaults = {ptr: Lane(ptr, 0) for ptr in (LEGACY_STREAM, LEGACY_STREAM + 1)}
+        self._defaults = {1 + i: Lane(1 + i, i // 2) for i in range(2 * devices)}
 
     def fail_at(self, kind: str, nth: int, error: str) -> None:
         """Let the nth call of this kind from now on (1: the next) fail with an error of `recording_faults.ERRORS`.
@@ -223,6 +223,10 @@ class Gpu:
             self.forbid(f"{kind} on a stream that is closed")
             raise cuda_error(kind, "cudaErrorInvalidResourceHandle")
         return lane
+
+    def default_stream(self, handle: int, device: int) -> int:
+        """What a handle means where a device is current: 1 and 2 are its default streams."""
+        return handle + 2 * device if handle in (LEGACY_STREAM, LEGACY_STREAM + 1) else handle
 
     def open_lane(self, device: int) -> Lane:
         with self._lock:

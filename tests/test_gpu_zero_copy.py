@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import gpu_engine
 from gpu_engine.errors import InputError
 from gpu_engine.runtime.device_tensors import DeviceTensor
-from gpu_engine.runtime.dlpack import LEGACY_STREAM, PER_THREAD_STREAM
+from gpu_engine.runtime.dlpack import LEGACY_STREAM, PER_THREAD_STREAM, exported
 from tests.cuda_tensors import Described, Library, Tensor, collected, read
 from tests.recording_cuda import Gpu
 from tests.test_device_tensors import check, expected, model_of, rows
@@ -36,7 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 
 
 def compiled(**options: Any) -> Any:
-    return gpu_engine.compile(network(), device="cuda", **{"auto_batching": False, **options})
+    return gpu_engine.compile(network(), **{"device": "cuda", "auto_batching": False, **options})
 
 
 def kinds(gpu: Gpu, since: int) -> set[str]:
@@ -44,12 +44,13 @@ def kinds(gpu: Gpu, since: int) -> set[str]:
     return {call.name if call.kind == "memcpyAsync" else call.kind for call in gpu.calls[since:]}
 
 
+@pytest.mark.parametrize("device", [0, 1])
 @pytest.mark.parametrize("interface", ["dlpack", "stream", "legacy", "thread", "older"])
-def test_slots_wait_for_the_work_of_producers(gpu: Gpu, interface: str) -> None:
+def test_slots_wait_for_the_work_of_producers(gpu: Gpu, interface: str, device: int) -> None:
     """The recorded GPU runs what it was given as late as it may: without an event the numbers are garbage."""
     streams = {"legacy": LEGACY_STREAM, "older": LEGACY_STREAM, "thread": PER_THREAD_STREAM}
-    theirs = Library(gpu, streams.get(interface))
-    with compiled() as engine:
+    theirs = Library(gpu, streams.get(interface), device)
+    with compiled(device=f"cuda:{device}") as engine:
         for _ in range(4):
             x = rows(5)
             tensor = theirs.tensor(x)
@@ -208,6 +209,26 @@ def test_a_result_that_was_dropped_behind_a_reader_is_lent_again(gpu: Gpu) -> No
         gpu.complete_all()
     np.testing.assert_allclose(seen, right, 1e-4, 1e-5)
     assert len(set(addresses)) < len(addresses)
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_readers_on_the_default_streams_of_a_device(gpu: Gpu, device: int) -> None:
+    """The interface of CUDA's arrays does not say who reads; DLPack says None for the legacy default stream."""
+    theirs, seen, right = Library(gpu, LEGACY_STREAM, device), list[Any](), list[Any]()
+    with compiled(device=f"cuda:{device}", outputs="device") as engine:
+        for turn in range(8):
+            x = rows(3)
+            total = engine.run([x])[1]
+            address = total.address
+            if turn % 2:
+                assert total.__cuda_array_interface__["data"] == (address, False)
+            else:
+                exported(total)
+            theirs.work(lambda address=address: seen.append(np.frombuffer(ctypes.string_at(address, 12), np.float32)))
+            right.append(expected(x)[1])
+            del total
+        gpu.complete_all()
+    np.testing.assert_allclose(seen, right, 1e-4, 1e-5)
 
 
 def test_what_comes_back_speaks_both_protocols(gpu: Gpu) -> None:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
-from gpu_engine.gpu.cuda_tensors import CudaIntake, ForeignMemory, gather, read
+from gpu_engine.gpu.cuda_tensors import CudaIntake, ForeignMemory, gather, read, record
 from gpu_engine.gpu.driver import Copy, HostArray, Piece, Replay, Touched
 from gpu_engine.gpu.exchange import Place
 from gpu_engine.gpu.kernel import Kernel
@@ -184,7 +184,7 @@ class CudaDriver:
             return cupy.cuda.Event(disable_timing=True)
 
     def record(self, signal: Any, stream: int | None = None) -> None:
-        runtime.eventRecord(signal.ptr, self._stream.ptr if stream is None else stream)
+        record(signal, self._stream.ptr if stream is None else stream, cupy.cuda.Device(self._ordinal))
 
     def wait(self, signal: Any) -> None:
         runtime.streamWaitEvent(self._stream.ptr, signal.ptr)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gpu_engine.gpu.text import array_dtype
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.runtime.device_tensors import DeviceTensor
-from gpu_engine.runtime.dlpack import CUDA, CUDA_HOST, CUDA_MANAGED, Exported
+from gpu_engine.runtime.dlpack import CUDA, CUDA_HOST, CUDA_MANAGED, LEGACY_STREAM, PER_THREAD_STREAM, Exported
 
 INTAKE_STREAMS = 8
 """Producers are waited for on these in turn: whoever comes behind so many others waits for the work of the first, too.
@@ -72,12 +72,21 @@ class CudaIntake:
         except IndexError:
             with self._device:
                 event = cupy.cuda.Event(disable_timing=True)
-        runtime.eventRecord(event.ptr, stream)
+        record(event, stream, self._device)
         return Ready(event, self._spare)
 
     def device_of(self, address: int) -> tuple[int, int]:
         found = runtime.pointerGetAttributes(address)
         return _TYPES.get(found.type, CUDA_HOST), found.device if found.type in _TYPES else 0
+
+
+def record(event: Any, stream: int, device: Any) -> None:
+    """Record an event on a stream of a device. The handles of default streams mean those of the current device."""
+    if stream not in (LEGACY_STREAM, PER_THREAD_STREAM):
+        runtime.eventRecord(event.ptr, stream)
+        return
+    with device:
+        runtime.eventRecord(event.ptr, stream)
 
 
 class ForeignMemory:

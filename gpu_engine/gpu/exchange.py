@@ -81,13 +81,16 @@ class Exchange:
 
     def others(self, end: End) -> list[Copy]:
         """The copies of the inputs that come from the host."""
-        read = {int(end.arrays[position].__array_interface__["data"][0]) for position in self.tensors}
+        arrays = [end.arrays[position] for position in self.tensors]
+        read = {int(array.__array_interface__["data"][0]) for array in arrays if array.nbytes}
         return [copy for copy in end.copies if copy.host not in read]
 
     def copy_in(self, position: int, target: Piece) -> None:
         """Copy an input, one tensor behind the other, to where the slot has it."""
         address = target[0]
         for tensor in self.tensors[position]:
+            if not tensor.nbytes:
+                continue
             if tensor.strides is None:
                 self._driver.move(address, tensor.address, tensor.nbytes)
             else:
