@@ -231,6 +231,26 @@ def test_readers_on_the_default_streams_of_a_device(gpu: Gpu, device: int) -> No
     np.testing.assert_allclose(seen, right, 1e-4, 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["malloc", "eventCreate", "eventRecord", "streamWaitEvent", "memcpyAsync"])
+def test_calls_that_fail(gpu: Gpu, kind: str) -> None:
+    """One request fails; the next, with the same tensors and on the same slot, is right, and nothing is held."""
+    theirs = Library(gpu)
+    with compiled() as engine:
+        for nth in range(1, 7):
+            x = rows(4)
+            tensor = theirs.tensor(x)
+            gpu.fail_at(kind, nth, "cudaErrorMemoryAllocation" if kind == "malloc" else "cudaErrorInvalidValue")
+            try:
+                check(engine.run([tensor], outputs="device"), x)
+            except (RuntimeError, gpu_engine.GpuEngineError):
+                gpu.heal()
+                check(engine.run([tensor], outputs="device"), x)
+            gpu.heal()
+            address = tensor.address
+            tensor = None
+            assert collected(theirs, address)
+
+
 def test_what_comes_back_speaks_both_protocols(gpu: Gpu) -> None:
     x = rows(4)
     with compiled(outputs="device") as engine:

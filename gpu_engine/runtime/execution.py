@@ -89,13 +89,12 @@ def run_alone(
     """Run one set of inputs on the calling thread, which owns the worker's slot; raises what the device raises."""
     counters = worker.counters
     try:
-        if placed is None:
-            outputs, staged, computed = _launch(worker, fit.extents, arrays, started)
-            result = [output.copy() for output in outputs]
+        if placed is None or not placed.outputs:
+            outputs, staged, computed = _launch(worker, fit.extents, arrays, started, placed)
+            result: Sequence[Any] = [output.copy() for output in outputs]
         else:
-            cuts = [Cut(0, fit.rows)] if placed.outputs else []
-            outputs, staged, computed = _launch(worker, fit.extents, arrays, started, placed, cuts)
-            result = outputs[0] if cuts else [output.copy() for output in outputs]
+            _, staged, computed = _launch(worker, fit.extents, arrays, started, placed, [Cut(0, fit.rows)])
+            result = _given(worker)[0]
     except Exception as error:
         counters.failed += 1
         raise _typed(error) from error.__cause__
@@ -138,7 +137,7 @@ def _run(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[bool])
     sources, placed = gather(parts, first.fit.family.blocks), first.placed
     cuts = _cuts(parts) if placed is not None and placed.outputs else []
     outputs, staged, computed = _launch(worker, extents, sources, started, placed, cuts)
-    pieces = outputs if cuts else scatter(outputs, parts, rows, batched_outputs)
+    pieces = _given(worker) if cuts else scatter(outputs, parts, rows, batched_outputs)
     results = [
         part[0].wrap(piece) if part[0].join is None else _joined(part, piece)
         for part, piece in zip(parts, pieces, strict=True)
@@ -162,7 +161,7 @@ def _launch(
 ) -> tuple[Sequence[Any], float, float]:
     """Stage, fill, launch and wait: the outputs, valid until the slot is staged again, when all was staged, and now.
 
-    With `cuts`, the outputs of each, on the device.
+    With `cuts` the outputs of each stay on the device, and are the slot's `given`.
     """
     counters, slot = worker.counters, worker.slot
     with worker.lane.lock:
@@ -177,8 +176,6 @@ def _launch(
         packed = clock()
         slot.launch()
     outputs, computed = slot.wait(), clock()
-    if cuts:
-        outputs = slot.given()  # type: ignore[attr-defined]
     counters.copy_in_s += packed - started
     counters.compute_s += computed - packed
     return outputs, packed, computed
@@ -195,6 +192,13 @@ def _place(
         slot.give(cuts[-1].stop, cuts)
     left = [i for i, on_device in enumerate(placed.inputs) if not on_device]
     return [targets[i] for i in left], [sources[i] for i in left]
+
+
+def _given(worker: Worker) -> Sequence[Sequence[Any]]:
+    """The outputs of each cut of the launch that was waited for."""
+    slot: Any = worker.slot
+    found: Sequence[Sequence[Any]] = slot.given()
+    return found
 
 
 def _cuts(parts: Sequence[Part]) -> list[Cut]:
