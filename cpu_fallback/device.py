@@ -45,6 +45,7 @@ class CpuDevice:
     bucketed = False
     devices = 1
     own_memory = False
+    intake = None
 
     def __init__(
         self, ordinal: int | None = None, deterministic: bool = False, by_node: bool = False, *, timed: bool = False

@@ -32,6 +32,7 @@ from gpu_engine.runtime.late import NAMES, load
 
 if TYPE_CHECKING:
     from gpu_engine.compiler import compile
+    from gpu_engine.runtime.device_tensors import DeviceTensor
     from gpu_engine.runtime.engine import Engine
     from gpu_engine.runtime.request_pool import RequestPool
     from gpu_engine.runtime.reusable import RequestState
@@ -40,6 +41,7 @@ __all__ = [
     "DependsOnValues",
     "DeviceError",
     "DeviceLost",
+    "DeviceTensor",
     "Engine",
     "EngineClosed",
     "ExecutionError",

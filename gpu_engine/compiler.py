@@ -22,6 +22,7 @@ from gpu_engine.ir.structure import Structure
 from gpu_engine.options import (
     BatchPolicy,
     DeviceChoice,
+    OutputPlace,
     Partial,
     PerformanceMode,
     Scheduler,
@@ -68,6 +69,7 @@ def compile(
     batch_policy: str | BatchPolicy = BatchPolicy.formula,
     partial: str | Partial = Partial.together,
     deterministic: bool = False,
+    outputs: str | OutputPlace = OutputPlace.host,
     warmup: bool | None = None,
     precision: str | None = None,
     properties: Mapping[str, Any] | None = None,
@@ -119,6 +121,7 @@ def compile(
         batch_policy=batch_policy,
         partial=partial,
         deterministic=deterministic,
+        outputs=outputs,
         warmup=choice.kind != "interpret" if warmup is None else warmup,
     )
     bundle = read_bundle(model) if is_bundle(model) else None

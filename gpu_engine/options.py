@@ -95,6 +95,13 @@ class Partial(str, Enum):  # noqa: UP042 - as Scheduler
     individual = "individual"
 
 
+class OutputPlace(str, Enum):  # noqa: UP042 - as Scheduler
+    """Where outputs lie: NumPy arrays in the host's memory, or tensors in that of the device."""
+
+    host = "host"
+    device = "device"
+
+
 @dataclass(frozen=True)
 class Options:
     """What the caller asked for, normalized; `None` means that it was not given.
@@ -118,6 +125,7 @@ class Options:
     batch_policy      "formula", or "openvino": as many rows as requests, which is never fewer than 3 unless it is 1
     partial           "together", or "individual": the requests of a batch that is not full run one after another
     deterministic     a row's bits do not depend on the batch it travelled in
+    outputs           "host": NumPy arrays; "device": in the device's memory, where that is not the host's
     warmup            rows are compared singly and together, and batches timed, before or as requests come
     """
 
@@ -140,6 +148,7 @@ class Options:
     batch_policy: BatchPolicy = BatchPolicy.formula
     partial: Partial = Partial.together
     deterministic: bool = False
+    outputs: OutputPlace = OutputPlace.host
     warmup: bool = True
 
 
@@ -164,6 +173,7 @@ def validated(
     batch_policy: str | BatchPolicy = BatchPolicy.formula,
     partial: str | Partial = Partial.together,
     deterministic: bool = False,
+    outputs: str | OutputPlace = OutputPlace.host,
     warmup: bool = True,
 ) -> Options:
     """The options checked and normalized; TypeError for a wrong type (a bool is no number), ValueError for a value."""
@@ -187,6 +197,7 @@ def validated(
         batch_policy=BatchPolicy(_choice("batch_policy", batch_policy, BatchPolicy)),
         partial=Partial(_choice("partial", partial, Partial)),
         deterministic=_flag("deterministic", deterministic) or False,
+        outputs=output_place(outputs),
         warmup=_flag("warmup", warmup) or False,
     )
 
@@ -240,6 +251,11 @@ def one_batch(device: DeviceChoice, batch: int | None) -> int | None:
     if device.batch is not None and batch not in (None, 0, device.batch):
         raise ValueError(f"the device string asks for batch {device.batch} and batch= for {batch}: give one of them")
     return device.batch if device.batch is not None else batch
+
+
+def output_place(value: object) -> OutputPlace:
+    """The place that "host" or "device" names; ValueError for anything else."""
+    return OutputPlace(_choice("outputs", value, OutputPlace))
 
 
 def numa_nodes() -> int:

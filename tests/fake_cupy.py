@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
-from types import ModuleType, TracebackType
+from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from gpu_engine.gpu.binary import Binary
 from gpu_engine.gpu.interpreter import interpret
 from gpu_engine.gpu.kernel import CudaKernel, Kernel
 from gpu_engine.gpu.shim_runner import run
-from tests.recording_cuda import Block, Capture, Gpu, Operation
+from tests.recording_cuda import LEGACY_STREAM, Block, Capture, Gpu, Operation
 from tests.recording_faults import CUDADriverError, CUDARuntimeError, cuda_error
 
 KERNELS: dict[bytes, Kernel] = {}
 FUNCTIONS: dict[int, Kernel] = {}
+EVENTS: weakref.WeakValueDictionary[int, Event] = weakref.WeakValueDictionary()
 DESCRIPTOR_NBYTES = 128
 THREAD_LOCAL = 1
 _FUNCTIONS = itertools.count(1)
@@ -65,10 +67,19 @@ class PinnedMemory(Memory):
     kind, freeing, pinned = "hostAlloc", "freeHost", True
 
 
+class UnownedMemory:
+    """Bytes of the device that somebody else holds."""
+
+    def __init__(self, gpu: Gpu, ptr: int, size: int, owner: object, device_id: int) -> None:
+        self.gpu, self.ptr, self.size = gpu, ptr, size
+        self.block = gpu.find(ptr, size)
+        assert self.block is None or self.block.device == device_id
+
+
 class Pointer:
     """A place in memory that it keeps alive."""
 
-    def __init__(self, mem: Memory, offset: int) -> None:
+    def __init__(self, mem: Any, offset: int) -> None:
         self.mem, self.offset, self.ptr = mem, offset, mem.ptr + offset
 
     def __add__(self, offset: int) -> Pointer:
@@ -86,10 +97,11 @@ def pinned_pointer(mem: PinnedMemory, offset: int) -> Any:
 class Array(np.ndarray[Any, Any]):
     """An array in device memory. Who makes one is about to look at it."""
 
-    def __new__(cls, shape: tuple[int, ...], dtype: Any, memptr: Pointer) -> Array:
+    def __new__(cls, shape: tuple[int, ...], dtype: Any, memptr: Pointer, strides: Any = None) -> Array:
         memptr.mem.gpu.complete_all(_CURRENT.streams[-1].ptr if _CURRENT.streams else None)
         room = memptr.mem.block.room if memptr.mem.block is not None else np.empty(0, np.uint8)
-        made = super().__new__(cls, shape, dtype, room.data, memptr.offset)
+        offset = memptr.ptr - (memptr.mem.block.address if memptr.mem.block is not None else 0)
+        made = super().__new__(cls, shape, dtype, room.data, offset, strides)
         made.data_pointer = memptr
         return made
 
@@ -206,7 +218,9 @@ class Event:
     def __init__(self, gpu: Gpu, block: bool, disable_timing: bool) -> None:
         self.gpu, self.block, self.timed, self.ptr = gpu, block, not disable_timing, gpu.number()
         gpu.call("eventCreate")
+        self.device_id = current_device()
         gpu.events.add(self.ptr)
+        EVENTS[self.ptr] = self
         self.marker: Operation | None = None
         self.at_s = 0.0
 
@@ -214,8 +228,11 @@ class Event:
         self.gpu.events.discard(self.ptr)
 
     def record(self, stream: Stream) -> None:
-        self.marker = self.gpu.enqueue("eventRecord", stream.ptr, nothing, address=self.ptr)
-        self.at_s = self.gpu.lane(stream.ptr).tail_s
+        self.record_on(stream.ptr)
+
+    def record_on(self, ptr: int) -> None:
+        self.marker = self.gpu.enqueue("eventRecord", ptr, nothing, address=self.ptr)
+        self.at_s = self.gpu.lane(ptr).tail_s
 
     def synchronize(self) -> None:
         assert self.block, "a wait that spins"
@@ -343,13 +360,37 @@ def fake_cupy(gpu: Gpu) -> dict[str, ModuleType]:
         gpu.enqueue("memsetAsync", stream, lambda: ctypes.memset(address, value, nbytes) and None, nbytes=nbytes)
 
     def copied(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
-        gpu.copy(target, source, nbytes, {1: "in", 2: "out"}[kind], stream)
+        gpu.copy(target, source, nbytes, {1: "in", 2: "out", 3: "within"}[kind], stream)
+
+    def waited(stream: int, event: int) -> None:
+        gpu.enqueue("streamWaitEvent", stream, nothing, after=EVENTS[event], address=event)
+
+    def recorded(event: int, stream: int) -> None:
+        ptr = gpu.default_stream(stream, current_device())
+        if gpu.lane(ptr, "eventRecord").device != EVENTS[event].device_id:
+            raise cuda_error("eventRecord", "cudaErrorInvalidResourceHandle")
+        EVENTS[event].record_on(ptr)
+
+    def fetched_at_once(target: int, source: int, nbytes: int, kind: int) -> None:
+        assert kind == 2
+        gpu.refuse_while_capturing("memcpy")
+        ptr = gpu.default_stream(LEGACY_STREAM, current_device())
+        last = gpu.enqueue("memcpy", ptr, nothing, nbytes=nbytes)
+        gpu.wait_until("streamSynchronize", gpu.lane(ptr).tail_s, last, stream=ptr)
+        assert gpu.check_pointers("a copy", (source, source + nbytes - 1))
+        ctypes.memmove(target, source, nbytes)
+
+    def attributes(address: int) -> Any:
+        block = gpu.find(address, 0)
+        return SimpleNamespace(type=0 if block is None else 2, device=-1 if block is None else block.device)
 
     runtime = _module(
         "cupy.cuda.runtime", CUDARuntimeError=CUDARuntimeError, getDeviceCount=count,
         driverGetVersion=lambda: 13000 * bool(gpu.devices), runtimeGetVersion=lambda: 13000,
         getDeviceProperties=lambda ordinal: {"major": 9, "minor": 0, "name": b"Fake H200"},
         memGetInfo=lambda: (gpu.nbytes - gpu.used_nbytes(device=current_device()), gpu.nbytes),
+        memcpyDeviceToDevice=3, streamWaitEvent=waited, memcpy=fetched_at_once, pointerGetAttributes=attributes,
+        eventRecord=recorded,
         memcpyAsync=copied, memsetAsync=filled, memcpyHostToDevice=1, memcpyDeviceToHost=2,
         streamCaptureModeThreadLocal=THREAD_LOCAL, hostAllocPortable=1, getDevice=current_device,
         setDevice=set_device,
@@ -370,6 +411,7 @@ def fake_cupy(gpu: Gpu) -> dict[str, ModuleType]:
     cuda = _module(
         "cupy.cuda", Device=Device, Stream=lambda non_blocking: Stream(gpu, non_blocking=non_blocking),
         Event=lambda block=False, disable_timing=False: Event(gpu, block, disable_timing), get_elapsed_time=elapsed_ms,
+        UnownedMemory=lambda *place: UnownedMemory(gpu, *place),
         MemoryPointer=Pointer, memory=memory, pinned_memory=pinned, function=function, driver=driver, runtime=runtime,
     )  # fmt: skip
     pool = _module("pool", free_all_blocks=lambda: None)

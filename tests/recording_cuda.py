@@ -25,6 +25,8 @@ from tests.recording_faults import ERRORS, Fault, Faults, cuda_error
 
 POISON = 0xFF
 ALIGNMENT = 256
+LEGACY_STREAM = 1
+"""And 2 for the threads' own, which is one stream here."""
 Action = Callable[[], None]
 
 
@@ -35,6 +37,7 @@ class Costs:
     call_s: float = 2e-6
     copy_s: float = 5e-6
     copied_nbytes_per_s: float = 25e9
+    moved_nbytes_per_s: float = 2e12
     kernel_s: float = 100e-6
 
 
@@ -121,8 +124,9 @@ class Gpu:
         self._hosts: dict[int, float] = defaultdict(float)
         self._engines: dict[tuple[int, str], float] = defaultdict(float)
         self._reading: list[tuple[Operation, int, int]] = []
-        self._numbers = iter(range(1, 1 << 62))
+        self._numbers = iter(range(2 * devices + 1, 1 << 62))
         self._lock = threading.RLock()
+        self._defaults = {1 + i: Lane(1 + i, i // 2) for i in range(2 * devices)}
 
     def fail_at(self, kind: str, nth: int, error: str) -> None:
         """Let the nth call of this kind from now on (1: the next) fail with an error of `recording_faults.ERRORS`.
@@ -215,11 +219,15 @@ class Gpu:
 
     def lane(self, ptr: int, kind: str = "") -> Lane:
         """A stream that is open."""
-        lane = self.lanes.get(ptr)
+        lane = self.lanes.get(ptr) or self._defaults.get(ptr)
         if lane is None:
             self.forbid(f"{kind} on a stream that is closed")
             raise cuda_error(kind, "cudaErrorInvalidResourceHandle")
         return lane
+
+    def default_stream(self, handle: int, device: int) -> int:
+        """What a handle means where a device is current: 1 and 2 are its default streams."""
+        return handle + 2 * device if handle in (LEGACY_STREAM, LEGACY_STREAM + 1) else handle
 
     def open_lane(self, device: int) -> Lane:
         with self._lock:
@@ -285,7 +293,7 @@ class Gpu:
     def complete_all(self, ptr: int | None = None) -> None:
         """Run all that was put on a stream, or on any."""
         with self._lock:
-            for lane in [lane for lane in self.lanes.values() if ptr in (None, lane.ptr)]:
+            for lane in [each for each in (*self.lanes.values(), *self._defaults.values()) if ptr in (None, each.ptr)]:
                 self.complete(lane.queue[-1] if lane.queue else None)
 
     def wait_until(self, kind: str, ended_s: float, operation: Operation | None, **what: int) -> None:
@@ -328,7 +336,10 @@ class Gpu:
             return capture
 
     def copy(self, target: int, source: int, nbytes: int, direction: str, ptr: int) -> None:
-        """An asynchronous copy between the host's pinned memory and the device."""
+        """An asynchronous copy between the host's pinned memory and the device, or inside it: "within"."""
+        if direction == "within":
+            self._move(target, source, nbytes, ptr)
+            return
         host, device = (source, target) if direction == "in" else (target, source)
         with self._lock:
             ends = self.find(host, nbytes), self.find(device, nbytes)
@@ -353,6 +364,14 @@ class Gpu:
         made = self.enqueue("memcpyAsync", ptr, move, seconds, direction, name=direction, nbytes=nbytes, address=device)
         if direction == "in":
             self._reading.append((made, host, host + nbytes))
+
+    def _move(self, target: int, source: int, nbytes: int, ptr: int) -> None:
+        def move() -> None:
+            if self.check_pointers("a copy", (target, source, target + nbytes - 1, source + nbytes - 1)):
+                ctypes.memmove(target, source, nbytes)
+
+        seconds = self.costs.copy_s + nbytes / self.costs.moved_nbytes_per_s
+        self.enqueue("memcpyAsync", ptr, move, seconds, name="within", nbytes=nbytes, address=target)
 
     def check_pointers(self, name: str, pointers: Sequence[int]) -> bool:
         """Whether all of a kernel's pointers lie in memory of the device."""

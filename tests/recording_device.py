@@ -53,6 +53,7 @@ class RecordingDevice:
     captured: int = 0
     bits: bool = True
     stream_limit: int | None = None
+    intake: None = None
     free_nbytes: int = 1 << 40
     row_nbytes: int = 1
     name: str = "recording"

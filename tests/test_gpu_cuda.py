@@ -31,7 +31,11 @@ from tests.recording_cuda import Gpu
 def replace_modules(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
     for name, module in fake_cupy.fake_cupy(gpu).items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "gpu_engine.gpu.cuda", raising=False)
+    for name in ("gpu_engine.gpu.cuda", "gpu_engine.gpu.cuda_tensors"):
+        # What imports them here is taken out again, and nothing comes back that an earlier call left.
+        sys.modules.pop(name, None)
+        monkeypatch.setitem(sys.modules, name, None)
+        sys.modules.pop(name)
 
     def loaded(place: str) -> Any:
         return fake_cupy.binary_source if place == KERNEL_COMPILER else load(place)

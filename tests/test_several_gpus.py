@@ -71,6 +71,14 @@ def test_every_gpu_has_streams_and_its_own_weights(two: Gpu, device: str, name: 
     assert not two.used_nbytes() and not two.used_nbytes(pinned=True) and not two.lanes and not two.events
 
 
+def test_tensors_of_several_are_those_of_the_host(two: Gpu) -> None:
+    with (
+        gpu_engine.compile(network(), device="cuda:all") as engine,
+        pytest.raises(ValueError, match="cuda:0,1 is several"),
+    ):
+        engine.run(np.zeros((1, 6), np.float32), outputs="device")
+
+
 def test_one_of_several_may_be_all_there_is(two: Gpu) -> None:
     two.devices = 1
     with gpu_engine.compile(network(), device="cuda:all", warmup=False) as engine:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import cupy
@@ -29,11 +29,14 @@ from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.binary import Binary, BinarySource
+from gpu_engine.gpu.cuda_tensors import CudaIntake, ForeignMemory, gather, read, record
 from gpu_engine.gpu.driver import Copy, HostArray, Piece, Replay, Touched
+from gpu_engine.gpu.exchange import Place
 from gpu_engine.gpu.failures import MEMORY_ALLOCATION, CudaErrors, unusable
 from gpu_engine.gpu.footprint import slot_memory
 from gpu_engine.gpu.graphs import captured_nbytes
 from gpu_engine.gpu.kernel import Kernel
+from gpu_engine.gpu.lending import Lender
 from gpu_engine.gpu.options import OLDEST_ARCH, GpuOptions
 from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
@@ -43,6 +46,7 @@ from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan
 from gpu_engine.plan.zones import Ints
+from gpu_engine.runtime.dlpack import CUDA
 
 STATIC_SHARED_NBYTES = 48 << 10
 """A block that wants more dynamic shared memory has to say so first."""
@@ -170,6 +174,29 @@ class CudaDriver:
         found: NDArray[Any] = cupy.asnumpy(source, stream=self._stream)
         return found.view(dtype) if found.dtype != dtype else found
 
+    def view(self, address: int, nbytes: int) -> ForeignMemory:
+        return ForeignMemory(address, nbytes, self._ordinal)
+
+    def move(self, target: int, source: int, nbytes: int) -> None:
+        runtime.memcpyAsync(target, source, nbytes, runtime.memcpyDeviceToDevice, self._stream.ptr)
+
+    def gather(self, target: int, source: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> None:
+        gather(target, source, shape, strides, dtype, self._ordinal)
+
+    def read(self, address: int, nbytes: int) -> NDArray[np.uint8]:
+        with cupy.cuda.Device(self._ordinal):
+            return read(address, nbytes)
+
+    def signal(self) -> Any:
+        with cupy.cuda.Device(self._ordinal):
+            return cupy.cuda.Event(disable_timing=True)
+
+    def record(self, signal: Any, stream: int | None = None) -> None:
+        record(signal, self._stream.ptr if stream is None else stream, cupy.cuda.Device(self._ordinal))
+
+    def wait(self, signal: Any) -> None:
+        runtime.streamWaitEvent(self._stream.ptr, signal.ptr)
+
     def load(self, kernel: Kernel) -> Loaded:
         binary = self._source(kernel, self._arch)
         module = Module()
@@ -272,6 +299,10 @@ class CudaDevice:
     def name(self) -> str:
         return f"cuda:{self._ordinal}"
 
+    @cached_property
+    def intake(self) -> CudaIntake:
+        return CudaIntake(self._ordinal, self.name)
+
     @property
     def arch(self) -> int:
         """90 for sm_90."""
@@ -300,7 +331,8 @@ class CudaDevice:
         with drivers[0].active():
             weights = Weights(plan, drivers[0])
             drivers[0].finish()
-        return [GpuStream(plan, slots, one, weights, self._timed) for one in drivers]
+        place = Place(self.name, (CUDA, self._ordinal), Lender(drivers[0]))
+        return [GpuStream(plan, slots, one, weights, self._timed, place) for one in drivers]
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
         """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""

@@ -109,6 +109,34 @@ class Driver(Protocol):
         """A copy in the host's memory as `dtype`, complete on return."""
         ...
 
+    def view(self, address: int, nbytes: int) -> Memory:
+        """Memory that somebody else holds."""
+        ...
+
+    def move(self, target: int, source: int, nbytes: int) -> None:
+        """Copy bytes from one address of the device to another."""
+        ...
+
+    def gather(self, target: int, source: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> None:
+        """Copy elements that lie `strides` elements apart along each axis, to one behind the other."""
+        ...
+
+    def read(self, address: int, nbytes: int) -> NDArray[np.uint8]:
+        """A copy, in the host's memory, of bytes that nobody writes any more; from any thread."""
+        ...
+
+    def signal(self) -> Any:
+        """Something to record and to wait for."""
+        ...
+
+    def record(self, signal: Any, stream: int | None = None) -> None:
+        """The signal is given behind everything that was started here so far, or on a caller's stream."""
+        ...
+
+    def wait(self, signal: Any) -> None:
+        """What is started from now on runs behind the last that a signal was recorded for; the caller does not wait."""
+        ...
+
     def load(self, kernel: Kernel) -> Any:
         """The kernel ready to launch on this device."""
         ...

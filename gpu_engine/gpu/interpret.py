@@ -17,13 +17,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
 from gpu_engine.gpu.device_arrays import DeviceArray, DeviceModule
 from gpu_engine.gpu.driver import Copy, HostArray, Piece, Pieces, Replay, Touched
+from gpu_engine.gpu.exchange import Place
 from gpu_engine.gpu.footprint import slot_memory
 from gpu_engine.gpu.interpreter import AccessError, interpret, interpreting, spans
 from gpu_engine.gpu.kernel import CudaKernel, Kernel
+from gpu_engine.gpu.lending import Lender
 from gpu_engine.gpu.options import GpuOptions
 from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
 from gpu_engine.gpu.program import Program, zone_nbytes
@@ -34,7 +37,10 @@ from gpu_engine.ir.dtypes import DType
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan
 from gpu_engine.plan.zones import Ints
+from gpu_engine.runtime.device_tensors import DeviceTensor
+from gpu_engine.runtime.dlpack import CPU, CUDA, Exported, on_host
 
+NAME = "interpret"
 ALIGNMENT = 256
 POISON = 0xFF
 DEFAULTS = GpuOptions()
@@ -51,6 +57,42 @@ class HostMemory:
         start = -int(raw.__array_interface__["data"][0]) % ALIGNMENT
         self.bytes = raw[start : start + nbytes]
         self.address, self.nbytes = int(self.bytes.__array_interface__["data"][0]), nbytes
+
+
+class HostView:
+    """Such bytes of somebody else."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.bytes = on_host(Exported(address, (nbytes,), None, np.dtype(np.uint8), None, None))
+        self.address, self.nbytes = address, nbytes
+
+
+class HostIntake:
+    """The interpreter's own arrays come in, and what its engines gave; nothing else lies in its memory. See
+    `runtime.device_tensors.Intake`."""
+
+    devices: frozenset[tuple[int, int]] = frozenset()
+
+    def __init__(self, arrays: DeviceModule) -> None:
+        self._arrays = arrays
+
+    def own(self, value: Any) -> Exported | None:
+        if isinstance(value, DeviceTensor) and value.device == NAME:
+            return Exported(value.address, value.shape, None, value.dtype, None, value)
+        if not isinstance(value, DeviceArray):
+            return None
+        host, dtype = self._arrays.on_host(value), value.dtype
+        strides = tuple(stride // dtype.itemsize for stride in host.strides)
+        return Exported(host.ctypes.data, host.shape, None if host.flags.c_contiguous else strides, dtype, None, value)
+
+    def stream(self) -> None:
+        """There are none."""
+
+    def after(self, stream: int) -> None:
+        """Everything has happened by then."""
+
+    def device_of(self, address: int) -> tuple[int, int]:
+        return CUDA, 0
 
 
 class Crossing:
@@ -106,6 +148,29 @@ class Interpreter:
     def download(self, source: DeviceArray, dtype: DType) -> HostArray:
         found = np.array(self.xp.on_host(source))
         return found.view(dtype) if found.dtype != dtype else found
+
+    def view(self, address: int, nbytes: int) -> HostView:
+        return HostView(address, nbytes)
+
+    def move(self, target: int, source: int, nbytes: int) -> None:
+        ctypes.memmove(target, source, nbytes)
+
+    def gather(self, target: int, source: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> None:
+        elements = on_host(Exported(source, shape, strides, array_dtype(dtype), None, None))
+        packed = np.ascontiguousarray(elements)
+        self.move(target, packed.ctypes.data, packed.nbytes)
+
+    def read(self, address: int, nbytes: int) -> NDArray[np.uint8]:
+        return np.frombuffer(bytearray(ctypes.string_at(address, nbytes)), np.uint8)
+
+    def signal(self) -> None:
+        """Everything has happened by then."""
+
+    def record(self, signal: None, stream: int | None = None) -> None:
+        """As `signal`."""
+
+    def wait(self, signal: None) -> None:
+        """As `signal`."""
 
     def load(self, kernel: Kernel) -> Kernel:
         return kernel
@@ -167,7 +232,11 @@ class InterpretDevice:
 
     @property
     def name(self) -> str:
-        return "interpret"
+        return NAME
+
+    @property
+    def intake(self) -> HostIntake:
+        return HostIntake(self._driver.xp)
 
     @property
     def reason(self) -> str:
@@ -193,7 +262,8 @@ class InterpretDevice:
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
         weights = Weights(plan, self._driver)
-        return [GpuStream(plan, slots, self._driver, weights, self._timed) for _ in range(streams)]
+        place = Place(NAME, (CPU, 0), Lender(self._driver))
+        return [GpuStream(plan, slots, self._driver, weights, self._timed, place) for _ in range(streams)]
 
     def memory(self, plan: Plan, extents: tuple[int, ...]) -> tuple[int, int]:
         """(weights, activations of one slot) in bytes; segments whose extents only running tells are left out."""

@@ -6,13 +6,14 @@ launches at a time, eight bytes for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from gpu_engine.errors import OutOfMemory
+from gpu_engine.gpu.driver import Memory
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.launches import ArrayCall, BodyCall, Launch
 from gpu_engine.ir.dims import product
@@ -166,6 +167,7 @@ class Bound:
     """A segment with numbers: the arguments of its launches and where its buffers lie.
 
     `located` are (memory, offset, bytes) by root buffer. `hosted` are arrays of objects, which have no address.
+    Some of the `packed` arguments may point into `shared`, the words of a segment bound before.
     """
 
     extents: tuple[int, ...]
@@ -174,6 +176,7 @@ class Bound:
     packed: dict[int, Any]
     located: dict[int, tuple[Any, int, int]]
     hosted: dict[int, Any]
+    shared: Ints | None = None
 
 
 def bind(
@@ -210,6 +213,24 @@ def bind(
     if len(shifted):
         words[shifted] += numbers[by]
     return Bound(extents, values, words, {}, located, {})
+
+
+def rebased(plan: Plan, segment: Segment, bound: Bound, memories: Mapping[int, Memory]) -> Bound:
+    """The bound segment with some of its own root buffers elsewhere: only launches that use them are packed anew."""
+    owned = segment.arena.owned + segment.ports.owned + segment.counters.owned
+    words, places = bound.words.copy(), segment.gather.places
+    for buffer, memory in memories.items():
+        old, offset, _ = bound.located[buffer]
+        moved = places == len(segment.numbers) + owned.index(buffer)
+        words[moved] += memory.address - old.address - offset
+    changed = np.flatnonzero(words != bound.words)
+    packed = {
+        i: ready
+        for i, ready in bound.packed.items()
+        if not np.any((changed >= segment.firsts[i]) & (changed < segment.firsts[i] + len(plan.steps[i].kernel.words)))
+    }
+    located = {**bound.located, **{buffer: (memory, 0, memory.nbytes) for buffer, memory in memories.items()}}
+    return Bound(bound.extents, bound.values, words, packed, located, bound.hosted, shared=bound.words)
 
 
 def _foreign_address(owner: int, before: Sequence[Bound]) -> int:

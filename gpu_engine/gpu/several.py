@@ -15,8 +15,11 @@ from gpu_engine.runtime.device import Device, Stream
 class SeveralDevices:
     """See `runtime.device.Device`. DeviceError unless all have one architecture: a plan is made for one.
 
-    Requests wait in one queue, so that a device that is faster, or has less to do, takes more of them.
+    Requests wait in one queue, so that a device that is faster, or has less to do, takes more of them. Since any may
+    take a request, its tensors come from the host and go there.
     """
+
+    intake = None
 
     def __init__(self, members: Sequence[Device]) -> None:
         self._members, self._first = tuple(members), members[0]

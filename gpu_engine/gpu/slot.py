@@ -17,16 +17,20 @@ from gpu_engine.gpu.areas import Area
 from gpu_engine.gpu.clocks import StepClocks
 from gpu_engine.gpu.control import Body
 from gpu_engine.gpu.driver import Driver, HostArray, Memory, Replay
+from gpu_engine.gpu.exchange import Exchange, Place, Result
 from gpu_engine.gpu.graphs import Graphs, Habit
 from gpu_engine.gpu.launches import BodyCall
-from gpu_engine.gpu.program import Bound, Program, Segment, bind
+from gpu_engine.gpu.program import Bound, Program, Segment, bind, rebased
 from gpu_engine.gpu.steps import End, Steps
 from gpu_engine.plan.execution import extents_after
-from gpu_engine.plan.plan import Plan
+from gpu_engine.plan.plan import Plan, root
 from gpu_engine.plan.zones import Ints
 from gpu_engine.runtime.device import StepTimes
+from gpu_engine.runtime.device_tensors import DeviceTensor
 
 CACHED_BINDINGS = 32
+CACHED_ADDRESSES = 16
+"""Sets of addresses of callers' tensors, of one shape."""
 
 
 class Weights:
@@ -65,11 +69,13 @@ def _body(plan: Plan, driver: Driver, weights: Weights) -> Body:
 
 @dataclass(eq=False)
 class Known:
-    """What a slot keeps of a shape. `ends` are those of inputs and outputs, once it was staged."""
+    """What a slot keeps of a shape. `ends` are those of inputs and outputs, once it was staged; `elsewhere` is the same
+    with inputs where callers have them, by their addresses, None where these were seen once."""
 
     bound: Bound
     ends: tuple[End, End] | None = None
     habit: Habit = field(default_factory=Habit)
+    elsewhere: dict[tuple[int, ...], Known | None] = field(default_factory=dict)
 
 
 class GpuSlot:
@@ -82,6 +88,7 @@ class GpuSlot:
         weights: Weights,
         bodies: Mapping[int, Sequence[Body]],
         timed: bool = False,
+        place: Place | None = None,
     ) -> None:
         self._plan, self._driver, self._weights = plan, driver, weights
         self._clocks = StepClocks(driver, len(plan.steps)) if timed else None
@@ -89,6 +96,8 @@ class GpuSlot:
         self._program: Program = plan.program
         self._areas = [[Area(driver, zeroed=zeroed) for zeroed in (False, False, True)] for _ in self._program.segments]
         self._passage, self._graphs = driver.passage(), Graphs(plan, driver, wanted=not timed)
+        self._exchange = Exchange(driver, place)
+        self.read, self.give = self._exchange.read, self._exchange.give
         self._cache: dict[tuple[int, ...], Known] = {}
         self._known: Known | None = None
         self._outputs: Sequence[HostArray] = ()
@@ -108,6 +117,7 @@ class GpuSlot:
         """See `runtime.device.Slot`. InputError if the extents contradict each other inside the model."""
         if self._in_flight:
             self._settle()
+        self._exchange.stage()
         known = self._known
         if known is None or known.bound.extents != extents:
             self._known = None
@@ -123,14 +133,20 @@ class GpuSlot:
         """Copy the inputs to the device, start every step, and copy the outputs back; an error is kept for `wait`."""
         assert self._known is not None and self._known.ends is not None, "launch without stage"
         self._error, self._in_flight = None, True
-        known, chain = self._known, [self._known.bound]
-        sent, fetched = self._known.ends
+        known, exchange = self._known, self._exchange
+        sent = self._known.ends[0]
         try:
             with self._driver.active():
-                self._passage.send(sent.copies)
+                if exchange.tensors:
+                    self._passage.send(exchange.others(sent))
+                    known = self._with_tensors(known)
+                else:
+                    self._passage.send(sent.copies)
+                chain = [known.bound]
                 self._start(known, chain)
-                if len(chain) > 1:
-                    fetched = self._steps.end(self._plan.outputs, chain, self._staged)
+                if exchange.cuts:
+                    exchange.copy_out(self._results(chain))
+                fetched = End([], []) if exchange.cuts else self._fetched(self._known, chain)
                 self._passage.fetch(fetched.copies)
                 self._outputs = fetched.arrays
         except BaseException as error:
@@ -151,13 +167,19 @@ class GpuSlot:
         if self._clocks is not None:
             self._clocks.finish()
         self._failed = self._in_flight = False
+        self._exchange.ended()
         return self._outputs
+
+    def given(self) -> Sequence[Sequence[DeviceTensor]]:
+        """See `runtime.device.TensorSlot`."""
+        return self._exchange.outputs
 
     def _settle(self) -> None:
         """End a launch that failed, or that nobody waited for: its copies may still be reading and writing."""
         with suppress(Exception), self._driver.active():
             self._driver.finish()
         self._in_flight = False
+        self._exchange.ended()
 
     def step_times(self) -> StepTimes | None:
         """See `runtime.device.Slot`."""
@@ -198,15 +220,70 @@ class GpuSlot:
                 replay()
         return results
 
+    def _with_tensors(self, known: Known) -> Known:
+        """The shape with callers' tensors as its inputs: read where they lie if possible, else copied.
+
+        Where launches are captured, addresses are worth it that come again: others are copied to those of the slot,
+        for which there is, or will be, a graph.
+        """
+        exchange, inputs = self._exchange, self._plan.inputs
+        exchange.wait_for_producers()
+        in_place = exchange.in_place()
+        addresses = tuple(in_place.get(position, 0) for position in range(len(inputs)))
+        new = addresses not in known.elsewhere
+        found = known.elsewhere.pop(addresses, None)
+        if in_place and found is None and not (new and self._driver.captures):
+            found = Known(self._rebased(known.bound, in_place))
+        if in_place:
+            known.elsewhere[addresses] = found
+        if len(known.elsewhere) > CACHED_ADDRESSES:
+            self._forget(known.elsewhere.pop(next(iter(known.elsewhere))))
+        for position in exchange.tensors:
+            if found is None or position not in in_place:
+                exchange.copy_in(position, self._steps.place(inputs[position], [known.bound])[0])
+        return known if found is None else found
+
+    def _rebased(self, bound: Bound, in_place: Mapping[int, int]) -> Bound:
+        owners = {root(self._plan.buffers, self._plan.inputs[i]): address for i, address in in_place.items()}
+        memories = {owner: self._driver.view(address, bound.located[owner][2]) for owner, address in owners.items()}
+        return rebased(self._plan, self._program.segments[0], bound, memories)
+
+    def _fetched(self, known: Known, chain: list[Bound]) -> End:
+        """The host's side of the outputs. One that is an input comes from where the input was read."""
+        assert known.ends is not None
+        end = known.ends[1]
+        if len(chain) > 1:
+            end = self._steps.end(self._plan.outputs, [known.bound, *chain[1:]], self._staged)
+        if chain[0] is known.bound:
+            return end
+        places = [[self._steps.place(i, [bound])[0][0] for i in self._plan.inputs] for bound in (known.bound, chain[0])]
+        moved = dict(zip(*places, strict=True))
+        return End(end.arrays, [copy._replace(device=moved.get(copy.device, copy.device)) for copy in end.copies])
+
+    def _results(self, chain: list[Bound]) -> list[Result]:
+        """The outputs, for `Exchange.copy_out`."""
+        plan = self._plan
+        return [
+            Result(*self._steps.place(buffer, chain), plan.buffers[buffer].dtype, carries)
+            for buffer, carries in zip(plan.outputs, plan.batching.outputs, strict=True)
+        ]
+
     def _recall(self, extents: tuple[int, ...]) -> Known:
         """The first segment bound to `extents`, from the cache or new."""
         known = self._cache.pop(extents, None)
         if known is None:
             known = Known(self._bind(0, extents, []))
             if len(self._cache) >= CACHED_BINDINGS:
-                self._graphs.forget(self._cache.pop(next(iter(self._cache))).habit)
+                self._forget(self._cache.pop(next(iter(self._cache))))
         self._cache[extents] = known
         return known
+
+    def _forget(self, known: Known | None) -> None:
+        """Give up the graphs of a shape, at all addresses."""
+        if known is not None:
+            self._graphs.forget(known.habit)
+            for other in known.elsewhere.values():
+                self._forget(other)
 
     def _bind(self, index: int, extents: tuple[int, ...], chain: list[Bound]) -> Bound:
         areas = self._areas[index]
@@ -237,11 +314,13 @@ class GpuStream:
 
     threads = 1
 
-    def __init__(self, plan: Plan, slots: int, driver: Driver, weights: Weights, timed: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, slots: int, driver: Driver, weights: Weights, timed: bool = False, place: Place | None = None
+    ) -> None:
         self._driver: Driver | None = driver
         with driver.active():
             bodies = bodies_of(weights, driver)
-            self.slots = [GpuSlot(plan, driver, weights, bodies, timed) for _ in range(slots)]
+            self.slots = [GpuSlot(plan, driver, weights, bodies, timed, place) for _ in range(slots)]
 
     def enter(self) -> None:
         """No thread of a GPU's stream is tied to a core, but it has its current device."""

@@ -180,6 +180,10 @@ class Steps:
         memory, offset, nbytes = located(owner, chain)
         return memory.address + offset, nbytes
 
+    def place(self, buffer: int, chain: list[Bound]) -> tuple[Piece, tuple[int, ...]]:
+        """Where a buffer lies, and its shape."""
+        return self._piece(buffer, chain), self._shape(buffer, chain)
+
     def end(self, buffers: Sequence[int], chain: list[Bound], staged: Callable[[int], HostArray]) -> End:
         """The host's side of inputs or outputs; `staged` gives the memory that mirrors the ports of a segment."""
         arrays, copies = [], dict[Copy, None]()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from gpu_engine.errors import OutOfMemory
+from gpu_engine.errors import InputError, OutOfMemory
 from gpu_engine.ir.dtypes import STRING
+from gpu_engine.options import OutputPlace, output_place
 from gpu_engine.plan.plan import Plan
 from gpu_engine.plan.signature import Family, Fit, Signature
 from gpu_engine.runtime.arrays import Array, Ports, Wrap
 from gpu_engine.runtime.device import Device
+from gpu_engine.runtime.device_tensors import GivenTensor
 from gpu_engine.runtime.memory import Budget
-from gpu_engine.runtime.requests import array_rows
+from gpu_engine.runtime.requests import Placed, Request, array_rows
 from gpu_engine.runtime.sizing import Sizes, memory_cap
 
 _LOGGER = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ class Admitted:
     """Inputs of known shapes: `rows` for the scheduler, at most `limit` of them per execution.
 
     `reason` is why an execution of these inputs alone is closed, "" if they must queue. Requests of equal `key`
-    may share an execution; None: ask `Admission.key`.
+    may share an execution; None: ask `Admission.key`. `placed` is None where everything is arrays of the host.
     """
 
     fit: Fit
@@ -37,26 +39,34 @@ class Admitted:
     limit: int
     reason: str
     key: Hashable
+    placed: Placed | None = None
 
 
 class Admission:
     """Checks inputs against a plan; what it found out about a set of shapes and dtypes is remembered."""
 
-    def __init__(self, plan: Plan, device: Device, sizes: Sizes, budget: Budget) -> None:
-        self.ports = Ports(plan.input_ports, plan.output_ports, plan.output_structures)
+    def __init__(
+        self, plan: Plan, device: Device, sizes: Sizes, budget: Budget, outputs: OutputPlace = OutputPlace.host
+    ) -> None:
+        ports = plan.input_ports, plan.output_ports, plan.output_structures
+        self.ports = Ports(*ports, device.name, device.intake)
+        self._outputs = outputs
         self._plan, self._device, self._sizes, self._budget = plan, device, sizes, budget
         self._signature = Signature(plan)
         self._known: dict[Hashable, Admitted] = {}
         self._limits: dict[tuple[int, ...], int] = {}
         self._empty_outputs = all(plan.batching.outputs)
+        strings = [port.name for port in plan.output_ports if port.dtype == STRING]
+        self._host_outputs = ", ".join([name for name, _ in plan.output_structures] or strings)
         self._shares_inputs = sizes.shared and not all(plan.batching.inputs)
         self._proven_nbytes = 0
         self.largest: tuple[int, ...] | None = None
 
-    def admit(self, inputs: Any) -> tuple[Sequence[Array], Wrap, Admitted]:
+    def admit(self, inputs: Any, outputs: str | None = None) -> tuple[Sequence[Array], Wrap, Admitted]:
         """The inputs in order, what gives outputs the caller's form, and what their shapes mean.
 
         InputError for whatever does not fit the model; OutOfMemory if the device has not the memory to run it.
+        `outputs` is "host" or "device", for these inputs alone; ValueError for anything else.
         """
         arrays, wrap = self.ports.arrange(inputs)
         if len(arrays) == 1:
@@ -64,9 +74,11 @@ class Admission:
             shapes: Hashable = (array.shape, array.dtype)
         else:
             shapes = tuple([(array.shape, array.dtype) for array in arrays])
+        if outputs is not None:
+            shapes = shapes, outputs
         admitted = self._known.get(shapes)
         if admitted is None:
-            admitted = self._admit_shapes(arrays)
+            admitted = self._placed(self._admit_shapes(arrays), arrays, outputs)
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
                 self._limits.clear()
@@ -77,7 +89,11 @@ class Admission:
         """For inputs whose `admitted.key` is None: requests with equal keys may share an execution, because all extents
         but the rows agree, and all inputs without rows are the same arrays, or equal small ones."""
         family = admitted.fit.family
-        return (family.key, *(_identity(a) for a, block in zip(arrays, family.blocks, strict=True) if not block))
+        return (
+            family.key,
+            admitted.placed,
+            *(_identity(a) for a, block in zip(arrays, family.blocks, strict=True) if not block),
+        )
 
     def adopt(self, sizes: Sizes) -> None:
         """From now on admit for these sizes."""
@@ -107,8 +123,10 @@ class Admission:
         return self._limits.get(key, self._sizes.batch.batch)
 
     def rows(self, inputs: Any) -> tuple[Fit, list[list[Array]]]:
-        """What inputs mean, and what each of their rows brings; InputError as `admit`."""
-        arrays, _, admitted = self.admit(inputs)
+        """What inputs mean, and what each of their rows brings; InputError as `admit`, and for tensors on a device."""
+        arrays, _, admitted = self.admit(inputs, OutputPlace.host)
+        if admitted.placed is not None:
+            raise InputError("warm-up takes arrays of the host")
         blocks = admitted.fit.family.blocks
         each = [
             [array_rows(a, i, i + 1, b) for a, b in zip(arrays, blocks, strict=True)] for i in range(admitted.fit.rows)
@@ -127,12 +145,33 @@ class Admission:
         """The inputs of one row, for people."""
         return ", ".join(map(str, map(list, self.input_shapes(family))))
 
-    def empty_outputs(self, fit: Fit) -> list[Array] | None:
-        """Outputs of no rows, which need no launch; None where an output does not carry the batch."""
+    def empty_outputs(self, request: Request) -> list[Array] | None:
+        """Outputs of no rows, which need no launch; None if the request has rows, where an output does not carry the
+        batch, and where outputs are to lie on the device."""
+        fit, placed = request.fit, request.placed
+        if fit.rows or (placed is not None and placed.outputs):
+            return None
         if not self._empty_outputs or fit.family.output_shapes is None:
             return None
         ports = zip(fit.family.output_shapes, self._plan.output_ports, strict=True)
         return [np.empty((0, *shape[1:]), port.dtype) for shape, port in ports]
+
+    def _placed(self, admitted: Admitted, arrays: Sequence[Array], outputs: str | None) -> Admitted:
+        """The same for what lies in the device's memory: it shares executions with what lies alike, with nothing else.
+
+        ValueError for outputs that cannot lie there.
+        """
+        place = self._outputs if outputs is None else output_place(outputs)
+        inputs = tuple([isinstance(array, GivenTensor) for array in arrays])
+        if place is OutputPlace.device and self._device.devices > 1:
+            raise ValueError(f"outputs cannot lie on the device: {self._device.name} is several")
+        on_device = place is OutputPlace.device and self._device.intake is not None
+        if on_device and self._host_outputs:
+            raise ValueError(f"outputs cannot lie on the device: {self._host_outputs} are no tensors of numbers")
+        if not on_device and True not in inputs:
+            return admitted
+        placed = Placed(inputs, on_device)
+        return replace(admitted, key=admitted.key and (admitted.key, placed), placed=placed)
 
     def _admit_shapes(self, arrays: Sequence[Array]) -> Admitted:
         self.ports.check_dtypes(arrays)
@@ -178,6 +217,8 @@ class Admission:
 
 
 def _identity(array: Array) -> Hashable:
+    if isinstance(array, GivenTensor):
+        return array.identity
     if array.nbytes <= _SMALL_NBYTES and array.dtype != STRING:
         return array.tobytes()
     return id(array)

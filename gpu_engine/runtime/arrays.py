@@ -13,6 +13,8 @@ from gpu_engine.ir.dtypes import BOOL, STRING, DType, is_float, is_integer, limi
 from gpu_engine.ir.structure import Maps, Structure, nest
 from gpu_engine.options import suggestion
 from gpu_engine.plan.plan import Port
+from gpu_engine.runtime.device_tensors import DeviceDType, Intake, take
+from gpu_engine.runtime.dlpack import exported, on_host
 
 Array = NDArray[Any]
 Wrap = Callable[[Sequence[Array]], Any]
@@ -30,7 +32,11 @@ class Ports:
         inputs: Sequence[Port],
         outputs: Sequence[Port],
         structures: Sequence[tuple[str, Structure]] = (),
+        device: str = "the host",
+        intake: Intake | None = None,
     ) -> None:
+        """Tensors in a device's memory come in by `intake`; InputError for those that lie elsewhere than `device`."""
+        self._device, self._intake = device, intake
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.input_names = tuple(port.name for port in inputs)
         self.output_names = tuple(name for name, _ in structures) or tuple(port.name for port in outputs)
@@ -63,9 +69,15 @@ class Ports:
     def check_dtypes(self, arrays: Sequence[Array]) -> None:
         """InputError for the first array whose dtype is not its port's: nothing is cast silently."""
         for array, port in zip(arrays, self.inputs, strict=True):
-            if array.dtype != port.dtype:
+            given: Any = array.dtype
+            if isinstance(given, DeviceDType):
+                if given.element != port.dtype:
+                    raise InputError(
+                        f"input {port.name!r} is {given}, but the model takes {port.dtype}: convert it there"
+                    )
+            elif given != port.dtype:
                 raise InputError(
-                    f"input {port.name!r} is {array.dtype}, but the model takes {port.dtype}: "
+                    f"input {port.name!r} is {given}, but the model takes {port.dtype}: "
                     f"convert it with .astype({port.dtype.name!r})"
                 )
 
@@ -100,16 +112,23 @@ class Ports:
 
     def _checked(self, values: Sequence[Any]) -> Sequence[Array]:
         if self._strings:
-            return [as_array(value, port) for value, port in zip(values, self.inputs, strict=True)]
+            return [self._array(value, port) for value, port in zip(values, self.inputs, strict=True)]
         for value in values:
             if type(value) is not np.ndarray:
                 break
         else:
             return values
         return [
-            value if type(value) is np.ndarray else as_array(value, port)
+            value if type(value) is np.ndarray else self._array(value, port)
             for value, port in zip(values, self.inputs, strict=True)
         ]
+
+    def _array(self, value: Any, port: Port) -> Any:
+        """An array of the host, or a GivenTensor in the device's memory."""
+        if isinstance(value, np.ndarray | list | tuple):
+            return as_array(value, port)
+        tensor = take(value, port.name, self._device, self._intake)
+        return as_array(value, port) if tensor is None else tensor
 
     def _listing(self) -> str:
         return f"{len(self.inputs)} input{'s' * (len(self.inputs) != 1)} ({'; '.join(map(str, self.inputs))})"
@@ -143,13 +162,18 @@ def _kind(value: object) -> str:
 def _foreign(value: Any, port: Port) -> Array:
     """The array that an object of DLPack or NumPy's array protocol gives, without a copy where it can."""
     reasons = []
-    for method, convert in (("__dlpack__", np.from_dlpack), ("__array__", np.asarray)):
+    for method, convert in (("__dlpack__", _from_dlpack), ("__array__", np.asarray)):
         if hasattr(value, method):
             try:
                 return convert(value)
             except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
                 reasons.append(str(error))
     raise InputError(f"input {port.name!r} is {_kind(value)} that gives no array: {'; '.join(reasons)}")
+
+
+def _from_dlpack(value: Any) -> Array:
+    """Also of elements that NumPy itself does not know, as bfloat16."""
+    return on_host(exported(value))
 
 
 def _nested(value: Any, port: Port) -> Array:

@@ -7,10 +7,12 @@ behind the last repeat it, so that they are inputs like any other, and results a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from gpu_engine.plan.plan import Plan
 from gpu_engine.runtime.arrays import Array
-from gpu_engine.runtime.device import Slot, StepTimes, Stream
+from gpu_engine.runtime.device import Cut, Slot, StepTimes, Stream
+from gpu_engine.runtime.device_tensors import DeviceTensor, GivenTensor
 
 Extents = tuple[int, ...]
 Sizes = Callable[[Extents], Sequence[int]]
@@ -39,6 +41,7 @@ class BucketSlot:
         self._place = plan.symbols.index(plan.batching.symbol or "")
         self._rows = self._bucket = 0
         self._inputs: Sequence[Array] = ()
+        self._read: set[int] = set()
         self.padded_rows = 0
 
     def stage(self, extents: Extents) -> Sequence[Array]:
@@ -46,12 +49,32 @@ class BucketSlot:
         self._bucket = bucket(self._rows, self._sizes(extents))
         padded = (*extents[: self._place], self._bucket, *extents[self._place + 1 :])
         self._inputs = self._slot.stage(padded)
+        self._read.clear()
         return self._cut(self._inputs, self._batching.inputs)
+
+    def read(self, position: int, tensors: Sequence[GivenTensor]) -> None:
+        """See `runtime.device.TensorSlot`."""
+        self._read.add(position)
+        missing = self._bucket - self._rows
+        if missing and self._batching.inputs[position]:
+            block = sum(map(len, tensors)) // self._rows
+            tensors = [*tensors, *[tensors[-1][len(tensors[-1]) - block :]] * missing]
+        slot: Any = self._slot
+        slot.read(position, tensors)
+
+    def give(self, rows: int, cuts: Sequence[Cut]) -> None:
+        slot: Any = self._slot
+        slot.give(self._bucket, cuts)
+
+    def given(self) -> Sequence[Sequence[DeviceTensor]]:
+        slot: Any = self._slot
+        found: Sequence[Sequence[DeviceTensor]] = slot.given()
+        return found
 
     def launch(self) -> None:
         rows, missing = self._rows, self._bucket - self._rows
-        for array, carries in zip(self._inputs, self._batching.inputs, strict=True):
-            if carries and missing:
+        for i, (array, carries) in enumerate(zip(self._inputs, self._batching.inputs, strict=True)):
+            if carries and missing and i not in self._read:
                 block = len(array) // self._bucket
                 repeated = array[rows * block :].reshape(missing, block, *array.shape[1:])
                 repeated[...] = array[(rows - 1) * block : rows * block]
@@ -59,7 +82,8 @@ class BucketSlot:
         self._slot.launch()
 
     def wait(self) -> Sequence[Array]:
-        return self._cut(self._slot.wait(), self._batching.outputs)
+        outputs = self._slot.wait()
+        return self._cut(outputs, self._batching.outputs) if outputs else outputs
 
     def step_times(self) -> StepTimes | None:
         return self._slot.step_times()

@@ -8,7 +8,7 @@ run while another thread stages and launches another slot of the same stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan
+from gpu_engine.runtime.device_tensors import DeviceTensor, GivenTensor, Intake
 
 Array = NDArray[np.generic]
 
@@ -56,6 +57,48 @@ class Slot(Protocol):
 
     def step_times(self) -> StepTimes | None:
         """Of the launch that was waited for last, until the next `stage`; None unless the device is `timed`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Rows `start` to `stop` of an execution, which are one request's; from row `first` on of `whole`, where it was cut
+    into parts."""
+
+    start: int
+    stop: int
+    first: int = 0
+    whole: Whole | None = None
+
+
+class Whole(Protocol):
+    """The outputs of a request that was cut into parts, which come from several executions."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def output(self, position: int, make: Callable[[], DeviceTensor]) -> DeviceTensor:
+        """One of them, made by whoever asks first."""
+        ...
+
+
+class TensorSlot(Slot, Protocol):
+    """A slot of a device with an `intake`. Between `stage` and `launch` it is told what lies in the device's memory."""
+
+    def read(self, position: int, tensors: Sequence[GivenTensor]) -> None:
+        """Instead of filling a staged array: the input is these, one behind the other along axis 0.
+
+        A contiguous one of the whole shape is read where it lies; others are copied on the device. The slot holds them
+        until the launch has ended.
+        """
+        ...
+
+    def give(self, rows: int, cuts: Sequence[Cut]) -> None:
+        """Of an execution of so many `rows`, the outputs of each cut stay on the device, in memory of their own."""
+        ...
+
+    def given(self) -> Sequence[Sequence[DeviceTensor]]:
+        """Behind a `wait`, which then copies no output to the host: for each cut its outputs."""
         ...
 
 
@@ -122,6 +165,11 @@ class Device(Protocol):
     @property
     def stream_limit(self) -> int | None:
         """The most streams worth opening (the cores of a CPU), None for no limit."""
+        ...
+
+    @property
+    def intake(self) -> Intake | None:
+        """How tensors in the device's memory come in, where it has its own: then its slots are `TensorSlot`s."""
         ...
 
     def auto_streams(self) -> int:

@@ -6,28 +6,28 @@ import logging
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from gpu_engine.errors import GpuEngineError, InputError, OutOfMemory, RequestTimeout
 from gpu_engine.options import Options, Partial
 from gpu_engine.plan.plan import Plan, Port
-from gpu_engine.runtime.admission import Admission, Admitted
-from gpu_engine.runtime.arrays import Array, Wrap
+from gpu_engine.runtime.admission import Admission
 from gpu_engine.runtime.description import Description, describe
 from gpu_engine.runtime.device import Device
+from gpu_engine.runtime.entry import Entry
 from gpu_engine.runtime.execution import clock, run_alone
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.late import ADMIT_ASYNC, STREAM, load
 from gpu_engine.runtime.memory import MemoryPlan, budget_of, memory_plan
 from gpu_engine.runtime.observation import Observer
 from gpu_engine.runtime.ordered import ordered
-from gpu_engine.runtime.policy import new_batcher, queue_policy
+from gpu_engine.runtime.policy import new_batcher
 from gpu_engine.runtime.pool import Pool
 from gpu_engine.runtime.properties import Facts, checked_change, read_property
-from gpu_engine.runtime.requests import Join, Request, fail_all
+from gpu_engine.runtime.requests import Request, fail_all
 from gpu_engine.runtime.reusable import ReusableRequest
-from gpu_engine.runtime.rooms import Rooms
 from gpu_engine.runtime.sizing import BatchPlan, Sizes, threads_of
 from gpu_engine.runtime.statistics import Statistics
 from gpu_engine.runtime.tuning import Tuner, sizes_of
@@ -43,6 +43,10 @@ class Engine:
     the caller: fresh, writable and C-contiguous. Input arrays are read when the request runs, so they must not be
     changed before its future is done. Nested lists and scalars are converted to the input's dtype, arrays never are.
 
+    On a GPU, tensors in its memory that speak DLPack or `__cuda_array_interface__` are read where they lie, behind what
+    their owners' streams were given before; with outputs="device" a DeviceTensor comes back instead of an array. Both
+    are complete, and inputs may be changed, when `run` returns or the future is done.
+
     Leaving a `with` block closes the engine and runs what waits; dropping the last reference fails what waits.
     """
 
@@ -53,17 +57,15 @@ class Engine:
         self._plan, self._device, self._options, self._name = plan, device, options, name
         self._reason = reason or device.reason
         sizes = sizes_of(plan, device, options)
-        self._admission = Admission(plan, device, sizes, budget_of(options))
+        self._admission = Admission(plan, device, sizes, budget_of(options), options.outputs)
         self._tuner = Tuner(plan, device, options, sizes, self._admission)
-        self._rooms = Rooms()
         self._serve_callers = options.batch_timeout_ms == 0 or not self._sizes.shared
-        self._policy, self._bounded = queue_policy(options), options.max_queue_size > 0
-        self._usual = self._policy.timeout_s, self._policy.level
         streams = device.open(plan, sizes.streams, sizes.slots, threads_of(options, sizes.streams))
         self._buckets = self._tuner.bucketed(streams)
         outputs, shorten = plan.batching.outputs, self._admission.shorten
         self._pool = Pool(self._buckets or streams, new_batcher(options), sizes.batch.batch, outputs, shorten)
         self._pool.rounds.individual = options.partial is Partial.individual
+        self._entry = Entry(self._admission, options, plan.batching.outputs, self._pool.leave)
         weakref.finalize(self, self._pool.abandon).atexit = False
         if options.warmup and self._tuner.useful and not self._warmed():
             self._pool.rounds.may_share = self._tuner.may_share
@@ -119,43 +121,50 @@ class Engine:
     def __repr__(self) -> str:
         return f"<Engine on {self._device.name}: {self.streams} streams, batch {self.batch}>"
 
-    def run(self, inputs: Any) -> Any:
+    def run(self, inputs: Any, *, outputs: str | None = None) -> Any:
         """Run one request and return its outputs; on the calling thread if a slot is idle and nothing waits.
 
-        Raises InputError, OutOfMemory, QueueFull, EngineClosed, and what the device raises for these inputs.
+        `outputs`, here and elsewhere, is "host" or "device", and overrides the option. Raises InputError, OutOfMemory,
+        QueueFull, EngineClosed, and what the device raises for these inputs.
         """
         started = clock()
-        arrays, wrap, admitted = self._admission.admit(inputs)
+        arrays, wrap, admitted = self._admission.admit(inputs, outputs)
         reason = admitted.reason
         if reason and (self._serve_callers or reason == "full"):
             worker = self._pool.borrow(started)
             if worker is not None:
                 try:
-                    return wrap(run_alone(worker, arrays, admitted.fit, started, reason))
+                    return wrap(run_alone(worker, arrays, admitted.fit, started, reason, admitted.placed))
                 except OutOfMemory:
                     if admitted.rows == 1:
                         raise
                     worker.counters.failed -= 1  # the queue runs it in parts
                 finally:
                     self._pool.give_back(worker)
-        request = self._request(arrays, wrap, admitted)
+        request = self._entry.admitted(arrays, wrap, admitted)
         self._queue((request,))
         return self._result(request.future)
 
-    def run_many(self, inputs: Any) -> Any:
+    def run_many(self, inputs: Any, *, outputs: str | None = None) -> Any:
         """Run one large set of rows: cut along the batch axis over the slots of all streams, joined in order.
 
         Like `run` of many rows, but the last of them do not wait for a batch to fill. Where batching is not proven the
         inputs run as they are.
         """
-        request = self._request(*self._admission.admit(inputs))
+        request = self._entry.request(inputs, outputs=outputs)
         self._queue((request,))
         if not self._serve_callers:
             self.flush()
         return self._result(request.future)
 
     def submit(
-        self, inputs: Any, *, timeout: float | None = None, priority: int | None = None, block: bool = False
+        self,
+        inputs: Any,
+        *,
+        timeout: float | None = None,
+        priority: int | None = None,
+        block: bool = False,
+        outputs: str | None = None,
     ) -> Future[Any]:
         """Queue one request; the future is a concurrent.futures.Future and may be awaited.
 
@@ -165,7 +174,7 @@ class Engine:
         queue holds `max_queue_size` requests: QueueFull, or with `block` wait for room within the same timeout. Inputs
         are checked first, so InputError and OutOfMemory are raised here.
         """
-        request = self._request(*self._admission.admit(inputs), timeout, priority)
+        request = self._entry.request(inputs, timeout, priority, outputs)
         if request.fit.rows:
             self._pool.admit((request,), block)
         else:
@@ -173,33 +182,40 @@ class Engine:
         return request.future
 
     async def run_async(
-        self, inputs: Any, *, timeout: float | None = None, priority: int | None = None, block: bool = False
+        self,
+        inputs: Any,
+        *,
+        timeout: float | None = None,
+        priority: int | None = None,
+        block: bool = False,
+        outputs: str | None = None,
     ) -> Any:
         """`submit`, and its outputs, for an event loop, which nothing here blocks. Cancelling the task cancels the
         request, which leaves the queue; what was dispatched runs, and its result is dropped."""
-        request = self._request(*self._admission.admit(inputs), timeout, priority)
+        request = self._entry.request(inputs, timeout, priority, outputs)
         await self._queue_async(request, block)
         return await request.future
 
-    def stream(self, source: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    def stream(self, source: Iterable[Any] | AsyncIterable[Any], *, outputs: str | None = None) -> AsyncIterator[Any]:
         """`map` for an event loop, over an iterable or an asynchronous one, which is waited for without holding back
         results that are there. An iterable must not block."""
         stream: AsyncIterator[Any] = load(STREAM)(
-            self._submit_async, self._flush_last, source, 2 * self.optimal_requests
+            partial(self._submit_async, outputs=outputs), self._flush_last, source, 2 * self.optimal_requests
         )
         return stream
 
-    def request(self) -> ReusableRequest:
+    def request(self, *, outputs: str | None = None) -> ReusableRequest:
         """A request object, idle, which can be started any number of times; it keeps the engine alive."""
-        return ReusableRequest(self._pool, self._admission.ports, self._submit_into)
+        return ReusableRequest(self._pool, self._admission.ports, partial(self._submit_into, outputs=outputs))
 
-    def map(self, inputs: Iterable[Any]) -> Iterator[Any]:
+    def map(self, inputs: Iterable[Any], *, outputs: str | None = None) -> Iterator[Any]:
         """Run every item of an iterable and yield the outputs in its order, with a bounded number in flight.
 
         Reads ahead by at most twice `optimal_requests` items. The first error is raised at its place and ends the
         iteration; what was not dispatched by then is cancelled.
         """
-        return ordered(inputs, self.optimal_requests, self._queue_group, self._flush_last, self._result)
+        queue_group = partial(self._queue_group, outputs=outputs)
+        return ordered(inputs, self.optimal_requests, queue_group, self._flush_last, self._result)
 
     def warmup(self, inputs: Any = None) -> BatchPlan:
         """Run rows singly and together, and time batches of 1, 2, 4, ... rows: what `explain_batching` then says.
@@ -292,7 +308,7 @@ class Engine:
         What has not finished after `timeout_s` seconds fails with EngineClosed. A second close does nothing.
         """
         self._pool.close(drain, timeout_s)
-        self._rooms.close()
+        self._entry.close()
 
     def check_open(self) -> None:
         """EngineClosed once requests are refused, ForkedEngineError in the child of a fork; DeviceLost if unhealthy."""
@@ -310,45 +326,21 @@ class Engine:
     ) -> None:
         self.close(drain=kind is None)
 
-    def _request(
-        self,
-        arrays: Sequence[Array],
-        wrap: Wrap,
-        admitted: Admitted,
-        timeout: float | None = None,
-        priority: int | None = None,
-        future: Future[Any] | None = None,
-    ) -> Request:
-        now, fit, rows, limit = clock(), admitted.fit, admitted.rows, admitted.limit
-        timeout_s, level = self._usual
-        if timeout is not None:
-            timeout_s = self._policy.timeout(timeout)
-        if priority is not None:
-            level = self._policy.level_of(priority)
-        deadline = now + timeout_s if timeout_s else None
-        join = Join(rows, self._plan.batching.outputs, self._rooms) if rows > limit else None
-        key = admitted.key or self._admission.key(arrays, admitted)
-        if future is None:
-            future = Future()
-        if self._bounded:
-            future.on_cancel = self._pool.leave
-        return Request(arrays, wrap, fit, rows, limit, key, now, deadline, future, join, level)
-
-    def _submit_into(self, future: Future[Any], inputs: Any) -> None:
+    def _submit_into(self, future: Future[Any], inputs: Any, outputs: str | None) -> None:
         """`submit` with `block`, for a future that is there."""
-        self._queue((self._request(*self._admission.admit(inputs), future=future),), block=True)
+        self._queue((self._entry.request(inputs, outputs=outputs, future=future),), block=True)
 
-    async def _submit_async(self, inputs: Any) -> Future[Any]:
+    async def _submit_async(self, inputs: Any, outputs: str | None) -> Future[Any]:
         """`submit` with `block` for an event loop; what is refused is an error of the future."""
         future = Future[Any]()
         try:
-            await self._queue_async(self._request(*self._admission.admit(inputs), future=future), block=True)
+            await self._queue_async(self._entry.request(inputs, outputs=outputs, future=future), block=True)
         except GpuEngineError as error:
             future.set_exception(error)
         return future
 
     async def _queue_async(self, request: Request, block: bool) -> None:
-        if block and self._bounded and request.fit.rows:
+        if block and self._entry.bounded and request.fit.rows:
             await load(ADMIT_ASYNC)(self._pool, request)
         else:
             self._queue((request,))
@@ -367,18 +359,18 @@ class Engine:
         self._pool.admit(requests, block)
 
     def _queue_but_empty(self, requests: Sequence[Request], block: bool) -> None:
-        empty = [(request, self._admission.empty_outputs(request.fit)) for request in requests]
+        empty = [(request, self._admission.empty_outputs(request)) for request in requests]
         self._pool.admit([request for request, outputs in empty if outputs is None], block)
         for request, outputs in empty:
             if outputs is not None and request.succeed(request.wrap(outputs)):
                 request.future.run_callbacks()
 
-    def _queue_group(self, items: Sequence[Any]) -> list[Future[Any]]:
+    def _queue_group(self, items: Sequence[Any], outputs: str | None) -> list[Future[Any]]:
         """Admit items as one group; one that is refused fails at its place in the result."""
         futures, good = [], []
         for item in items:
             try:
-                request = self._request(*self._admission.admit(item))
+                request = self._entry.request(item, outputs=outputs)
             except (InputError, OutOfMemory) as error:
                 futures.append(Future[Any]())
                 futures[-1].set_exception(error)

@@ -13,9 +13,9 @@ import numpy as np
 from gpu_engine.errors import DeviceLost, OutOfMemory
 from gpu_engine.plan.signature import Family, Fit
 from gpu_engine.runtime.arrays import Array
-from gpu_engine.runtime.device import Slot, Stream
+from gpu_engine.runtime.device import Cut, Slot, Stream
 from gpu_engine.runtime.observation import Moments, Watch
-from gpu_engine.runtime.requests import Join, Part, Request, gather, scatter
+from gpu_engine.runtime.requests import Join, Part, Placed, Request, gather, scatter
 from gpu_engine.runtime.rooms import Rooms
 from gpu_engine.runtime.scheduler import Batch
 from gpu_engine.runtime.statistics import Counters
@@ -92,12 +92,18 @@ class Worker:
         self.lost: DeviceLost | None = None
 
 
-def run_alone(worker: Worker, arrays: Sequence[Array], fit: Fit, started: float, reason: str) -> list[Array]:
+def run_alone(
+    worker: Worker, arrays: Sequence[Array], fit: Fit, started: float, reason: str, placed: Placed | None
+) -> Sequence[Any]:
     """Run one set of inputs on the calling thread, which owns the worker's slot; raises what the device raises."""
     counters = worker.counters
     try:
-        outputs, staged, computed = _launch(worker, fit.extents, arrays, started)
-        result = [output.copy() for output in outputs]
+        if placed is None or not placed.outputs:
+            outputs, staged, computed = _launch(worker, fit.extents, arrays, started, placed)
+            result: Sequence[Any] = [output.copy() for output in outputs]
+        else:
+            _, staged, computed = _launch(worker, fit.extents, arrays, started, placed, [Cut(0, fit.rows)])
+            result = _given(worker)[0]
     except Exception as error:
         counters.failed += 1
         raise _seen(worker, error) from error.__cause__
@@ -141,8 +147,10 @@ def _run(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[bool])
     rows = sum([stop - start for _, start, stop in parts])
     whole = len(parts) == 1 and stop - start == first.rows
     extents = first.fit.extents if whole else first.fit.family.extents(rows)
-    outputs, staged, computed = _launch(worker, extents, gather(parts, first.fit.family.blocks), started)
-    pieces = scatter(outputs, parts, rows, batched_outputs)
+    sources, placed = gather(parts, first.fit.family.blocks), first.placed
+    cuts = _cuts(parts) if placed is not None and placed.outputs else []
+    outputs, staged, computed = _launch(worker, extents, sources, started, placed, cuts)
+    pieces = _given(worker) if cuts else scatter(outputs, parts, rows, batched_outputs)
     results = [
         part[0].wrap(piece) if part[0].join is None else _joined(part, piece)
         for part, piece in zip(parts, pieces, strict=True)
@@ -157,12 +165,23 @@ def _run(worker: Worker, parts: Sequence[Part], batched_outputs: Sequence[bool])
 
 
 def _launch(
-    worker: Worker, extents: tuple[int, ...], sources: Sequence[Array | list[Array]], started: float
-) -> tuple[Sequence[Array], float, float]:
-    """Stage, fill, launch and wait: the outputs, valid until the slot is staged again, when all was staged, and now."""
+    worker: Worker,
+    extents: tuple[int, ...],
+    sources: Sequence[Array | list[Array]],
+    started: float,
+    placed: Placed | None = None,
+    cuts: Sequence[Cut] = (),
+) -> tuple[Sequence[Any], float, float]:
+    """Stage, fill, launch and wait: the outputs, valid until the slot is staged again, when all was staged, and now.
+
+    With `cuts` the outputs of each stay on the device, and are the slot's `given`.
+    """
     counters, slot = worker.counters, worker.slot
     with worker.lane.lock:
-        for target, source in zip(slot.stage(extents), sources):  # noqa: B905 - admission counted them
+        targets = slot.stage(extents)
+        if placed is not None:
+            targets, sources = _place(slot, targets, sources, placed, cuts)
+        for target, source in zip(targets, sources):  # noqa: B905 - admission counted them
             if type(source) is list:
                 np.concatenate(source, out=target)
             else:
@@ -175,10 +194,43 @@ def _launch(
     return outputs, packed, computed
 
 
-def _joined(part: Part, outputs: Sequence[Array]) -> Any:
+def _place(
+    slot: Any, targets: Sequence[Array], sources: Sequence[Any], placed: Placed, cuts: Sequence[Cut]
+) -> tuple[list[Array], list[Any]]:
+    """Tell the slot what lies on the device; what is left to be filled, and with what."""
+    for i, (source, on_device) in enumerate(zip(sources, placed.inputs, strict=True)):
+        if on_device:
+            slot.read(i, source if type(source) is list else [source])
+    if cuts:
+        slot.give(cuts[-1].stop, cuts)
+    left = [i for i, on_device in enumerate(placed.inputs) if not on_device]
+    return [targets[i] for i in left], [sources[i] for i in left]
+
+
+def _given(worker: Worker) -> Sequence[Sequence[Any]]:
+    """The outputs of each cut of the launch that was waited for."""
+    slot: Any = worker.slot
+    found: Sequence[Sequence[Any]] = slot.given()
+    return found
+
+
+def _cuts(parts: Sequence[Part]) -> list[Cut]:
+    """Which rows of an execution are whose."""
+    cuts: list[Cut] = []
+    end = 0
+    for request, start, stop in parts:
+        cuts.append(Cut(end, end + stop - start, start, request.join))
+        end = cuts[-1].stop
+    return cuts
+
+
+def _joined(part: Part, outputs: Sequence[Any]) -> Any:
     request, start, stop = part
-    complete = request.join is not None and request.join.put(outputs, start, stop)
-    return request.wrap(request.join.outputs) if request.join is not None and complete else None
+    join, placed = request.join, request.placed
+    if join is None:
+        return None
+    complete = join.put(outputs, start, stop) if placed is None or not placed.outputs else join.done(start, stop)
+    return request.wrap(join.outputs) if complete else None
 
 
 def _settle(parts: Sequence[Part], results: Sequence[Any]) -> None:

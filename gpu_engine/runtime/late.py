@@ -15,6 +15,7 @@ KERNEL_COMPILER = "gpu_engine.gpu.offline:compile_binary"
 """Needs Triton, which a bundle does without."""
 NAMES = {
     "compile": "gpu_engine.compiler:compile",
+    "DeviceTensor": "gpu_engine.runtime.device_tensors:DeviceTensor",
     "Engine": "gpu_engine.runtime.engine:Engine",
     "RequestState": "gpu_engine.runtime.reusable:RequestState",
     "RequestPool": "gpu_engine.runtime.request_pool:RequestPool",

@@ -68,8 +68,9 @@ class RequestPool:
     def start(self, inputs: Any = None, userdata: Any = None, share_inputs: bool = False) -> ReusableRequest:
         """Start an idle request, waiting until there is one, and return it.
 
-        The inputs are copied, so that the caller may change them at once; with `share_inputs` they are read when the
-        request runs. Raises what `ReusableRequest.start` raises, and RequestBusy in a callback if all are busy.
+        The inputs are copied, so that the caller may change them at once, but for tensors on a device; with
+        `share_inputs` they are read when the request runs. Raises what `ReusableRequest.start` raises, and RequestBusy
+        in a callback if all are busy.
         """
         given = inputs if share_inputs else _copied(inputs)
         request = self._claim()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import InvalidStateError
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,17 @@ from typing import Any
 from gpu_engine.errors import GpuEngineError
 from gpu_engine.plan.signature import Fit
 from gpu_engine.runtime.arrays import Array, Wrap
+from gpu_engine.runtime.device_tensors import DeviceTensor
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.rooms import Rooms
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Which inputs lie in the device's memory, and whether the outputs are to."""
+
+    inputs: tuple[bool, ...]
+    outputs: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +42,7 @@ class Request:
     future: Future[Any]
     join: Join | None = None
     level: int = 0
+    placed: Placed | None = None
     gone: int = 0
     place: int = -1
     claimed: bool = False
@@ -78,10 +88,25 @@ class Join:
     """The outputs of a request that was cut into parts, filled by whichever threads run them."""
 
     def __init__(self, rows: int, batched: Sequence[bool], rooms: Rooms) -> None:
-        self.outputs: list[Array] = []
+        self.outputs: list[Any] = []
+        self._tensors: dict[int, DeviceTensor] = {}
         self._rows, self._left, self._batched, self._rooms = rows, rows, batched, rooms
         self._filled: set[int] = set()
         self._lock = threading.Lock()
+
+    @property
+    def rows(self) -> int:
+        """See `device.Whole`."""
+        return self._rows
+
+    def output(self, position: int, make: Callable[[], DeviceTensor]) -> DeviceTensor:
+        """See `device.Whole`. Never called together with `put`."""
+        with self._lock:
+            found = self._tensors.get(position)
+            if found is None:
+                found = self._tensors[position] = make()
+                self.outputs = [self._tensors[i] for i in sorted(self._tensors)]
+        return found
 
     def put(self, outputs: Sequence[Array], start: int, stop: int) -> bool:
         """Copy in what rows `start` to `stop` gave, again if they were run again; True if none lacks any more."""
@@ -92,6 +117,10 @@ class Join:
             if batched:
                 block = len(part) // (stop - start)
                 target[start * block : stop * block] = part
+        return self.done(start, stop)
+
+    def done(self, start: int, stop: int) -> bool:
+        """Count rows that are there; True if none lacks any more."""
         with self._lock:
             self._left -= stop - start if start not in self._filled else 0
             self._filled.add(start)

@@ -11,6 +11,7 @@ from typing import Any
 from gpu_engine.errors import EngineClosed, ForkedEngineError, InputError, RequestBusy, RequestCancelled
 from gpu_engine.options import suggestion
 from gpu_engine.runtime.arrays import Array, Ports
+from gpu_engine.runtime.device_tensors import GivenTensor
 from gpu_engine.runtime.execution import clock
 from gpu_engine.runtime.future import Future
 from gpu_engine.runtime.pool import Pool
@@ -271,11 +272,13 @@ class ReusableRequest:
             self.settle_if_done()
 
     def _given(self, inputs: Any) -> Any:
-        """The inputs of a run, remembered for the next."""
+        """The inputs of a run, remembered for the next; tensors on a device as they were given, because every run has
+        to wait for what was done to them."""
         if inputs is None:
             return dict(self._inputs)
         arrays: Sequence[Array] = self._ports.arrange(inputs)[0]
-        self._inputs = dict(zip(self._ports.input_names, arrays, strict=True))
+        named = zip(self._ports.input_names, arrays, strict=True)
+        self._inputs = {name: array.source if isinstance(array, GivenTensor) else array for name, array in named}
         return inputs
 
     def _refuse_if_busy(self, what: str) -> None:

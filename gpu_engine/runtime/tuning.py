@@ -92,9 +92,11 @@ class Tuner:
         """Before a batch runs: whether its parts may share an execution; never raises.
 
         The first of a set of extents are compared, and extents that have become frequent are measured, with the rows
-        of the batch.
+        of the batch, unless these lie in the device's memory.
         """
         family, shares = parts[0][0].fit.family, len(parts) > 1 or parts[0][0].join is not None
+        if parts[0][0].placed is not None:
+            return self.sizes.shared
         if self.sizes.shared and shares and family.key not in self._compared:
             self._compare(worker, family, parts)
         if not self.sizes.shared or (shares and family.key not in self._compared):
