@@ -41,11 +41,10 @@ class Rounds:
             execute(worker, batch.parts, self._batched_outputs)
 
     def _execute_apart(self, worker: Worker, batch: Batch[Request]) -> None:
-        """Run every request of a batch by itself, and whole where it was cut; its other parts are void then."""
+        """Run every request of a batch as it is, as one row that nothing cuts; parts cut before are void."""
         for request, _, _ in batch.parts:
             if not request.future.done():
-                whole = request if request.join is None else replace(request, join=None)
-                execute(worker, [(whole, 0, whole.rows)], self._batched_outputs)
+                execute(worker, [(replace(request, join=None, rows=1), 0, 1)], self._batched_outputs)
 
     def _await_callers(self, answered: int, longest_s: float) -> None:
         """After a batch of several requests, let those that waited for it come back before the next one is formed.
