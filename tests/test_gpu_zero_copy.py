@@ -17,8 +17,13 @@ pytest.importorskip("triton")
 
 import gpu_engine
 from gpu_engine.errors import InputError
-from gpu_engine.runtime.device_tensors import DeviceTensor
+from gpu_engine.options import validated
+from gpu_engine.runtime.device_tensors import DeviceTensor, SeveralIntakes
 from gpu_engine.runtime.dlpack import LEGACY_STREAM, PER_THREAD_STREAM, exported
+from gpu_engine.runtime.engine import Engine
+from gpu_engine.runtime.late import load
+from gpu_engine.tools.stages import read_named, stages_of
+from tests import fake_cupy
 from tests.cuda_tensors import Described, Library, Tensor, collected, read
 from tests.recording_cuda import Gpu
 from tests.test_device_tensors import check, expected, model_of, rows
@@ -313,6 +318,40 @@ def test_tensors_on_another_gpu_or_nowhere(gpu: Gpu) -> None:
         assert half.device == "cuda:1"
         with pytest.raises(InputError, match="on cuda:1"):
             engine.run([half])
+
+
+class Both:
+    """The first of two GPUs, to an engine that takes tensors of both."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self._first, self.intake = first, SeveralIntakes([first.intake, second.intake])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)
+
+
+def test_tensors_of_another_gpu_of_the_engine_are_copied(gpu: Gpu) -> None:
+    first, second = (load("gpu_engine.gpu.cuda:CudaDevice")(i, "fp32", fake_cupy.binary_source) for i in range(2))
+    plan = stages_of(read_named(network()), first.lower).plan
+    here, there = Library(gpu, device=0), Library(gpu, device=1)
+    with (
+        Engine(plan, Both(first, second), validated(auto_batching=False)) as engine,
+        compiled(device="cuda:1") as other,
+    ):
+        for _ in range(4):
+            for theirs in (here, there):
+                tensor = theirs.tensor(x := rows(3))
+                for given in (tensor, Described(tensor)):
+                    check(engine.run([given]), x)
+        tensor, since = there.tensor(x), len(gpu.calls)
+        check(engine.run([tensor]), x)
+        assert "within" in kinds(gpu, since)
+        half = other.run([x], outputs="device")[0]
+        with pytest.raises(InputError, match="'x' is float16 on cuda:1, but the model takes float32"):
+            engine.run([half])
+        with pytest.raises(InputError, match=r"gaps, float32 on cuda:1, .* make it contiguous"):
+            engine.run([Described(tensor, shape=(2, 6), strides=(48, 4))])
+        check(engine.run([tensor]), x)
 
 
 @pytest.mark.parametrize(
