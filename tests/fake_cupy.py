@@ -138,6 +138,10 @@ class Device:
         _CURRENT.devices.pop()
 
 
+def set_device(ordinal: int) -> None:
+    _CURRENT.devices[-1] = ordinal
+
+
 def current_device() -> int:
     return _CURRENT.devices[-1]
 
@@ -388,6 +392,7 @@ def fake_cupy(gpu: Gpu) -> dict[str, ModuleType]:
         eventRecord=recorded,
         memcpyAsync=copied, memsetAsync=filled, memcpyHostToDevice=1, memcpyDeviceToHost=2,
         streamCaptureModeThreadLocal=THREAD_LOCAL, hostAllocPortable=1, getDevice=current_device,
+        setDevice=set_device,
     )  # fmt: skip
     driver = _module(
         "cupy.cuda.driver", launchKernel=launch_on(gpu), CUDADriverError=CUDADriverError,

@@ -123,6 +123,7 @@ class Gpu:
         self._faults = Faults()
         self._hosts: dict[int, float] = defaultdict(float)
         self._engines: dict[tuple[int, str], float] = defaultdict(float)
+        self._reading: list[tuple[Operation, int, int]] = []
         self._numbers = iter(range(2 * devices + 1, 1 << 62))
         self._lock = threading.RLock()
         self._defaults = {1 + i: Lane(1 + i, i // 2) for i in range(2 * devices)}
@@ -347,7 +348,10 @@ class Gpu:
             if ends[1] is None or ends[1].pinned:
                 self.forbid("a copy of memory that is not the device's")
                 raise cuda_error("memcpyAsync", "cudaErrorInvalidValue")
-            if direction == "out" and not self._captures(threading.get_ident()):
+            self._reading = [(read, first, last) for read, first, last in self._reading if not read.done]
+            if direction == "out" and not any(
+                target < last and first < target + nbytes for _, first, last in self._reading
+            ):
                 ctypes.memset(target, POISON, nbytes)
         seconds = self.costs.copy_s + nbytes / self.costs.copied_nbytes_per_s
 
@@ -357,7 +361,9 @@ class Gpu:
                 return
             ctypes.memmove(target, source, nbytes)
 
-        self.enqueue("memcpyAsync", ptr, move, seconds, direction, name=direction, nbytes=nbytes, address=device)
+        made = self.enqueue("memcpyAsync", ptr, move, seconds, direction, name=direction, nbytes=nbytes, address=device)
+        if direction == "in":
+            self._reading.append((made, host, host + nbytes))
 
     def _move(self, target: int, source: int, nbytes: int, ptr: int) -> None:
         def move() -> None:

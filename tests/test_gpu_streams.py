@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
 pytest.importorskip("triton")
 
 import gpu_engine
-from gpu_engine.runtime.buckets import bucket, powers
+from gpu_engine.gpu.footprint import slot_memory
+from gpu_engine.gpu.graphs import NODE_NBYTES
+from gpu_engine.runtime.buckets import BucketStream, bucket, powers
 from gpu_engine.runtime.late import load
 from gpu_engine.tools.stages import read_named, stages_of
 from tests import fake_cupy
@@ -195,6 +199,63 @@ def test_requests_of_any_size_run_on_their_smallest_bucket_without_compiling(mak
             np.testing.assert_allclose(engine.run([x])[1], expected(x), rtol=1e-4, atol=1e-5)
             assert [call.nbytes for call in of_name(gpu.calls, "in")] == [24 * bucket(rows, powers(64))]
             assert not gpu.of("moduleLoadData")
+
+
+def test_after_preparing_every_size_is_one_graph_launch(make_gpu: MakeGpu) -> None:
+    gpu = make_gpu()
+    device = load("gpu_engine.gpu.cuda:CudaDevice")(0, "fp32", fake_cupy.binary_source)
+    plan = stages_of(read_named(network()), device.lower).plan
+    streams = [BucketStream(stream, plan, lambda extents: powers(4)) for stream in device.open(plan, 2, 2, None)]
+    for stream in streams:
+        stream.prepare((1,), [np.ones((1, 6), np.float32)])
+    assert len(gpu.graphs) == 2 * 2 * 3
+    gpu.calls.clear()
+    for slot in (slot for stream in streams for slot in stream.slots):
+        for rows in (3, 1, 4, 2):
+            x = np.random.default_rng(rows).standard_normal((rows, 6), np.float32)
+            slot.stage((rows,))[0][...] = x
+            slot.launch()
+            np.testing.assert_allclose(slot.wait()[1], expected(x), rtol=1e-4, atol=1e-5)
+    assert set(gpu.kinds()) == STEADY and len(gpu.of("graphLaunch")) == 16
+
+
+def test_threads_that_serve_a_stream_stay_on_its_device(make_gpu: MakeGpu) -> None:
+    make_gpu(devices=2)
+    device = load("gpu_engine.gpu.cuda:CudaDevice")(1, "fp32", fake_cupy.binary_source)
+    plan = stages_of(read_named(network()), device.lower).plan
+    (stream,) = device.open(plan, 1, 2, None)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fake_cupy.current_device).result() == 0
+        pool.submit(stream.enter).result()
+        pool.submit(Drive(stream).run, 3).result()
+        assert pool.submit(fake_cupy.current_device).result() == 1
+    Drive(stream).run(2)
+    assert fake_cupy.current_device() == 0
+
+
+def test_an_output_that_is_an_input(make_gpu: MakeGpu) -> None:
+    make_gpu()
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Neg", ["x"], ["z"])], "same",
+        *([helper.make_tensor_value_info(name, 1, ["n", 2]) for name in names] for names in ("x", "yz")),
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    with gpu_engine.compile(model, device="cuda") as engine:
+        for x in (np.ones((3, 2), np.float32), np.zeros((2, 2), np.float32)):
+            for found, sign in zip(engine.run([x]), (1, -1), strict=True):
+                np.testing.assert_array_equal(found, sign * x)
+
+
+def test_what_a_slot_takes_is_known_before(make_gpu: MakeGpu) -> None:
+    gpu = make_gpu()
+    (stream,) = opened(network())
+    slot = stream.slots[0]
+    used = gpu.used_nbytes()
+    slot.stage((5,))
+    found = slot_memory(slot._plan, (5,))
+    assert gpu.used_nbytes() - used == found.activations_nbytes
+    assert gpu.used_nbytes(pinned=True) == found.staging_nbytes
+    assert found.graphs_nbytes == NODE_NBYTES * len(slot._plan.steps)
 
 
 def test_weights_are_there_once_whatever_the_number_of_streams(make_gpu: MakeGpu) -> None:

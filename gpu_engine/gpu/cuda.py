@@ -80,9 +80,8 @@ class CudaPassage:
 
     def __init__(self, stream: Any, inward: Any, outward: Any) -> None:
         self._stream, self._inward, self._outward = stream, inward, outward
-        self._arrived, self._computed, self._ended = (
-            cupy.cuda.Event(block=True, disable_timing=True) for _ in range(3)
-        )
+        self._arrived, self._computed = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
+        self._ended = cupy.cuda.Event(block=True, disable_timing=True)
 
     def send(self, copies: Sequence[Copy]) -> None:
         for host, device, nbytes in copies:
@@ -111,9 +110,14 @@ class CudaDriver:
         self._ordinal, self._arch, self._source = ordinal, arch, source
         with cupy.cuda.Device(ordinal):
             self._stream, self._inward, self._outward = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
-        self._target = self._stream
+        self._capturing = threading.local()
         self._zero = np.zeros(1, np.int64)
         self._scratch: list[CudaMemory] = []
+
+    def enter(self) -> None:
+        """Makes the device the thread's for good: whoever only visits it goes back to device 0, where CUDA then sets up
+        a context that nobody wants."""
+        runtime.setDevice(self._ordinal)
 
     def active(self) -> AbstractContextManager[Any]:
         """The thread's current device and stream."""
@@ -123,7 +127,7 @@ class CudaDriver:
         return stack
 
     def allocate(self, nbytes: int) -> CudaMemory:
-        assert self._target is self._stream, "memory is reserved before a capture"
+        assert not hasattr(self._capturing, "stream"), "memory is reserved before a capture"
         return CudaMemory(nbytes)
 
     def staging(self, nbytes: int) -> HostArray:
@@ -139,20 +143,21 @@ class CudaDriver:
         return CudaPassage(self._stream, self._inward, self._outward)
 
     def capture(self, start: Callable[[], object]) -> Replay:
-        """On a stream of its own, so that a capture that fails leaves nothing behind on those that work."""
+        """On a stream of its own, so that a capture that fails leaves nothing behind on those that work, and that takes
+        the launches of this thread alone."""
         with CAPTURING:
-            stream = cupy.cuda.Stream(non_blocking=True)
-            stream.begin_capture(runtime.streamCaptureModeThreadLocal)
-            self._target = stream
+            stream = self._capturing.stream = cupy.cuda.Stream(non_blocking=True)
             try:
-                start()
-            except BaseException:
-                with suppress(runtime.CUDARuntimeError):
-                    stream.end_capture()
-                raise
+                stream.begin_capture(runtime.streamCaptureModeThreadLocal)
+                try:
+                    start()
+                except BaseException:
+                    with suppress(runtime.CUDARuntimeError):
+                        stream.end_capture()
+                    raise
+                graph = stream.end_capture()
             finally:
-                self._target = self._stream
-            graph = stream.end_capture()
+                del self._capturing.stream
         return partial(graph.launch, self._stream)
 
     def array(self, memory: CudaMemory, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
@@ -227,10 +232,10 @@ class CudaDriver:
         packed: NDArray[np.uint64],
         touched: Callable[[], Touched],
     ) -> None:
-        binary = loaded.binary
+        binary, stream = loaded.binary, getattr(self._capturing, "stream", self._stream)
         parameters = packed.__array_interface__["data"][0]
         driver.launchKernel(
-            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, self._target.ptr, parameters, 0
+            loaded.function, *grid, binary.threads, 1, 1, binary.shared_nbytes, stream.ptr, parameters, 0
         )
 
     def discard(self, piece: Piece) -> None:

@@ -19,6 +19,10 @@ Sizes = Callable[[Extents], Sequence[int]]
 """The buckets, ascending, of executions at these extents."""
 
 
+REPEATS = 2
+"""Devices prepare a size when it comes again."""
+
+
 def powers(batch: int) -> tuple[int, ...]:
     """The powers of two below `batch`, and `batch`."""
     return (*[1 << i for i in range((batch - 1).bit_length())], batch)
@@ -84,6 +88,18 @@ class BucketSlot:
     def step_times(self) -> StepTimes | None:
         return self._slot.step_times()
 
+    def prepare(self, extents: Extents, row: Sequence[Array]) -> None:
+        """Run every bucket of executions at these extents, the largest first, until the device has prepared it; all
+        rows are copies of one, of which each input is given. Raises what the device raises."""
+        for size in reversed(self._sizes(extents)):
+            for _ in range(REPEATS):
+                staged = self.stage((*extents[: self._place], size, *extents[self._place + 1 :]))
+                for target, source, carries in zip(staged, row, self._batching.inputs, strict=True):
+                    whole = target.reshape(size, *source.shape) if carries else target
+                    whole[...] = source
+                self.launch()
+                self.wait()
+
     def _cut(self, arrays: Sequence[Array], batched: Sequence[bool]) -> Sequence[Array]:
         """The arrays without the rows that were added."""
         if self._rows == self._bucket:
@@ -104,6 +120,11 @@ class BucketStream:
 
     def enter(self) -> None:
         self._stream.enter()
+
+    def prepare(self, extents: Extents, row: Sequence[Array]) -> None:
+        """See `BucketSlot.prepare`; of all slots, none of which anybody uses."""
+        for slot in self.slots:
+            slot.prepare(extents, row)
 
     def close(self) -> None:
         self.slots.clear()
