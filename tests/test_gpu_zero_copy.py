@@ -6,6 +6,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -117,6 +118,19 @@ def test_addresses_that_never_come_again_use_the_graph_of_the_slot(gpu: Gpu) -> 
             since = len(gpu.calls)
             check(engine.run([tensors[-1]]), x)
         assert {"graphLaunch", "within", "out"} <= kinds(gpu, since)
+
+
+def test_graphs_of_addresses_that_are_not_remembered_are_given_up(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_engine.gpu.slot.CACHED_ADDRESSES", 2)
+    theirs = Library(gpu)
+    with compiled(streams=1) as engine:
+        tensors = [theirs.tensor(rows(3)) for _ in range(4)]
+        for tensor in tensors:
+            for _ in range(4):
+                x = rows(3)
+                theirs.work(partial(tensor.write, x))
+                check(engine.run([tensor]), x)
+            assert 1 <= len(gpu.graphs) <= 3
 
 
 def test_inputs_on_both_sides_and_a_tensor_at_an_odd_address(gpu: Gpu) -> None:
@@ -241,7 +255,7 @@ def test_calls_that_fail(gpu: Gpu, kind: str) -> None:
     """One request fails; the next, with the same tensors and on the same slot, is right, and nothing is held."""
     theirs = Library(gpu)
     with compiled() as engine:
-        for nth in range(1, 7):
+        for nth in range(1, 5):
             x = rows(4)
             tensor = theirs.tensor(x)
             gpu.fail_at(kind, nth, "cudaErrorMemoryAllocation" if kind == "malloc" else "cudaErrorInvalidValue")
