@@ -80,10 +80,11 @@ def test_a_lone_tensor_is_read_where_it_lies(moves: list[int]) -> None:
         check(engine.run([rows_ := rows(3)]), rows_)
 
 
-def test_addresses_that_come_and_go(moves: list[int]) -> None:
+def test_addresses_that_come_and_go(moves: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than are remembered, between arrays of the host."""
+    monkeypatch.setattr("gpu_engine.gpu.slot.CACHED_ADDRESSES", 2)
     with compiled(network()) as engine:
-        tensors = [on_device(rows(2)) for _ in range(10)]
+        tensors = [on_device(rows(2)) for _ in range(4)]
         for x in [*tensors, *tensors[::-1]]:
             check(engine.run([x]), x._host)
             check(engine.run([host := rows(2)]), host)

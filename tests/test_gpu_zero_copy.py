@@ -6,6 +6,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -17,8 +18,13 @@ pytest.importorskip("triton")
 
 import gpu_engine
 from gpu_engine.errors import InputError
-from gpu_engine.runtime.device_tensors import DeviceTensor
+from gpu_engine.options import validated
+from gpu_engine.runtime.device_tensors import DeviceTensor, SeveralIntakes
 from gpu_engine.runtime.dlpack import LEGACY_STREAM, PER_THREAD_STREAM, exported
+from gpu_engine.runtime.engine import Engine
+from gpu_engine.runtime.late import load
+from gpu_engine.tools.stages import read_named, stages_of
+from tests import fake_cupy
 from tests.cuda_tensors import Described, Library, Tensor, collected, read
 from tests.recording_cuda import Gpu
 from tests.test_device_tensors import check, expected, model_of, rows
@@ -112,6 +118,19 @@ def test_addresses_that_never_come_again_use_the_graph_of_the_slot(gpu: Gpu) -> 
             since = len(gpu.calls)
             check(engine.run([tensors[-1]]), x)
         assert {"graphLaunch", "within", "out"} <= kinds(gpu, since)
+
+
+def test_graphs_of_addresses_that_are_not_remembered_are_given_up(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_engine.gpu.slot.CACHED_ADDRESSES", 2)
+    theirs = Library(gpu)
+    with compiled(streams=1) as engine:
+        tensors = [theirs.tensor(rows(3)) for _ in range(4)]
+        for tensor in tensors:
+            for _ in range(4):
+                x = rows(3)
+                theirs.work(partial(tensor.write, x))
+                check(engine.run([tensor]), x)
+            assert 1 <= len(gpu.graphs) <= 3
 
 
 def test_inputs_on_both_sides_and_a_tensor_at_an_odd_address(gpu: Gpu) -> None:
@@ -236,7 +255,7 @@ def test_calls_that_fail(gpu: Gpu, kind: str) -> None:
     """One request fails; the next, with the same tensors and on the same slot, is right, and nothing is held."""
     theirs = Library(gpu)
     with compiled() as engine:
-        for nth in range(1, 7):
+        for nth in range(1, 5):
             x = rows(4)
             tensor = theirs.tensor(x)
             gpu.fail_at(kind, nth, "cudaErrorMemoryAllocation" if kind == "malloc" else "cudaErrorInvalidValue")
@@ -313,6 +332,40 @@ def test_tensors_on_another_gpu_or_nowhere(gpu: Gpu) -> None:
         assert half.device == "cuda:1"
         with pytest.raises(InputError, match="on cuda:1"):
             engine.run([half])
+
+
+class Both:
+    """The first of two GPUs, to an engine that takes tensors of both."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self._first, self.intake = first, SeveralIntakes([first.intake, second.intake])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)
+
+
+def test_tensors_of_another_gpu_of_the_engine_are_copied(gpu: Gpu) -> None:
+    first, second = (load("gpu_engine.gpu.cuda:CudaDevice")(i, "fp32", fake_cupy.binary_source) for i in range(2))
+    plan = stages_of(read_named(network()), first.lower).plan
+    here, there = Library(gpu, device=0), Library(gpu, device=1)
+    with (
+        Engine(plan, Both(first, second), validated(auto_batching=False)) as engine,
+        compiled(device="cuda:1") as other,
+    ):
+        for _ in range(4):
+            for theirs in (here, there):
+                tensor = theirs.tensor(x := rows(3))
+                for given in (tensor, Described(tensor)):
+                    check(engine.run([given]), x)
+        tensor, since = there.tensor(x), len(gpu.calls)
+        check(engine.run([tensor]), x)
+        assert "within" in kinds(gpu, since)
+        half = other.run([x], outputs="device")[0]
+        with pytest.raises(InputError, match="'x' is float16 on cuda:1, but the model takes float32"):
+            engine.run([half])
+        with pytest.raises(InputError, match=r"gaps, float32 on cuda:1, .* make it contiguous"):
+            engine.run([Described(tensor, shape=(2, 6), strides=(48, 4))])
+        check(engine.run([tensor]), x)
 
 
 @pytest.mark.parametrize(

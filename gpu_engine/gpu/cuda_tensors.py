@@ -49,14 +49,17 @@ class CudaIntake:
     """See `runtime.device_tensors.Intake`."""
 
     def __init__(self, ordinal: int, name: str) -> None:
-        self._device, self._name = cupy.cuda.Device(ordinal), name
+        self._device, self.name = cupy.cuda.Device(ordinal), name
         self.devices = frozenset({(CUDA, ordinal)})
         self._spare: deque[Any] = deque()
 
     def own(self, value: Any) -> Exported | None:
-        if isinstance(value, DeviceTensor) and value.device == self._name:
+        if isinstance(value, DeviceTensor) and value.device == self.name:
             return Exported(value.address, value.shape, None, value.dtype, None, value)
         return None
+
+    def at(self, place: tuple[int, int]) -> CudaIntake:
+        return self
 
     def stream(self) -> int:
         return int(next(self._streams).ptr)

@@ -114,7 +114,7 @@ class Driver(Protocol):
         ...
 
     def move(self, target: int, source: int, nbytes: int) -> None:
-        """Copy bytes from one address of the device to another."""
+        """Copy bytes from one address, of this device or another of its kind, to one of this device."""
         ...
 
     def gather(self, target: int, source: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from gpu_engine.errors import InputError
 from gpu_engine.gpu.driver import Copy, Driver, Piece
 from gpu_engine.gpu.kernel import DIVISIBILITY
 from gpu_engine.gpu.lending import Lender
@@ -76,7 +77,10 @@ class Exchange:
         return {
             position: tensors[0].address
             for position, tensors in self.tensors.items()
-            if tensors[0].address % DIVISIBILITY == 0 and tensors[0].nbytes and one_behind_the_other(tensors)
+            if tensors[0].address % DIVISIBILITY == 0
+            and tensors[0].nbytes
+            and all(map(self._is_here, tensors))
+            and one_behind_the_other(tensors)
         }
 
     def others(self, end: End) -> list[Copy]:
@@ -93,6 +97,10 @@ class Exchange:
                 continue
             if tensor.strides is None:
                 self._driver.move(address, tensor.address, tensor.nbytes)
+            elif not self._is_here(tensor):
+                raise InputError(
+                    f"a tensor with gaps, {tensor.dtype}, is not copied to another GPU: make it contiguous"
+                )
             else:
                 self._driver.gather(address, tensor.address, tensor.shape, tensor.strides, tensor.dtype.element)
             address += tensor.nbytes
@@ -117,6 +125,9 @@ class Exchange:
             self._driver.move(loan.address + cut.first * row_nbytes, address, nbytes)
             loan.written_by(self._driver)
         return tensor
+
+    def _is_here(self, tensor: GivenTensor) -> bool:
+        return self._place is not None and tensor.dtype.device == self._place.name
 
     def _new(self, shape: tuple[int, ...], dtype: DType) -> DeviceTensor:
         assert self._place is not None, "a slot of a device that lends nothing"

@@ -71,7 +71,7 @@ class HostIntake:
     """The interpreter's own arrays come in, and what its engines gave; nothing else lies in its memory. See
     `runtime.device_tensors.Intake`."""
 
-    devices: frozenset[tuple[int, int]] = frozenset()
+    name, devices = NAME, frozenset[tuple[int, int]]()
 
     def __init__(self, arrays: DeviceModule) -> None:
         self._arrays = arrays
@@ -84,6 +84,9 @@ class HostIntake:
         host, dtype = self._arrays.on_host(value), value.dtype
         strides = tuple(stride // dtype.itemsize for stride in host.strides)
         return Exported(host.ctypes.data, host.shape, None if host.flags.c_contiguous else strides, dtype, None, value)
+
+    def at(self, place: tuple[int, int]) -> HostIntake:
+        return self
 
     def stream(self) -> None:
         """There are none."""

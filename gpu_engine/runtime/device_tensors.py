@@ -74,11 +74,20 @@ class GivenTensor:
 
 
 class Intake(Protocol):
-    """How tensors come into a device's memory from other libraries."""
+    """How tensors of other libraries, in a device's memory, come in."""
+
+    @property
+    def name(self) -> str:
+        """The device's."""
+        ...
 
     @property
     def devices(self) -> frozenset[tuple[int, int]]:
         """What DLPack calls the device, as (type, ordinal)."""
+        ...
+
+    def at(self, place: tuple[int, int]) -> Intake:
+        """That of one of the devices."""
         ...
 
     def own(self, value: Any) -> Exported | None:
@@ -96,6 +105,30 @@ class Intake(Protocol):
     def device_of(self, address: int) -> tuple[int, int]:
         """Where memory lies, as (type, ordinal)."""
         ...
+
+
+class SeveralIntakes:
+    """Those of several devices of one engine. Who runs on another than a tensor's own copies it there."""
+
+    def __init__(self, intakes: Sequence[Intake]) -> None:
+        self._first, self._members = intakes[0], tuple(intakes)
+        self.name = ", ".join(intake.name for intake in intakes)
+        self.devices = frozenset(place for intake in intakes for place in intake.devices)
+
+    def at(self, place: tuple[int, int]) -> Intake:
+        return next((intake for intake in self._members if place in intake.devices), self._first)
+
+    def own(self, value: Any) -> Exported | None:
+        return next((found for intake in self._members if (found := intake.own(value)) is not None), None)
+
+    def stream(self) -> int | None:
+        return self._first.stream()
+
+    def after(self, stream: int) -> Any:
+        return self._first.after(stream)
+
+    def device_of(self, address: int) -> tuple[int, int]:
+        return self._first.device_of(address)
 
 
 class Loan(Protocol):
@@ -197,7 +230,7 @@ def take(value: Any, name: str, device: str, intake: Intake | None) -> GivenTens
     """
     own = None if intake is None else intake.own(value)
     if own is not None:
-        return _given(own, None, value, device)
+        return _given(own, None, value, getattr(value, "device", device))
     if hasattr(value, "__dlpack_device__"):
         return _through_dlpack(value, name, device, intake)
     if hasattr(value, "__cuda_array_interface__"):
@@ -212,9 +245,10 @@ def _through_dlpack(value: Any, name: str, device: str, intake: Intake | None) -
         return None
     if intake is None or ((kind, ordinal) not in intake.devices and (kind != CUDA_MANAGED or not intake.devices)):
         raise InputError(_elsewhere(name, value, place_name(kind, ordinal), device))
+    intake = intake.at((kind, ordinal))
     stream = intake.stream()
     found = _read(exported, name, value, stream)
-    return _given(found, None if stream is None else intake.after(stream), value, device)
+    return _given(found, None if stream is None else intake.after(stream), value, intake.name)
 
 
 def _through_interface(value: Any, name: str, device: str, intake: Intake | None) -> GivenTensor:
@@ -224,7 +258,8 @@ def _through_interface(value: Any, name: str, device: str, intake: Intake | None
     where = intake.device_of(found.address) if found.address else None
     if where is not None and where not in intake.devices and where[0] != CUDA_MANAGED:
         raise InputError(_elsewhere(name, value, place_name(*where), device))
-    return _given(found, None if found.stream is None else intake.after(found.stream), value, device)
+    intake = intake if where is None else intake.at(where)
+    return _given(found, None if found.stream is None else intake.after(found.stream), value, intake.name)
 
 
 def _read(read: Callable[..., Exported], name: str, value: Any, *stream: int | None) -> Exported:

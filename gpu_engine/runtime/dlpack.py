@@ -7,6 +7,7 @@ with ctypes, because NumPy and CuPy know fewer element types than the protocol.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,38 +46,10 @@ DTYPES: dict[tuple[int, int], DType] = {
 CODES = {dtype: key for key, dtype in DTYPES.items()}
 
 
-class _Device(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int32), ("ordinal", ctypes.c_int32))
-
-
-class _DataType(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", _Device),
-        ("ndim", ctypes.c_int32),
-        ("dtype", _DataType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _Managed(ctypes.Structure):
-    _fields_ = (("tensor", _Tensor), ("owner", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
-
-
-class _Versioned(ctypes.Structure):
-    _fields_ = (
-        ("version", ctypes.c_uint32 * 2),
-        ("owner", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _Tensor),
-    )
+_TENSOR = "QiiiBBHQQQ"
+"""DLTensor: data, device type and ordinal, ndim, code, bits, lanes, shape, strides, byte_offset."""
+_MANAGED, _VERSIONED = struct.Struct(f"={_TENSOR}QQ"), struct.Struct(f"=IIQQQ{_TENSOR}")
+"""DLManagedTensor and DLManagedTensorVersioned, whose fields all stand at multiples of their sizes."""
 
 
 def _python(name: str, result: Any, *arguments: Any) -> Any:
@@ -90,8 +63,8 @@ _new = _python("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char
 _keep = _python("Py_IncRef", None, ctypes.py_object)
 _drop = _python("Py_DecRef", None, ctypes.py_object)
 _DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_PLAIN, _VERSIONED = b"dltensor", b"dltensor_versioned"
-_USED = {_PLAIN: b"used_dltensor", _VERSIONED: b"used_dltensor_versioned"}
+_PLAIN, _NEWER = b"dltensor", b"dltensor_versioned"
+_USED = {_NEWER: b"used_dltensor_versioned", _PLAIN: b"used_dltensor"}
 """A capsule keeps the address of its name, so that these are never made anew."""
 
 
@@ -148,20 +121,22 @@ def _read(capsule: Any) -> Exported:
     if name is None:
         raise BufferError("__dlpack__ gave no capsule that was not used before")
     pointer = _pointer_of(id(capsule), name)
-    managed = (_Versioned if name is _VERSIONED else _Managed).from_address(pointer)
     _rename(capsule, _USED[name])
-    owner, tensor = Lease(pointer, managed.deleter), managed.tensor
-    if name is _VERSIONED and managed.version[0] != VERSION[0]:
-        raise BufferError(f"DLPack {managed.version[0]}.{managed.version[1]} is not known")
-    kind = tensor.dtype
-    dtype = DTYPES.get((kind.code, kind.bits)) if kind.lanes == 1 else None
+    if name is _PLAIN:
+        *tensor, _, deleter = _MANAGED.unpack(ctypes.string_at(pointer, _MANAGED.size))
+        major = VERSION[0]
+    else:
+        major, _, _, deleter, _, *tensor = _VERSIONED.unpack(ctypes.string_at(pointer, _VERSIONED.size))
+    owner = Lease(pointer, deleter)
+    if major != VERSION[0]:
+        raise BufferError(f"version {major} of DLPack is not known")
+    data, kind, ordinal, ndim, code, bits, lanes, shape_at, strides_at, offset = tensor
+    dtype = DTYPES.get((code, bits)) if lanes == 1 else None
     if dtype is None:
-        raise BufferError(f"elements of DLPack's code {kind.code}, {kind.bits} bits and {kind.lanes} lanes")
-    shape = tuple(tensor.shape[: tensor.ndim])
-    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
-    device = tensor.device.type, tensor.device.ordinal
-    address = (tensor.data or 0) + tensor.byte_offset
-    return Exported(address, shape, _unless_contiguous(shape, strides), dtype, device, owner)
+        raise BufferError(f"elements of DLPack's code {code}, {bits} bits and {lanes} lanes")
+    shape = struct.unpack(f"{ndim}q", ctypes.string_at(shape_at, 8 * ndim))
+    strides = struct.unpack(f"{ndim}q", ctypes.string_at(strides_at, 8 * ndim)) if strides_at else None
+    return Exported(data + offset, shape, _unless_contiguous(shape, strides), dtype, (kind, ordinal), owner)
 
 
 def described(value: Any) -> Exported:
@@ -225,19 +200,21 @@ def capsule(address: int, shape: Sequence[int], dtype: DType, device: tuple[int,
     if dtype not in CODES:
         raise BufferError(f"DLPack has no elements of {dtype}")
     code, bits = CODES[dtype]
-    shape_array = (ctypes.c_int64 * max(len(shape), 1))(*shape)
-    tensor = _Tensor(address, _Device(*device), len(shape), _DataType(code, bits, 1), shape_array, None, 0)
-    managed = _Managed(tensor, None, ctypes.cast(_delete, ctypes.c_void_p).value)
-    cell = (managed, shape_array, owner)
-    managed.owner = id(cell)
+    room = ctypes.create_string_buffer(_MANAGED.size + 8 * len(shape))
+    cell = (room, owner)
+    shape_at = ctypes.addressof(room) + _MANAGED.size
+    _MANAGED.pack_into(
+        room, 0, address, *device, len(shape), code, bits, 1, shape_at, 0, 0, id(cell), _DELETE_ADDRESS
+    )  # fmt: skip
+    struct.pack_into(f"{len(shape)}q", room, _MANAGED.size, *shape)
     _keep(cell)
-    return _new(ctypes.addressof(managed), _PLAIN, ctypes.cast(_forget, ctypes.c_void_p))
+    return _new(ctypes.addressof(room), _PLAIN, _FORGET_ADDRESS)
 
 
 def _end(pointer: int) -> None:
     """What the other library calls: the end of what `capsule` kept."""
-    cell = ctypes.cast(_Managed.from_address(pointer).owner, ctypes.py_object).value
-    _drop(cell)
+    cell_at = _MANAGED.unpack(ctypes.string_at(pointer, _MANAGED.size))[-2]
+    _drop(ctypes.cast(cell_at, ctypes.py_object))
 
 
 def _end_unused(dying: int) -> None:
@@ -249,3 +226,4 @@ def _end_unused(dying: int) -> None:
 _delete, _forget = _DELETER(_end), _DELETER(_end_unused)
 _keep(_delete)
 _keep(_forget)
+_DELETE_ADDRESS, _FORGET_ADDRESS = (ctypes.cast(each, ctypes.c_void_p).value for each in (_delete, _forget))
