@@ -126,6 +126,10 @@ class Device:
         _CURRENT.devices.pop()
 
 
+def set_device(ordinal: int) -> None:
+    _CURRENT.devices[-1] = ordinal
+
+
 def current_device() -> int:
     return _CURRENT.devices[-1]
 
@@ -348,6 +352,7 @@ def fake_cupy(gpu: Gpu) -> dict[str, ModuleType]:
         memGetInfo=lambda: (gpu.nbytes - gpu.used_nbytes(device=current_device()), gpu.nbytes),
         memcpyAsync=copied, memsetAsync=filled, memcpyHostToDevice=1, memcpyDeviceToHost=2,
         streamCaptureModeThreadLocal=THREAD_LOCAL, hostAllocPortable=1, getDevice=current_device,
+        setDevice=set_device,
     )  # fmt: skip
     driver = _module(
         "cupy.cuda.driver", launchKernel=launch_on(gpu), CUDADriverError=CUDADriverError,

@@ -131,6 +131,20 @@ def test_what_cannot_be_captured_is_launched_plainly_from_then_on(
     assert set(kinds(gpu, lambda: launch(slot, 3))) == {"launchKernel"}
 
 
+def test_a_launch_that_failed_prepares_no_capture(make_gpu: MakeGpu) -> None:
+    """Not all of its kernels were launched, and a capture cannot load their machine code."""
+    gpu = make_gpu()
+    (stream,) = opened(network())
+    slot = stream.slots[0]
+    gpu.fail_at("launchKernel", 2, "cudaErrorLaunchOutOfResources")
+    slot.stage((3,))[0][...] = 1
+    slot.launch()
+    with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"):
+        slot.wait()
+    assert set(kinds(gpu, lambda: launch(slot, 3))) == {"launchKernel"}
+    assert kinds(gpu, lambda: launch(slot, 3)) == ["graphLaunch", "capture"]
+
+
 @pytest.mark.parametrize(
     "kind", ["memcpyAsync", "eventRecord", "streamWaitEvent", "graphLaunch", "launchKernel", "eventSynchronize"]
 )
@@ -162,14 +176,15 @@ def test_counters_that_a_failed_launch_left_are_cleared(make_gpu: MakeGpu) -> No
         [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(np.array([1]), "axis")],
     )  # fmt: skip
     (stream,) = opened(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
-    slot, x = stream.slots[0], RNG.standard_normal((1, 1024), np.float32)
-    for failing in (True, False, False):
+    slot = stream.slots[0]
+    for failing in (False, True, False, False):
+        x = RNG.standard_normal((1, 1024), np.float32)
         slot.stage((1,))[0][...] = x
         if failing:
-            gpu.fail_at("launchKernel", 2, "cudaErrorLaunchOutOfResources")
+            gpu.fail_at("eventSynchronize", 1, "cudaErrorInvalidValue")
         slot.launch()
         if failing:
-            with pytest.raises(DeviceError, match=r"ReduceSum.*cuda:0: CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"):
+            with pytest.raises(DeviceError, match="cuda:0: cudaErrorInvalidValue"):
                 slot.wait()
             counters = slot._areas[0][2].memory
             ctypes.memset(counters.address, 1, counters.nbytes)

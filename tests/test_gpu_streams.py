@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -216,6 +217,20 @@ def test_after_preparing_every_size_is_one_graph_launch(make_gpu: MakeGpu) -> No
             slot.launch()
             np.testing.assert_allclose(slot.wait()[1], expected(x), rtol=1e-4, atol=1e-5)
     assert set(gpu.kinds()) == STEADY and len(gpu.of("graphLaunch")) == 16
+
+
+def test_threads_that_serve_a_stream_stay_on_its_device(make_gpu: MakeGpu) -> None:
+    make_gpu(devices=2)
+    device = load("gpu_engine.gpu.cuda:CudaDevice")(1, "fp32", fake_cupy.binary_source)
+    plan = stages_of(read_named(network()), device.lower).plan
+    (stream,) = device.open(plan, 1, 2, None)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fake_cupy.current_device).result() == 0
+        pool.submit(stream.enter).result()
+        pool.submit(Drive(stream).run, 3).result()
+        assert pool.submit(fake_cupy.current_device).result() == 1
+    Drive(stream).run(2)
+    assert fake_cupy.current_device() == 0
 
 
 def test_an_output_that_is_an_input(make_gpu: MakeGpu) -> None:

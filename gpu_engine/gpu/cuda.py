@@ -76,9 +76,8 @@ class CudaPassage:
 
     def __init__(self, stream: Any, inward: Any, outward: Any, errors: CudaErrors) -> None:
         self._stream, self._inward, self._outward, self._errors = stream, inward, outward, errors
-        self._arrived, self._computed, self._ended = (
-            cupy.cuda.Event(block=True, disable_timing=True) for _ in range(3)
-        )
+        self._arrived, self._computed = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
+        self._ended = cupy.cuda.Event(block=True, disable_timing=True)
 
     def send(self, copies: Sequence[Copy]) -> None:
         for host, device, nbytes in copies:
@@ -112,6 +111,11 @@ class CudaDriver:
         self._capturing = threading.local()
         self._zero = np.zeros(1, np.int64)
         self._scratch: list[CudaMemory] = []
+
+    def enter(self) -> None:
+        """Makes the device the thread's for good: whoever only visits it goes back to device 0, where CUDA then sets up
+        a context that nobody wants."""
+        runtime.setDevice(self._ordinal)
 
     def active(self) -> AbstractContextManager[Any]:
         """The thread's current device and stream."""

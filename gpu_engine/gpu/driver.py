@@ -80,6 +80,10 @@ class Driver(Protocol):
         """Uninitialised bytes, aligned to 256; OutOfMemory."""
         ...
 
+    def enter(self) -> None:
+        """Called once by a thread that will use the device for long."""
+        ...
+
     def active(self) -> AbstractContextManager[Any]:
         """What a thread does with the device happens inside."""
         ...

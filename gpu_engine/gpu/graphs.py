@@ -32,8 +32,8 @@ library's memory on this thread; if it fails again, it always does."""
 
 @dataclass(eq=False)
 class Habit:
-    """How a shape is launched: plainly until that happened `wanted` times, then by `graphs`, which start at their keys'
-    steps."""
+    """How a shape is launched: plainly until every step was started `wanted` times, then by `graphs`, which start at
+    their keys' steps."""
 
     wanted: int = 1
     launched: int = 0
@@ -78,9 +78,7 @@ class Graphs:
         if habit.graphs:
             del self._held[habit]
             self._held[habit] = None
-        elif habit.launched < habit.wanted or habit.failed >= TRIES or not self._captured:
-            habit.launched += 1
-        else:
+        elif habit.launched >= habit.wanted and habit.failed < TRIES and self._captured:
             self._capture(habit, run)
 
     def clear(self) -> None:

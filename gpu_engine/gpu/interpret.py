@@ -80,6 +80,9 @@ class Interpreter:
     def allocate(self, nbytes: int) -> HostMemory:
         return HostMemory(nbytes)
 
+    def enter(self) -> None:
+        """The host is every thread's own."""
+
     def active(self) -> AbstractContextManager[Any]:
         return interpreting()
 

@@ -182,6 +182,7 @@ class GpuSlot:
                 chain.append(self._bind(index + 1, extents, chain))
                 for buffer, result in zip(step.outputs, results, strict=True):
                     self._steps.write(buffer, result, chain)
+        known.habit.launched += 1
         self._failed = False
 
     def _run_all(self, segment: Segment, chain: list[Bound], graphs: Mapping[int, Replay]) -> Sequence[Any]:
@@ -243,7 +244,9 @@ class GpuStream:
             self.slots = [GpuSlot(plan, driver, weights, bodies, timed) for _ in range(slots)]
 
     def enter(self) -> None:
-        """No thread of a GPU's stream is tied to a core."""
+        """No thread of a GPU's stream is tied to a core, but it has its current device."""
+        if self._driver is not None:
+            self._driver.enter()
 
     def close(self) -> None:
         """Wait for what is still running; give up the slots with their memory, and the device's stream."""
