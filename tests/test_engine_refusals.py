@@ -116,7 +116,7 @@ def test_the_batch_is_limited_by_memory_at_compile_time(recorder: RecordingDevic
     slots = 2 if recorder.asynchronous else 1
     plan, memory = engine.explain_batching(), engine.memory_plan()
     assert (plan.batch, plan.limiting_factor) == (12 // slots, "memory")
-    assert (memory.weights, memory.activations, memory.slots) == (1000, plan.batch * 1000, slots)
+    assert (memory.weights, memory.activations, memory.slots) == (1000, plan.batch * 1000 * slots, slots)
     assert memory.total == 13_000
 
 

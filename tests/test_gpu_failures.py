@@ -213,7 +213,7 @@ def test_memory_that_runs_out_is_answered_with_smaller_batches(gpu: Gpu) -> None
 
 
 def test_a_device_that_breaks_during_warm_up_is_said_at_once(gpu: Gpu) -> None:
-    gpu.fail_at("eventSynchronize", 2, LOST)
+    gpu.fail_at("eventSynchronize", 1, LOST)
     with pytest.raises(DeviceLost):
         gpu_engine.compile(network(), device="cuda", batch=4)
     gpu.heal()

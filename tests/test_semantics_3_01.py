@@ -85,8 +85,8 @@ def test_weights_are_there_once_and_activations_for_every_slot() -> None:
             assert isinstance(engine, Engine)
             plans.append(engine.memory_plan())
     assert plans[0].weights == plans[1].weights >= 40 * 40 * 4
-    assert plans[0].activations == plans[1].activations and plans[1].slots == 2 * plans[0].slots
-    assert plans[1].total - plans[0].total == plans[0].activations * plans[0].slots
+    assert plans[1].activations == 2 * plans[0].activations and plans[1].slots == 2 * plans[0].slots
+    assert plans[1].total - plans[0].total == plans[0].activations > 0
 
 
 def test_requests_of_different_shapes_run_at_once(make_engine: MakeEngine) -> None:

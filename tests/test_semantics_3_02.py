@@ -159,7 +159,7 @@ def test_the_memory_cap_counts_every_arena(make_engine: MakeEngine) -> None:
     engine = make_engine(device, streams=2, requests=64)
     plan = engine.explain_batching()
     assert plan.batch == int(10_000 * 0.9 - 1000) // (500 * 4) == 4
-    assert (plan.limiting_factor, engine.memory_plan().activations) == ("memory", 2000)
+    assert (plan.limiting_factor, engine.memory_plan().activations) == ("memory", 8000)
     assert "= 16, limited to 4 by free memory" in plan.reason
     small = RecordingDevice(double, free_nbytes=10_000, row_nbytes=500, batch_limit=2)
     assert make_engine(small, streams=2, requests=64).explain_batching().limiting_factor == "device"

@@ -69,7 +69,7 @@ def test_every_gpu_has_streams_and_its_own_weights(two: Gpu, device: str, name: 
         assert set(engine.get_property("EXECUTION_DEVICES")) == {"cuda:0", "cuda:1"}
         plan = engine.memory_plan()
         assert (plan.devices, plan.slots) == (2, 8)
-        assert plan.total == 2 * plan.weights + 8 * (plan.activations + plan.graphs)
+        assert plan.total == 2 * plan.weights + plan.activations + plan.graphs and plan.graphs > 0
     assert not two.used_nbytes() and not two.used_nbytes(pinned=True) and not two.lanes and not two.events
 
 

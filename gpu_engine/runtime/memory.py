@@ -19,14 +19,14 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. All but `staging` are a device's own memory.
+    """Bytes; all but `staging` are the devices' own memory.
 
     weights      once on each of `devices`
-    activations  the arena of one slot at a full batch, which smaller batches use too
+    activations  the arenas of all slots together at a full batch; smaller batches use them too
     slots        of all streams on all devices
-    buckets      what `activations` would be for each size that executions have; empty where they have any
-    graphs       of one slot, for the launches that are captured for its buckets
-    staging      of one slot in the host's memory, for inputs and outputs on their way
+    buckets      {rows: the arena of one slot} for each size that executions have; empty where they have any
+    graphs       of all slots, for the launches that are captured for their buckets
+    staging      of all slots in the host's memory, for inputs and outputs on their way
     """
 
     weights: int
@@ -40,7 +40,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Of all devices together."""
-        return self.weights * self.devices + (self.activations + self.graphs) * self.slots
+        return self.weights * self.devices + self.activations + self.graphs
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,15 @@ def memory_plan(sizes: Sizes, plan: Plan, device: Device, seen: tuple[int, ...] 
     extents = extents_at(plan, rows, seen) if rows else seen or (1,) * len(plan.symbols)
     weights, activations = device.memory(plan, extents)
     sized = powers(rows) if device.bucketed and rows else ()
+    slots = sizes.streams * sizes.slots
     return MemoryPlan(
         weights=weights,
-        activations=activations,
-        slots=sizes.streams * sizes.slots,
+        activations=activations * slots,
+        slots=slots,
         devices=sizes.devices,
         buckets={size: device.memory(plan, extents_at(plan, size, extents))[1] for size in sized},
-        graphs=device.captured_nbytes(plan) * max(1, len(sized)),
-        staging=device.staging_nbytes(plan, extents),
+        graphs=device.captured_nbytes(plan) * max(1, len(sized)) * slots,
+        staging=device.staging_nbytes(plan, extents) * slots,
     )
 
 

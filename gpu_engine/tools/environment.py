@@ -79,7 +79,7 @@ def settings(engine: Engine, in_flight: int, rows: int) -> Settings:
         in_flight=in_flight,
         rows=rows,
         weights_nbytes=memory.weights,
-        activations_nbytes=memory.total - memory.weights * memory.devices,
+        activations_nbytes=memory.activations,
     )
 
 
