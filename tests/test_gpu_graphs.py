@@ -139,7 +139,7 @@ def test_a_launch_that_failed_prepares_no_capture(make_gpu: MakeGpu) -> None:
     gpu.fail_at("launchKernel", 2, "cudaErrorLaunchOutOfResources")
     slot.stage((3,))[0][...] = 1
     slot.launch()
-    with pytest.raises(DeviceError):
+    with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"):
         slot.wait()
     assert set(kinds(gpu, lambda: launch(slot, 3))) == {"launchKernel"}
     assert kinds(gpu, lambda: launch(slot, 3)) == ["graphLaunch", "capture"]
@@ -184,7 +184,7 @@ def test_counters_that_a_failed_launch_left_are_cleared(make_gpu: MakeGpu) -> No
             gpu.fail_at("eventSynchronize", 1, "cudaErrorInvalidValue")
         slot.launch()
         if failing:
-            with pytest.raises(DeviceError, match=r"cudaErrorInvalidValue|INVALID_VALUE"):
+            with pytest.raises(DeviceError, match="cuda:0: cudaErrorInvalidValue"):
                 slot.wait()
             counters = slot._areas[0][2].memory
             ctypes.memset(counters.address, 1, counters.nbytes)

@@ -96,7 +96,12 @@ def test_what_is_captured_counts(make_engine: MakeEngine) -> None:
     engine = make_engine(device, streams=2, batch=16)
     plan = engine.memory_plan()
     assert plan.buckets == {1: 100, 2: 200, 4: 400, 8: 800, 16: 1600}
-    assert (plan.activations, plan.graphs, plan.slots, plan.total) == (4 * 1600, 4 * 250, 4, 1000 + 4 * 1850)
+    assert (plan.activations, plan.graphs, plan.slots, plan.total) == (
+        4 * 1600,
+        4 * 250,
+        4,
+        1000 + 4 * 1850,
+    )
     assert plan.staging == 4 * 16 * 7
     short = make_engine(device, streams=2, batch=16, memory_limit=1000 + 4 * 1000)
     assert short.batch == 8 and short.memory_plan().total == 1000 + 4 * (800 + 200)

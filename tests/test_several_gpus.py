@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from gpu_engine.errors import DeviceError, DeviceLost, OutOfMemory
 from gpu_engine.gpu.several import SeveralDevices
 from gpu_engine.options import parse_device, validated
 from gpu_engine.runtime.engine import Engine
+from tests import fake_cupy
 from tests.recording_cuda import Gpu
 from tests.recording_device import RecordingDevice, double, plain, rows, until
 from tests.test_gpu_cuda import network, replace_modules
@@ -67,7 +69,7 @@ def test_every_gpu_has_streams_and_its_own_weights(two: Gpu, device: str, name: 
         assert set(engine.get_property("EXECUTION_DEVICES")) == {"cuda:0", "cuda:1"}
         plan = engine.memory_plan()
         assert (plan.devices, plan.slots) == (2, 8)
-        assert plan.total == 2 * plan.weights + plan.activations + plan.graphs
+        assert plan.total == 2 * plan.weights + plan.activations + plan.graphs and plan.graphs > 0
     assert not two.used_nbytes() and not two.used_nbytes(pinned=True) and not two.lanes and not two.events
 
 
@@ -77,6 +79,22 @@ def test_tensors_of_several_are_those_of_the_host(two: Gpu) -> None:
         pytest.raises(ValueError, match="cuda:0,1 is several"),
     ):
         engine.run(np.zeros((1, 6), np.float32), outputs="device")
+
+
+def test_a_bundle_runs_on_all_of_them(two: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels are looked up for each; this one has them all."""
+    asked: list[int] = []
+
+    def binary(kernel: Any, arch: int) -> Any:
+        asked.append(arch)
+        return fake_cupy.binary_source(kernel, arch)
+
+    made = SimpleNamespace(precision="fp32", path="x.bundle", model=network().SerializeToString, binary=binary)
+    monkeypatch.setattr("gpu_engine.compiler.read_bundle", lambda path: made)
+    with gpu_engine.compile("x.bundle", device="cuda:all", streams=1, requests=8, warmup=False) as engine:
+        check(engine, 16)
+        assert engine.get_property("LOADED_FROM_CACHE") is True
+    assert asked == [90] * len(asked) and len(asked) == two.kinds().count("moduleLoadData") > 0
 
 
 def test_one_of_several_may_be_all_there_is(two: Gpu) -> None:

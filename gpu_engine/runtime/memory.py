@@ -19,14 +19,14 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, of all slots together but for `weights` and `buckets`. All but `staging` are a device's own memory.
+    """Bytes; all but `staging` are the devices' own memory.
 
-    weights      on each of `devices`, once
-    activations  the arenas at a full batch, which smaller batches use too
+    weights      once on each of `devices`
+    activations  the arenas of all slots together at a full batch; smaller batches use them too
     slots        of all streams on all devices
-    buckets      what the arena of one slot would be for each size that executions have; empty where they have any
-    graphs       for the launches that are captured for the buckets
-    staging      in the host's memory, for inputs and outputs on their way
+    buckets      {rows: the arena of one slot} for each size that executions have; empty where they have any
+    graphs       of all slots, for the launches that are captured for their buckets
+    staging      of all slots in the host's memory, for inputs and outputs on their way
     """
 
     weights: int
@@ -115,7 +115,8 @@ def memory_plan(sizes: Sizes, plan: Plan, device: Device, seen: tuple[int, ...] 
     rows = sizes.batch.batch if sizes.shared else 0
     extents = extents_at(plan, rows, seen) if rows else seen or (1,) * len(plan.symbols)
     weights, activations = device.memory(plan, extents)
-    sized, slots = powers(rows) if device.bucketed and rows else (), sizes.streams * sizes.slots
+    sized = powers(rows) if device.bucketed and rows else ()
+    slots = sizes.streams * sizes.slots
     return MemoryPlan(
         weights=weights,
         activations=activations * slots,

@@ -79,7 +79,8 @@ class Pool:
 
     def give_back(self, worker: Worker) -> None:
         """End what `borrow` began."""
-        self._notice_loss(worker)
+        if worker.lost is not None:
+            self._notice_loss(worker.lost, worker)
         with self._mutex:
             worker.lane.end(clock())
             self._idle.append(worker)
@@ -242,13 +243,12 @@ class Pool:
         fail_all(expired, RequestTimeout(EXPIRED))
         if batch is not None:
             self.rounds.execute(worker, batch)
-            self._notice_loss(worker)
+            if worker.lost is not None:
+                self._notice_loss(worker.lost, worker)
         return batch is not None
 
-    def _notice_loss(self, worker: Worker) -> None:
+    def _notice_loss(self, lost: DeviceLost, worker: Worker) -> None:
         """After an execution that found the device broken: fail what waits, at once, and refuse what comes."""
-        if (lost := worker.lost) is None:
-            return
         worker.lost = None
         with self._mutex:
             self.gate.shut(DeviceLost, str(lost))
@@ -333,7 +333,8 @@ class Pool:
             ran = batch is not None
             if batch is not None:
                 self.rounds.run(worker, batch)
-                self._notice_loss(worker)
+                if worker.lost is not None:
+                    self._notice_loss(worker.lost, worker)
             elif wait_s is None:
                 return
             else:
