@@ -15,11 +15,12 @@ from cupy.cuda.function import Module
 from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.gpu.ahead import compiled_ahead
 from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.driver import HostArray, Piece, Touched
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.options import GpuOptions
-from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
+from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan, kernels_of
 from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
 from gpu_engine.gpu.text import array_dtype
@@ -205,7 +206,8 @@ class CudaDevice:
         return gpu_plan(graph, batching, self._options, self.free_memory() // GROWTH)
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
-        drivers = [CudaDriver(self._ordinal, self._arch, self._source) for _ in range(streams)]
+        source = compiled_ahead(kernels_of(plan), self._arch, self._source)
+        drivers = [CudaDriver(self._ordinal, self._arch, source) for _ in range(streams)]
         with drivers[0].active():
             weights = Weights(plan, drivers[0])
         drivers[0].finish()
