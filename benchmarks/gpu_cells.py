@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 RATES, KERNELS = "rates", "kernels"
@@ -73,12 +74,9 @@ def _streams(models: Sequence[str], batches: Sequence[int], precision: str) -> l
 
 
 def jobs(wanted: Iterable[Cell]) -> list[Job]:
-    """The cells in their order, neighbours of one kind, network and precision together."""
-    found: list[list[Cell]] = []
-    for cell in wanted:
-        key = cell.kind, cell.model, cell.precision
-        if found and key == (found[-1][0].kind, found[-1][0].model, found[-1][0].precision):
-            found[-1].append(cell)
-        else:
-            found.append([cell])
-    return [Job(tuple(group)) for group in found]
+    """The cells in their order, neighbours of one kind, network and precision together; checks of any precision."""
+    return [Job(tuple(group)) for _, group in groupby(wanted, _shared)]
+
+
+def _shared(cell: Cell) -> tuple[str, ...]:
+    return (cell.kind, cell.model) if cell.kind == NETWORK_CHECK else (cell.kind, cell.model, cell.precision)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,12 +89,13 @@ MEASURES: dict[str, Callable[[Bench, Cell], dict[str, Any]]] = {
 
 
 def measured(bench: Bench, cell: Cell) -> dict[str, Any] | str:
-    """The values, or the reason why there are none."""
+    """The values and the `seconds` that it took to find them, or the reason why there are none."""
+    started_s = time.perf_counter()
     try:
         found = MEASURES[cell.kind](bench, cell)
         if cell.kind == RATES:
             bench.ceilings.update(found)
-        return found
+        return found | {"seconds": time.perf_counter() - started_s}
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {' | '.join(str(error).splitlines()[:3])}"[:500]
