@@ -55,22 +55,23 @@ def cells(models: Sequence[str], batches: Sequence[int], precisions: Sequence[st
     rest = sorted((batch for batch in batches if batch not in FIRST_BATCHES), reverse=True)
     for precision in precisions:
         for chosen in (first, rest):
-            for kind in (OURS, EAGER, COMPILED, TIMELINE):
-                found += [Cell(kind, model, precision, batch) for model in models for batch in chosen]
+            for kind in (OURS, EAGER, COMPILED):
+                found += _networks(kind, models, precision, chosen)
             if chosen is first:
-                found += _streams(models, batches, precision)
+                found += _networks(TIMELINE, models, precision, first)
+                small = [batch for batch in batches if batch in STREAM_BATCHES]
+                found += _networks(STREAMS, models, precision, small)
     return found
+
+
+def _networks(kind: str, models: Sequence[str], precision: str, batches: Sequence[int]) -> list[Cell]:
+    return [Cell(kind, model, precision, batch) for model in models for batch in batches]
 
 
 def check_cells(models: Sequence[str], precisions: Sequence[str]) -> list[Cell]:
     """What is checked in processes like those that measure."""
     networks = [Cell(NETWORK_CHECK, model, precision) for model in models for precision in precisions]
     return [Cell(SIZES_CHECK), Cell(STREAMS_CHECK), *networks]
-
-
-def _streams(models: Sequence[str], batches: Sequence[int], precision: str) -> list[Cell]:
-    chosen = [batch for batch in batches if batch in STREAM_BATCHES]
-    return [Cell(STREAMS, model, precision, batch) for model in models for batch in chosen]
 
 
 def jobs(wanted: Iterable[Cell]) -> list[Job]:

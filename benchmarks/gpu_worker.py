@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_ceilings, gpu_checks, gpu_ours
+from benchmarks import gpu_checks, gpu_ours
 from benchmarks.gpu_cells import (
     COMPILED,
     EAGER,
@@ -29,12 +29,15 @@ from benchmarks.gpu_cells import (
     Cell,
     from_record,
 )
+from benchmarks.gpu_floor import rates_at
 from benchmarks.gpu_jobs import line
 from benchmarks.gpu_networks import Network, network
 from benchmarks.gpu_places import Place, place
 from gpu_engine.runtime.late import load
 
 TORCH = "benchmarks.gpu_torch:measure"
+CEILINGS, SHARES = "benchmarks.gpu_ceilings:rates", "benchmarks.gpu_ceilings:kernels"
+"""PyTorch is imported with them, which processes that compile kernels, and so import this module, do without."""
 FEW_ROWS, MANY_ROWS = (1, 3), (1, 5, 64)
 """Batches of a network that is checked."""
 
@@ -59,7 +62,7 @@ class Bench:
 
 
 def _ours(bench: Bench, cell: Cell) -> dict[str, Any]:
-    rates = gpu_ceilings.rates_at(bench.ceilings, cell.precision)
+    rates = rates_at(bench.ceilings, cell.precision)
     return gpu_ours.measure(bench.subject(cell), bench.place, cell.batch, rates)
 
 
@@ -75,8 +78,8 @@ def _check_network(bench: Bench, cell: Cell) -> dict[str, Any]:
 
 
 MEASURES: dict[str, Callable[[Bench, Cell], dict[str, Any]]] = {
-    RATES: lambda bench, cell: gpu_ceilings.rates(bench.place),
-    KERNELS: lambda bench, cell: gpu_ceilings.kernels(bench.place, bench.ceilings),
+    RATES: lambda bench, cell: load(CEILINGS)(bench.place),
+    KERNELS: lambda bench, cell: load(SHARES)(bench.place, bench.ceilings),
     OURS: _ours,
     EAGER: _torch,
     COMPILED: _torch,

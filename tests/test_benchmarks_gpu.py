@@ -25,6 +25,7 @@ from benchmarks.gpu_cells import (
     OURS,
     RATES,
     STREAMS,
+    TIMELINE,
     Cell,
     Job,
     as_record,
@@ -46,11 +47,12 @@ ALL = cells(("a", "b"), (1, 4, 16, 64, 256), ("fp16", "fp32"))
 
 def test_cells_come_in_the_order_of_their_worth() -> None:
     assert ALL[:2] == [Cell(RATES), Cell(KERNELS)]
-    assert len(ALL) == len(set(ALL)) == 2 + 2 * 2 * (4 * 5 + 2)
+    assert len(ALL) == len(set(ALL)) == 2 + 2 * 2 * (3 * 5 + 2 + 2)
     first = [ALL.index(Cell(kind, "b", "fp16", 16)) for kind in (OURS, EAGER, COMPILED)]
     assert first == sorted(first) and first[-1] < ALL.index(Cell(OURS, "a", "fp16", 256))
     assert ALL.index(Cell(COMPILED, "b", "fp16", 4)) < ALL.index(Cell(OURS, "a", "fp32", 1))
     assert {cell.batch for cell in ALL if cell.kind == STREAMS} == {1, 4}
+    assert {cell.batch for cell in ALL if cell.kind == TIMELINE} == {1, 16}
 
 
 def test_neighbours_share_a_process() -> None:
@@ -258,7 +260,7 @@ def test_the_marked_tests_are_found() -> None:
     assert any(path.endswith("test_gpu_device.py") for path in gpu_commands.marked_tests())
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore:num_streams exceeds num_cores")
 def test_a_rehearsal_measures_and_is_resumed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
