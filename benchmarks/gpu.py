@@ -28,7 +28,7 @@ from benchmarks import gpu_report as report
 from benchmarks import gpu_results as results
 from benchmarks.gpu_cells import BATCHES, PRECISIONS, RATES, Cell, as_record, cells, check_cells, jobs
 from benchmarks.gpu_commands import checked, programs
-from benchmarks.gpu_jobs import Budget, run_jobs
+from benchmarks.gpu_jobs import Budget, run_jobs, run_lanes
 from benchmarks.gpu_networks import NETWORKS, TINY
 from benchmarks.gpu_places import opened
 from benchmarks.gpu_results import Check, Results
@@ -36,6 +36,8 @@ from benchmarks.peer_report import update_between_marks
 from benchmarks.skeletons import FOLDER
 from gpu_engine.errors import DeviceError
 
+LANES = max(1, (os.cpu_count() or 1) // 4)
+"""Checks at the same time: each takes a few processors."""
 CACHES = FOLDER.parent / "gpu"
 REHEARSED_BATCHES, REHEARSED_PRECISIONS = (1, 3), ("fp16", "fp32")
 CONSOLE = Console(width=190)
@@ -89,16 +91,12 @@ def check(settings: Settings, end_s: float) -> Iterator[Check]:
 
 
 def _checks(settings: Settings, end_s: float) -> Iterator[Check]:
-    started_s = time.monotonic()
     wanted = check_cells(settings.models, settings.precisions)
-    budget = Budget(end_s, settings.check_limit_s)
     known = set()
-    for cell, outcome in _measured(settings, wanted, budget):
-        ended_s = time.monotonic()
-        detail = outcome if isinstance(outcome, str) else _values(outcome)
+    for cell, outcome in _lines(settings, wanted, Budget(end_s, settings.check_limit_s), LANES):
         known.add(cell)
-        yield Check(str(cell), not isinstance(outcome, str), ended_s - started_s, detail)
-        started_s = ended_s
+        failed = isinstance(outcome, str)
+        yield Check(str(cell), not failed, 0.0 if failed else outcome["seconds"], outcome if failed else _text(outcome))
     for cell in wanted:
         if cell not in known:
             yield Check(str(cell), False, 0.0, "no time was left for it")
@@ -111,18 +109,20 @@ def measure(settings: Settings, end_s: float) -> Lines:
     """What the result file lacks, as it comes; each was written to it."""
     known = results.read(settings.path).values
     missing = [cell for cell in settings.wanted() if cell not in known]
-    for cell, outcome in _measured(settings, missing, Budget(end_s, settings.limit_s)):
+    for cell, outcome in _lines(settings, missing, Budget(end_s, settings.limit_s)):
         results.add_cell(settings.path, cell, outcome)
         yield cell, outcome
 
 
-def _measured(settings: Settings, some: Sequence[Cell], budget: Budget) -> Lines:
+def _lines(settings: Settings, some: Sequence[Cell], budget: Budget, lanes: int = 1) -> Lines:
+    """With one lane a process is started once all outcomes before it were taken, so that it knows the ceilings."""
     settings.caches.mkdir(parents=True, exist_ok=True)
     with (settings.caches / "workers.log").open("a") as log:
-        yield from run_jobs(jobs(some), settings.command, budget, settings.environment(), log)
+        how = jobs(some), settings.command, budget, settings.environment(), log
+        yield from run_jobs(*how) if lanes == 1 else run_lanes(*how, lanes)
 
 
-def _values(outcome: dict[str, Any]) -> str:
+def _text(outcome: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in outcome.items() if isinstance(value, int | float))
 
 
@@ -245,7 +245,7 @@ def summary(outcome: dict[str, Any]) -> str:
     if "device" in outcome:
         compiled = f", compiled in {outcome['compile_s']:.0f} s" if outcome["compile_s"] else ""
         return f"{outcome['device']['median_ms']:.4g} ms, {outcome['host']['median_ms']:.4g} ms with copies{compiled}"
-    return _values(outcome) or json.dumps(outcome)
+    return _text(outcome) or json.dumps(outcome)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import onnx
 import torch
 from onnx import numpy_helper, parser
 
-from benchmarks.gpu_floor import Rates
 from benchmarks.gpu_networks import HEAD, NARROW, Network
 from benchmarks.gpu_places import Place, opened
 from benchmarks.gpu_replay import replay
@@ -36,11 +35,6 @@ def rates(place: Place) -> dict[str, Any]:
     for precision in TYPES:
         found[precision] = _matrix_rate(place, precision)
     return found
-
-
-def rates_at(ceilings: dict[str, Any], precision: str) -> Rates:
-    """The two that a network at a precision has."""
-    return Rates(ceilings[precision], ceilings["copy"])
 
 
 def _copy_rate(place: Place) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 RATES, KERNELS = "rates", "kernels"
@@ -54,11 +55,17 @@ def cells(models: Sequence[str], batches: Sequence[int], precisions: Sequence[st
     rest = sorted((batch for batch in batches if batch not in FIRST_BATCHES), reverse=True)
     for precision in precisions:
         for chosen in (first, rest):
-            for kind in (OURS, EAGER, COMPILED, TIMELINE):
-                found += [Cell(kind, model, precision, batch) for model in models for batch in chosen]
+            for kind in (OURS, EAGER, COMPILED):
+                found += _networks(kind, models, precision, chosen)
             if chosen is first:
-                found += _streams(models, batches, precision)
+                found += _networks(TIMELINE, models, precision, first)
+                small = [batch for batch in batches if batch in STREAM_BATCHES]
+                found += _networks(STREAMS, models, precision, small)
     return found
+
+
+def _networks(kind: str, models: Sequence[str], precision: str, batches: Sequence[int]) -> list[Cell]:
+    return [Cell(kind, model, precision, batch) for model in models for batch in batches]
 
 
 def check_cells(models: Sequence[str], precisions: Sequence[str]) -> list[Cell]:
@@ -67,18 +74,10 @@ def check_cells(models: Sequence[str], precisions: Sequence[str]) -> list[Cell]:
     return [Cell(SIZES_CHECK), Cell(STREAMS_CHECK), *networks]
 
 
-def _streams(models: Sequence[str], batches: Sequence[int], precision: str) -> list[Cell]:
-    chosen = [batch for batch in batches if batch in STREAM_BATCHES]
-    return [Cell(STREAMS, model, precision, batch) for model in models for batch in chosen]
-
-
 def jobs(wanted: Iterable[Cell]) -> list[Job]:
-    """The cells in their order, neighbours of one kind, network and precision together."""
-    found: list[list[Cell]] = []
-    for cell in wanted:
-        key = cell.kind, cell.model, cell.precision
-        if found and key == (found[-1][0].kind, found[-1][0].model, found[-1][0].precision):
-            found[-1].append(cell)
-        else:
-            found.append([cell])
-    return [Job(tuple(group)) for group in found]
+    """The cells in their order, neighbours of one kind, network and precision together; checks of any precision."""
+    return [Job(tuple(group)) for _, group in groupby(wanted, _shared)]
+
+
+def _shared(cell: Cell) -> tuple[str, ...]:
+    return (cell.kind, cell.model) if cell.kind == NETWORK_CHECK else (cell.kind, cell.model, cell.precision)

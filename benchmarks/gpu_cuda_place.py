@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_places import Activity, Effort, Run
+from benchmarks.gpu_places import Activity, Effort, Run, event_times
 from gpu_engine.gpu.cuda import CudaDriver
 from gpu_engine.gpu.offline import compile_binary
 
@@ -48,31 +47,6 @@ class CudaPlace:
             torch.cuda.synchronize()
         events = [event for event in found.events() or () if event.device_type == torch.autograd.DeviceType.CUDA]
         return sorted(map(_activity, events), key=lambda one: one.start_s)
-
-
-def event_times(
-    run: Run, effort: Effort, make: Callable[[], Any], finish: Callable[[], Any], seconds: Callable[[Any, Any], float]
-) -> list[float]:
-    """Seconds between events around each of many runs on the current stream, which are started without waiting for
-    each other."""
-    for _ in range(effort.warm_runs):
-        run()
-    finish()
-    once_s = _batch(run, 1, make, finish, seconds)[0]
-    runs = int(min(effort.most_runs, max(effort.least_runs, effort.seconds / max(once_s, 1e-6))))
-    return _batch(run, runs, make, finish, seconds)
-
-
-def _batch(
-    run: Run, runs: int, make: Callable[[], Any], finish: Callable[[], Any], seconds: Callable[[Any, Any], float]
-) -> list[float]:
-    events: Sequence[Any] = [make() for _ in range(2 * runs)]
-    for first, last in zip(events[::2], events[1::2], strict=True):
-        first.record()
-        run()
-        last.record()
-    finish()
-    return [seconds(first, last) for first, last in zip(events[::2], events[1::2], strict=True)]
 
 
 def _cupy_seconds(first: Any, last: Any) -> float:

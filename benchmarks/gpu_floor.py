@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -24,6 +25,11 @@ class Rates:
 
     flops_per_s: float
     nbytes_per_s: float
+
+
+def rates_at(ceilings: Mapping[str, float], precision: str) -> Rates:
+    """Those of a precision, of what `gpu_ceilings.rates` measured."""
+    return Rates(ceilings[precision], ceilings["copy"])
 
 
 @dataclass(frozen=True)

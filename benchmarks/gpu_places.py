@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -136,3 +136,28 @@ def wall_times(run: Run, effort: Effort) -> list[float]:
         run()
         times.append(time.perf_counter() - started_s)
     return times
+
+
+def event_times(
+    run: Run, effort: Effort, make: Callable[[], Any], finish: Callable[[], Any], seconds: Callable[[Any, Any], float]
+) -> list[float]:
+    """Seconds between events around each of many runs on the current stream, which are started without waiting for
+    each other."""
+    for _ in range(effort.warm_runs):
+        run()
+    finish()
+    once_s = _batch(run, 1, make, finish, seconds)[0]
+    runs = int(min(effort.most_runs, max(effort.least_runs, effort.seconds / max(once_s, 1e-6))))
+    return _batch(run, runs, make, finish, seconds)
+
+
+def _batch(
+    run: Run, runs: int, make: Callable[[], Any], finish: Callable[[], Any], seconds: Callable[[Any, Any], float]
+) -> list[float]:
+    events: Sequence[Any] = [make() for _ in range(2 * runs)]
+    for first, last in zip(events[::2], events[1::2], strict=True):
+        first.record()
+        run()
+        last.record()
+    finish()
+    return [seconds(first, last) for first, last in zip(events[::2], events[1::2], strict=True)]

@@ -59,7 +59,8 @@ def stream_gains(found: Results) -> dict[Cell, float]:
 def copy_shares(found: Results) -> dict[str, float]:
     """{kernel and precision: the share of the copy rate}."""
     kernels: Values = found.values.get(Cell(KERNELS), {})
-    return {f"{name} {precision}": share for name, by in kernels.items() for precision, share in by.items()}
+    named = {name: by for name, by in kernels.items() if isinstance(by, dict)}
+    return {f"{name} {precision}": share for name, by in named.items() for precision, share in by.items()}
 
 
 def verdicts(found: Results) -> list[Verdict]:

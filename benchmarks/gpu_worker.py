@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_ceilings, gpu_checks, gpu_ours
+from benchmarks import gpu_checks, gpu_ours
 from benchmarks.gpu_cells import (
     COMPILED,
     EAGER,
@@ -28,12 +29,15 @@ from benchmarks.gpu_cells import (
     Cell,
     from_record,
 )
+from benchmarks.gpu_floor import rates_at
 from benchmarks.gpu_jobs import line
 from benchmarks.gpu_networks import Network, network
 from benchmarks.gpu_places import Place, place
 from gpu_engine.runtime.late import load
 
 TORCH = "benchmarks.gpu_torch:measure"
+CEILINGS, SHARES = "benchmarks.gpu_ceilings:rates", "benchmarks.gpu_ceilings:kernels"
+"""PyTorch is imported with them, which processes that compile kernels, and so import this module, do without."""
 FEW_ROWS, MANY_ROWS = (1, 3), (1, 5, 64)
 """Batches of a network that is checked."""
 
@@ -58,7 +62,7 @@ class Bench:
 
 
 def _ours(bench: Bench, cell: Cell) -> dict[str, Any]:
-    rates = gpu_ceilings.rates_at(bench.ceilings, cell.precision)
+    rates = rates_at(bench.ceilings, cell.precision)
     return gpu_ours.measure(bench.subject(cell), bench.place, cell.batch, rates)
 
 
@@ -74,8 +78,8 @@ def _check_network(bench: Bench, cell: Cell) -> dict[str, Any]:
 
 
 MEASURES: dict[str, Callable[[Bench, Cell], dict[str, Any]]] = {
-    RATES: lambda bench, cell: gpu_ceilings.rates(bench.place),
-    KERNELS: lambda bench, cell: gpu_ceilings.kernels(bench.place, bench.ceilings),
+    RATES: lambda bench, cell: load(CEILINGS)(bench.place),
+    KERNELS: lambda bench, cell: load(SHARES)(bench.place, bench.ceilings),
     OURS: _ours,
     EAGER: _torch,
     COMPILED: _torch,
@@ -88,12 +92,13 @@ MEASURES: dict[str, Callable[[Bench, Cell], dict[str, Any]]] = {
 
 
 def measured(bench: Bench, cell: Cell) -> dict[str, Any] | str:
-    """The values, or the reason why there are none."""
+    """The values and the `seconds` that it took to find them, or the reason why there are none."""
+    started_s = time.perf_counter()
     try:
         found = MEASURES[cell.kind](bench, cell)
         if cell.kind == RATES:
             bench.ceilings.update(found)
-        return found
+        return found | {"seconds": time.perf_counter() - started_s}
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {' | '.join(str(error).splitlines()[:3])}"[:500]

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from benchmarks.gpu_cells import (
     OURS,
     RATES,
     STREAMS,
+    TIMELINE,
     Cell,
     Job,
     as_record,
@@ -34,27 +35,31 @@ from benchmarks.gpu_cells import (
     jobs,
 )
 from benchmarks.gpu_commands import Program
-from benchmarks.gpu_jobs import Budget, run_jobs
-from benchmarks.gpu_places import Activity
+from benchmarks.gpu_jobs import Budget, run_jobs, run_lanes
+from benchmarks.gpu_places import Activity, Effort, event_times, place
 from benchmarks.gpu_report import MET, MISSED, UNKNOWN
 from benchmarks.gpu_results import Check
 from benchmarks.gpu_timeline import overlap_of, profile_of
+from benchmarks.gpu_worker import Bench, measured
 
 ALL = cells(("a", "b"), (1, 4, 16, 64, 256), ("fp16", "fp32"))
 
 
 def test_cells_come_in_the_order_of_their_worth() -> None:
     assert ALL[:2] == [Cell(RATES), Cell(KERNELS)]
-    assert len(ALL) == len(set(ALL)) == 2 + 2 * 2 * (4 * 5 + 2)
+    assert len(ALL) == len(set(ALL)) == 2 + 2 * 2 * (3 * 5 + 2 + 2)
     first = [ALL.index(Cell(kind, "b", "fp16", 16)) for kind in (OURS, EAGER, COMPILED)]
     assert first == sorted(first) and first[-1] < ALL.index(Cell(OURS, "a", "fp16", 256))
     assert ALL.index(Cell(COMPILED, "b", "fp16", 4)) < ALL.index(Cell(OURS, "a", "fp32", 1))
     assert {cell.batch for cell in ALL if cell.kind == STREAMS} == {1, 4}
+    assert {cell.batch for cell in ALL if cell.kind == TIMELINE} == {1, 16}
 
 
 def test_neighbours_share_a_process() -> None:
     groups = jobs(ALL)
     assert [cell for job in groups for cell in job.cells] == ALL
+    checks = jobs(check_cells(("a", "b"), ("fp16", "fp32")))
+    assert [len(job.cells) for job in checks] == [1, 1, 2, 2]
     assert groups[2].cells == (Cell(OURS, "a", "fp16", 1), Cell(OURS, "a", "fp16", 16))
 
 
@@ -255,10 +260,19 @@ def test_the_marked_tests_are_found() -> None:
     assert any(path.endswith("test_gpu_device.py") for path in gpu_commands.marked_tests())
 
 
+@pytest.mark.filterwarnings("ignore:num_streams exceeds num_cores")
 def test_a_rehearsal_measures_and_is_resumed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "jobs", lambda wanted: [Job(tuple(wanted))])  # starting PyTorch takes seconds
+    """On this thread: to start a process with PyTorch takes seconds."""
+
+    def run_here(some: Sequence[Job], command: Callable[[Sequence[Cell]], list[str]], *rest: Any) -> Iterator[Any]:
+        for job in some:
+            request = json.loads(command(job.cells)[-1])
+            bench = Bench(place(request["place"]), request["ceilings"], Path(request["skeletons"]))
+            yield from ((cell, measured(bench, cell)) for cell in map(from_record, request["cells"]))
+
+    monkeypatch.setattr(gpu, "run_jobs", run_here)
     narrow = ("--models", "tiny_text", "--precisions", "fp16", "--batches", "1", "--measure-only")
     assert gpu.main(options(tmp_path, *narrow)) == 0
     found = gpu_results.read(tmp_path / "r")
@@ -286,6 +300,48 @@ def test_every_precision_of_every_network_is_checked() -> None:
 
 
 KERNEL_LINE = [Activity("k", 0.0, 1.0), Activity("k", 1.5, 2.5), Activity("k", 2.5, 4.0)]
+
+
+def test_lanes_run_at_the_same_time() -> None:
+    some = [Cell(OURS, model, "fp16", 1) for model in "abcd"]
+    started_s = time.monotonic()
+    body = "time.sleep(1.5) if cell['model'] != 'c' else os._exit(3); say({})"
+    budget = Budget(time.monotonic() + 60, 30)
+    found = dict(run_lanes(jobs(some), worker(body), budget, {}, io.StringIO(), 4))
+    assert found == {cell: {} for cell in some} | {some[2]: "its process ended with 3: it said nothing"}
+    assert time.monotonic() - started_s < 4.5 or len(os.sched_getaffinity(0)) < 2
+
+
+TICK_S = 2.0**-9
+
+
+class Ticks:
+    """Events of a device on which every run takes `TICK_S`, and the first ten times as long."""
+
+    now_s, started = 0.0, 0
+
+    def __init__(self) -> None:
+        self.at_s = -1.0
+
+    def record(self) -> None:
+        self.at_s = Ticks.now_s
+
+    @staticmethod
+    def run() -> None:
+        Ticks.now_s += TICK_S if Ticks.started else 10 * TICK_S
+        Ticks.started += 1
+
+
+def test_warm_runs_do_not_count_and_time_says_how_many_do() -> None:
+    finished: list[int] = []
+    found = event_times(
+        Ticks.run, Effort(50 * TICK_S, 10, 1000, 3), Ticks, lambda: finished.append(Ticks.started),
+        lambda first, last: last.at_s - first.at_s,
+    )  # fmt: skip
+    assert found == [TICK_S] * 50 and Ticks.started == 3 + 1 + 50
+    assert finished == [3, 4, 54]
+    few = event_times(Ticks.run, Effort(0.001, 10, 1000, 0), Ticks, lambda: None, lambda a, b: b.at_s - a.at_s)
+    assert len(few) == 10
 
 
 def test_what_lies_between_kernels() -> None:

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import onnx
+import onnx.utils
 import pytest
 
 pytest.importorskip("triton")
@@ -23,6 +24,7 @@ from tests.gpu_plans import EXPORTS, GOLDEN, blocks, difference
 from tests.offline import executed, plan_of
 
 IMAGES = ("resnet18", "resnet50", "mobilenetv2", "mobilenetv3_large", "efficientnet_b0", "resnet18_qdq")
+DEEP = ("vit_base",)
 SHAPES: dict[str, tuple[int, ...]] = {
     "silero_vad": (2, 576, 16000),
     "ppocr_cls_v2": (1, 48, 48),
@@ -32,7 +34,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "bert_small_sdpa": (2, 9),
     "bert_base": (1, 7),
     "vit_tiny": (1,),
-    "vit_base": (1,),
     "smart_turn_v3_2_int8": (1,),
 }
 DEFAULT = ("silero_vad", "ppocr_cls_v2")
@@ -58,10 +59,20 @@ def smaller(name: str, side: int = 64) -> tuple[bytes, Feed]:
     return proto.SerializeToString(), {port.name: image}
 
 
+def shallower(name: str, norms: int = 2) -> tuple[bytes, Feed]:
+    """A transformer up to the input of its layer normalization number `norms`, from 0 on, and one image."""
+    proto = onnx.load(MODELS[name].path())
+    ends = [node.input[0] for node in proto.graph.node if node.op_type == "LayerNormalization"]
+    cut = onnx.utils.Extractor(proto).extract_model([port.name for port in proto.graph.input], [ends[norms]])
+    return cut.SerializeToString(), MODELS[name].feed(1)
+
+
 def case(name: str) -> tuple[bytes, Feed]:
     try:
         if name in IMAGES:
             return smaller(name)
+        if name in DEEP:
+            return shallower(name)
         model = MODELS[name]
         return model.path().read_bytes(), model.feed(*SHAPES[name])
     except Unavailable as reason:
@@ -69,7 +80,8 @@ def case(name: str) -> tuple[bytes, Feed]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.models]) for name in (*SHAPES, *IMAGES)]
+    "name",
+    [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.models]) for name in (*SHAPES, *IMAGES, *DEEP)],
 )
 def test_the_gpu_gives_what_the_cpu_gives(name: str) -> None:
     model, feed = case(name)

@@ -28,6 +28,7 @@ from cupy.cuda.pinned_memory import PinnedMemory, PinnedMemoryPointer
 from numpy.typing import NDArray
 
 from gpu_engine.errors import DeviceError, OutOfMemory
+from gpu_engine.gpu.ahead import compiled_ahead
 from gpu_engine.gpu.binary import Binary, BinarySource
 from gpu_engine.gpu.cuda_tensors import CudaIntake, ForeignMemory, gather, read, record
 from gpu_engine.gpu.driver import Copy, HostArray, Piece, Replay, Touched
@@ -38,7 +39,7 @@ from gpu_engine.gpu.graphs import captured_nbytes
 from gpu_engine.gpu.kernel import Kernel
 from gpu_engine.gpu.lending import Lender
 from gpu_engine.gpu.options import OLDEST_ARCH, GpuOptions
-from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan
+from gpu_engine.gpu.planning import GROWTH, device_properties, gpu_plan, kernels_of
 from gpu_engine.gpu.program import Program, zone_nbytes
 from gpu_engine.gpu.slot import GpuStream, Weights
 from gpu_engine.gpu.text import array_dtype
@@ -327,7 +328,8 @@ class CudaDevice:
         return gpu_plan(graph, batching, self._options, self.free_memory() // GROWTH)
 
     def open(self, plan: Plan, streams: int, slots: int, threads: int | None) -> Sequence[GpuStream]:
-        drivers = [CudaDriver(self._ordinal, self._arch, self._source) for _ in range(streams)]
+        source = compiled_ahead(kernels_of(plan), self._arch, self._source)
+        drivers = [CudaDriver(self._ordinal, self._arch, source) for _ in range(streams)]
         with drivers[0].active():
             weights = Weights(plan, drivers[0])
             drivers[0].finish()
