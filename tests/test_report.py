@@ -55,6 +55,8 @@ def test_the_page_is_one_small_file_that_loads_nothing(bound_ms: float | None) -
     assert not re.search(r"https?://|\ssrc=|@import|url\(|<link[^>]*href=\"(?!data:)", text)
     assert len(text.encode()) < 60_000 and "{{" not in text
     assert ("No measured point keeps" in text) == (bound_ms == 0.001)
+    slow = {None: set(), 60.0: {"too slow"}, 0.001: {"too slow", "chosen, too slow"}}[bound_ms]
+    assert set(re.findall(r'<td class="remark">([^<]*)<', text)) - {"", "chosen"} == slow
 
 
 def test_names_are_escaped() -> None:

@@ -136,7 +136,7 @@ def test_3_12_bad_settings() -> None:
 
 
 def test_3_12_the_default_timeout_holds_for_every_call(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
-    engine = make_engine(recorder, streams=1, batch=1, default_timeout=0.02)
+    engine = make_engine(recorder, streams=1, batch=1, default_timeout=0.3)
     first = occupy(engine, recorder, rows(0))
     errors: list[BaseException | None] = []
     calls = (engine.run, engine.run_many, lambda x: next(engine.map([x])))
@@ -152,7 +152,7 @@ def test_3_12_the_default_timeout_holds_for_every_call(recorder: RecordingDevice
         thread.start()
     future = engine.submit(rows(1), timeout=60)
     until(lambda: engine.statistics().waiting == 4)
-    threading.Event().wait(0.03)
+    threading.Event().wait(0.31)
     recorder.release()
     for thread in threads:
         thread.join(30)
@@ -239,11 +239,26 @@ def test_3_12_one_clock_for_admission_and_queue(recorder: RecordingDevice, make_
         engine.submit(rows(2), block=True, timeout=0.01)
 
 
+def test_3_12_a_timeout_may_be_longer_than_any_lock_waits(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
+    engine = make_engine(recorder, streams=1, batch=1, max_queue_size=1)
+    futures = [*occupy(engine, recorder, rows(7)), engine.submit(rows(7), timeout=1e300)]
+    thread = threading.Thread(target=lambda: futures.append(engine.submit(rows(7), block=True, timeout=1e300)))
+    thread.start()
+    until(lambda: engine._pool._vacancy.threads == 1)
+    recorder.release()
+    thread.join(30)
+    assert [future.result(1e300)[0, 0] for future in futures] == [15] * (4 if recorder.asynchronous else 3)
+    request = engine.request()
+    request.start(rows(1))
+    assert request.wait_for(1e300)
+    engine.close(timeout_s=1e300)
+
+
 def test_3_12_map_reports_a_full_queue_at_its_place(recorder: RecordingDevice, make_engine: MakeEngine) -> None:
-    engine = make_engine(recorder, streams=1, batch=1, max_queue_size=2, default_timeout=0.02)
+    engine = make_engine(recorder, streams=1, batch=1, max_queue_size=2, default_timeout=0.3)
     occupy(engine, recorder, rows(0))
     results = engine.map(rows(i) for i in range(20))
-    threading.Timer(0.1, recorder.release).start()
+    threading.Timer(0.5, recorder.release).start()
     with pytest.raises(RequestTimeout):
         next(results)
     until(lambda: engine.statistics().waiting == 0)

@@ -29,8 +29,8 @@ POLL_S = 1e-3
 
 
 def seconds_left(ends: float | None) -> float | None:
-    """Until a time of the clock, at least 0; None for never."""
-    return None if ends is None else max(0.0, ends - clock())
+    """Until a time of the clock, at least 0 and at most what a lock can wait; None for never."""
+    return None if ends is None else max(0.0, min(ends - clock(), threading.TIMEOUT_MAX))
 
 
 class Lane:

@@ -159,7 +159,7 @@ class ReusableRequest:
             raise ValueError(f"wait_for takes milliseconds, at least 0, given {timeout_ms}")
         self._settle_after_fork()
         with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout_ms / 1000)
+            return self._changed.wait_for(self._is_idle, min(timeout_ms / 1000, threading.TIMEOUT_MAX))
 
     def cancel(self) -> bool:
         """Take the request out of the queue: True. Once dispatched it runs to its end and its result is dropped: False.
