@@ -32,10 +32,11 @@ STICKY: MappingProxyType[int, str] = MappingProxyType(
         999: "the driver failed in a way that it does not know",
     }
 )
-"""Errors after which every call on the device fails until the process ends, by number.
+"""Errors after which a process cannot go on with the device, by number.
 
-https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html says so of most of them ("leaves the process in
-an inconsistent state"); of 4, 214, 220, 709, 810 and 999 it says that there is nothing left to continue with.
+https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html says of most of them that they leave the process
+in an inconsistent state, in which any further work returns the same error. It does not of 4, 214, 220, 709, 810 and
+999; after these neither the context nor what its memory holds can be relied on.
 """
 
 
