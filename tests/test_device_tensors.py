@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -311,6 +312,22 @@ def test_memory_is_lent_until_nobody_holds_it() -> None:
             found = engine.run([rows(3)])
             addresses |= {output.address for output in found}
         assert address in addresses and len(addresses) <= 10
+
+
+def test_nobody_but_the_caller_holds_a_result() -> None:
+    with compiled(network(), outputs="device", streams=2, batch=4) as engine:
+        for make in (
+            lambda: engine.run([rows(2)]),
+            lambda: engine.run_many([rows(11)]),
+            lambda: engine.submit([rows(1)]).result(),
+        ):
+            found = make()
+            alive = [weakref.ref(output) for output in found]
+            del found
+            ends = time.monotonic() + 5
+            while any(each() is not None for each in alive) and time.monotonic() < ends:
+                time.sleep(1e-3)
+            assert [each() for each in alive] == [None, None]
 
 
 def test_results_outlive_their_engine() -> None:

@@ -37,19 +37,19 @@ class Result(NamedTuple):
 
 
 class Exchange:
-    """What is to come and go between `stage` and `wait`. `outputs` are those of each cut, once they were started."""
+    """What is to come and go between `stage` and `wait`."""
 
     def __init__(self, driver: Driver, place: Place | None) -> None:
         self._driver, self._place = driver, place
         self.tensors: dict[int, Sequence[GivenTensor]] = {}
         self.cuts: Sequence[Cut] = ()
-        self.outputs: list[list[Any]] = []
+        self._outputs: list[list[Any]] = []
         self._rows = 0
         self._held: list[Any] = []
 
     def stage(self) -> None:
         """Nothing is known of the next execution. What an interrupted wait left behind is still held."""
-        self.tensors, self.cuts, self.outputs = {}, (), []
+        self.tensors, self.cuts, self._outputs = {}, (), []
 
     def read(self, position: int, tensors: Sequence[GivenTensor]) -> None:
         """See `runtime.device.TensorSlot`."""
@@ -59,9 +59,14 @@ class Exchange:
         """See `runtime.device.TensorSlot`."""
         self._rows, self.cuts = rows, cuts
 
+    def given(self) -> Sequence[Sequence[DeviceTensor]]:
+        """See `runtime.device.TensorSlot`."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
     def ended(self) -> None:
-        """Nothing reads the callers' tensors any more."""
-        self.tensors = {}
+        """Nothing reads the callers' tensors any more, and results are the callers'."""
+        self.tensors, self.cuts = {}, ()
         self._held.clear()
 
     def wait_for_producers(self) -> None:
@@ -107,7 +112,7 @@ class Exchange:
 
     def copy_out(self, results: Sequence[Result]) -> None:
         """Copy to every cut its part of the results."""
-        self.outputs = [[self._cut(cut, i, *result) for i, result in enumerate(results)] for cut in self.cuts]
+        self._outputs = [[self._cut(cut, i, *result) for i, result in enumerate(results)] for cut in self.cuts]
 
     def _cut(self, cut: Cut, i: int, source: Piece, shape: tuple[int, ...], dtype: DType, carries: bool) -> Any:
         row_nbytes = math.prod(shape) * dtype.itemsize // max(self._rows, 1) if carries else 0

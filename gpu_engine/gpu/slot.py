@@ -26,7 +26,6 @@ from gpu_engine.plan.execution import extents_after
 from gpu_engine.plan.plan import Plan, root
 from gpu_engine.plan.zones import Ints
 from gpu_engine.runtime.device import StepTimes
-from gpu_engine.runtime.device_tensors import DeviceTensor
 
 CACHED_BINDINGS = 32
 CACHED_ADDRESSES = 16
@@ -97,7 +96,7 @@ class GpuSlot:
         self._areas = [[Area(driver, zeroed=zeroed) for zeroed in (False, False, True)] for _ in self._program.segments]
         self._passage, self._graphs = driver.passage(), Graphs(plan, driver, wanted=not timed)
         self._exchange = Exchange(driver, place)
-        self.read, self.give = self._exchange.read, self._exchange.give
+        self.read, self.give, self.given = self._exchange.read, self._exchange.give, self._exchange.given
         self._cache: dict[tuple[int, ...], Known] = {}
         self._known: Known | None = None
         self._outputs: Sequence[HostArray] = ()
@@ -169,10 +168,6 @@ class GpuSlot:
         self._failed = self._in_flight = False
         self._exchange.ended()
         return self._outputs
-
-    def given(self) -> Sequence[Sequence[DeviceTensor]]:
-        """See `runtime.device.TensorSlot`."""
-        return self._exchange.outputs
 
     def _settle(self) -> None:
         """End a launch that failed, or that nobody waited for: its copies may still be reading and writing."""

@@ -98,7 +98,7 @@ class TensorSlot(Slot, Protocol):
         ...
 
     def given(self) -> Sequence[Sequence[DeviceTensor]]:
-        """Behind a `wait`, which then copies no output to the host: for each cut its outputs."""
+        """Behind a `wait`, which then copied no output to the host: for each cut its outputs, once."""
         ...
 
 
