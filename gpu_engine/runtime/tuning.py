@@ -69,7 +69,8 @@ class Tuner:
             fit = self._admission.fit_of_one()
         family = fit.family
         if not rows:
-            rows = random_rows(self._plan.input_ports, self._admission.input_shapes(family), CHECKED_ROWS)
+            shapes = self._admission.input_shapes(family)
+            rows = random_rows(self._plan.input_ports, shapes, family.blocks, CHECKED_ROWS)
         most = self._admission.row_limit(family, self._most) if self.measures else 1
         rows = rows[: max(most, CHECKED_ROWS)]
         self._adopt(family, measure(worker.slot, family, rows, self._plan.batching.outputs, most, self._clock))
