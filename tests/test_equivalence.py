@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.equivalence import BATCHES, DTYPES, Case, differences, matrix
+from tests.equivalence import BATCHES, DTYPES, Case, differences, matrix, pairwise
 from tests.recording_device import MakeEngine, RecordingDevice, double, plain, plan_of, rows
 
 
@@ -75,3 +77,11 @@ def test_bits_on_the_cpu(requests: int, batch: int) -> None:
 
 def test_the_whole_matrix_is_openvinos() -> None:
     assert len(matrix()) == 2 * 6 * 8 * 2 * 2 * 2 * 12
+
+
+def test_in_few_points_every_two_values_of_two_axes_meet() -> None:
+    def pairs(cases: list[Case]) -> set[Any]:
+        return {pair for case in cases for pair in itertools.combinations(enumerate(astuple(case)), 2)}
+
+    chosen = pairwise(matrix())
+    assert pairs(chosen) == pairs(matrix()) and len(chosen) < 150

@@ -215,6 +215,14 @@ def test_rows_that_cannot_be_compared_run_apart(make_engine: MakeEngine, monkeyp
     assert [launch.rows for launch in recorder.launches].count(2) == tuning.TRIES
 
 
+def test_an_input_without_rows_is_no_mismatch(make_engine: MakeEngine) -> None:
+    """Warm-up gives the rows that it compares the same of it."""
+    device = RecordingDevice(lambda x, scale: [x * scale])
+    plan = plan_of({"x": (F32, ("N", 4)), "scale": (F32, (4,))}, {"y": (F32, ("N", 4))})
+    engine = make_engine(device, plan, batch=4, warmup=True)
+    assert engine.batch == 4 and engine.explain_batching().refused_inputs == ("scale",)
+
+
 def test_a_rounding_that_falls_the_other_way_is_no_mismatch(make_engine: MakeEngine) -> None:
     def almost(x: Any) -> list[Any]:
         return [x * (1 + 1e-7 * len(x))]
@@ -311,3 +319,20 @@ def test_requests_of_other_extents_never_share_an_execution() -> None:
         assert counts.batch_sizes[1] >= 1 and counts.close_reasons["shape"] >= 1
         widths = [x.shape[1] for x in inputs]
         assert counts.execution_count >= len(set(widths)) and max(counts.batch_sizes) <= 4
+
+
+@pytest.mark.parametrize("extents", [(None,), ("batch",), (None, None), ("batch", "batch_size")])
+def test_a_batch_needs_no_name_and_not_one_name(extents: tuple[int | str | None, ...]) -> None:
+    """Inputs whose batches are not known to be equal are kept apart by request, and share executions all the same."""
+    names = ["x", "y"][: len(extents)]
+    ports = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [extent, 6])
+        for name, extent in zip((*names, "z"), (*extents, None), strict=True)
+    ]
+    graph = helper.make_graph([helper.make_node("Sum", names, ["z"])], "unnamed", ports[:-1], ports[-1:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    with compiled(made, streams=1, batch=4, batch_timeout_ms=10_000) as engine:
+        futures = [engine.submit([np.full((1, 6), i, F32)] * len(names)) for i in range(4)]
+        for i, future in enumerate(futures):
+            np.testing.assert_array_equal(future.result(30)[0], np.full((1, 6), i * len(names), F32))
+        assert engine.statistics().batch_sizes == {4: 1}

@@ -78,14 +78,14 @@ class Tuner:
         """Compare and measure rows, made up unless given, on the worker's slot; raises what the device raises."""
         family = (fit or self._admission.fit_of_one()).family
         if not rows:
-            rows = random_rows(self._plan.input_ports, self._admission.input_shapes(family), CHECKED_ROWS)
+            rows = self._made_up(family, CHECKED_ROWS)
         if self._agree(worker, family, rows[:CHECKED_ROWS]):
             self._measure(worker, family, rows)
 
     def is_quick(self, worker: Worker) -> bool:
         """Whether a row, made up and run here, takes so little that nobody notices a warm-up while compiling."""
         family = self._admission.fit_of_one().family
-        (row,) = random_rows(self._plan.input_ports, self._admission.input_shapes(family), 1)
+        (row,) = self._made_up(family, 1)
         return took_s(worker.slot, family, row, self._clock) < QUICK_S
 
     def may_share(self, worker: Worker, parts: Sequence[Part]) -> bool:
@@ -111,6 +111,9 @@ class Tuner:
             except Exception:
                 _LOGGER.exception("what a batch costs could not be measured")
         return True
+
+    def _made_up(self, family: Family, count: int) -> list[Row]:
+        return random_rows(self._plan.input_ports, self._admission.input_shapes(family), family.blocks, count)
 
     def _compare(self, worker: Worker, family: Family, parts: Sequence[Part]) -> None:
         """Compare the first rows of the requests in a batch; after `TRIES` that raised, no more."""

@@ -129,8 +129,13 @@ def _differing(a: Array, b: Array) -> int:
     return int(np.count_nonzero(~np.isclose(a, b, rtol=bound, atol=bound * scale, equal_nan=True)))
 
 
-def random_rows(ports: Sequence[Port], shapes: Sequence[tuple[int, ...]], count: int) -> list[Row]:
-    """Inputs of `shapes` by which a model may be tried: floats between 0 and 1, integers 0 and 1, empty strings."""
+def random_rows(
+    ports: Sequence[Port], shapes: Sequence[tuple[int, ...]], blocks: Sequence[int], count: int
+) -> list[Row]:
+    """Inputs of `shapes` by which a model may be tried: floats between 0 and 1, integers 0 and 1, empty strings.
+
+    An input of which a row takes no block is the same in all rows, as it has to be for those that run together.
+    """
     random = np.random.default_rng(0)
 
     def one(port: Port, shape: tuple[int, ...]) -> Array:
@@ -139,4 +144,5 @@ def random_rows(ports: Sequence[Port], shapes: Sequence[tuple[int, ...]], count:
         values = random.random(shape) if port.dtype.kind not in "biu" else random.integers(0, 2, shape)
         return values.astype(port.dtype)
 
-    return [[one(port, shape) for port, shape in zip(ports, shapes, strict=True)] for _ in range(count)]
+    rows = [[one(port, shape) for port, shape in zip(ports, shapes, strict=True)] for _ in range(count)]
+    return [[own if block else same for own, same, block in zip(row, rows[0], blocks, strict=True)] for row in rows]
