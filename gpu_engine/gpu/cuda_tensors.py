@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
@@ -30,19 +31,20 @@ _TYPES = {2: CUDA, 3: CUDA_MANAGED}
 
 
 class Ready:
-    """An event behind a producer's work, whose like is used again once nobody needs it."""
+    """An event behind a producer's work, used again once nobody needs this.
 
-    __slots__ = ("_spare", "event")
+    It is no `__del__` that gives it back: in a cycle of garbage the event's own would have destroyed it.
+    """
+
+    __slots__ = ("__weakref__", "event")
 
     def __init__(self, event: Any, spare: deque[Any]) -> None:
-        self.event, self._spare = event, spare
+        self.event = event
+        weakref.finalize(self, spare.append, event).atexit = False
 
     @property
     def ptr(self) -> int:
         return int(self.event.ptr)
-
-    def __del__(self) -> None:
-        self._spare.append(self.event)
 
 
 class CudaIntake:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import deque
 from typing import Any
 
@@ -37,7 +38,11 @@ class Block:
 
 
 class Lent:
-    """See `device_tensors.Loan`. `after` is what the first to write it waits for."""
+    """See `device_tensors.Loan`. `after` is what the first to write it waits for.
+
+    The block is the lender's until the end, which no `__del__` sees: in a cycle of garbage those of its events would
+    have been called, too, and have destroyed them.
+    """
 
     __slots__ = ("__weakref__", "_block", "_lender", "_readers", "_writers", "after")
 
@@ -45,6 +50,7 @@ class Lent:
         self._block, self._lender = block, lender
         self._readers, self._writers = set[int](), set[int]()
         self.after = [block.signals[stream] for stream in block.used]
+        weakref.finalize(self, lender.take_back, block, self._readers, self._writers).atexit = False
 
     @property
     def address(self) -> int:
@@ -64,19 +70,6 @@ class Lent:
         """See `device_tensors.Loan`."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         return self._lender.driver.read(self.address, nbytes).view(dtype).reshape(shape)
-
-    def __del__(self) -> None:
-        """The garbage collector runs anywhere: nothing is waited for, and no lock taken."""
-        block, lender = self._block, self._lender
-        try:
-            for stream in self._readers:
-                lender.driver.record(lender.signal(block, stream), stream)
-        except Exception as error:
-            # The memory is freed, for which CUDA waits until the device is idle.
-            _LOGGER.debug("a result's memory is not used again: %s", error)
-            return
-        block.used = self._readers | self._writers
-        lender.returned.append(block)
 
 
 class Lender:
@@ -111,6 +104,19 @@ class Lender:
         if found is None:
             found = block.signals[stream] = self.driver.signal()
         return found
+
+    def take_back(self, block: Block, readers: set[int], writers: set[int]) -> None:
+        """Nobody holds the block any more. The garbage collector calls this anywhere: nothing is waited for, and no
+        lock taken."""
+        try:
+            for stream in readers:
+                self.driver.record(self.signal(block, stream), stream)
+        except Exception as error:
+            # The memory is freed, for which CUDA waits until the device is idle.
+            _LOGGER.debug("a result's memory is not used again: %s", error)
+            return
+        block.used = readers | writers
+        self.returned.append(block)
 
     def _sort(self) -> None:
         """Put what came back to its like; the lock is held."""
