@@ -73,12 +73,16 @@ def test_every_gpu_has_streams_and_its_own_weights(two: Gpu, device: str, name: 
     assert not two.used_nbytes() and not two.used_nbytes(pinned=True) and not two.lanes and not two.events
 
 
-def test_tensors_of_several_are_those_of_the_host(two: Gpu) -> None:
-    with (
-        gpu_engine.compile(network(), device="cuda:all") as engine,
-        pytest.raises(ValueError, match="cuda:0,1 is several"),
-    ):
-        engine.run(np.zeros((1, 6), np.float32), outputs="device")
+def test_outputs_lie_where_a_request_ran(two: Gpu) -> None:
+    """And are inputs of the same engine, whichever device takes them."""
+    with gpu_engine.compile(network(), device="cuda:all", streams=1, outputs="device", warmup=False) as engine:
+        rng = np.random.default_rng()
+        rows = [rng.standard_normal((1, 6), np.float32) for _ in range(32)]
+        futures = [engine.submit([row]) for row in rows]
+        found = [future.result(30)[1] for future in futures]
+        assert {tensor.device for tensor in found} == {"cuda:0", "cuda:1"}
+        for row, tensor in zip(rows, found, strict=True):
+            np.testing.assert_allclose(tensor.numpy(), expected(row).sum(axis=1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_bundle_runs_on_all_of_them(two: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ class CudaDriver:
         gather(target, source, shape, strides, dtype, self._ordinal)
 
     def read(self, address: int, nbytes: int) -> NDArray[np.uint8]:
-        with cupy.cuda.Device(self._ordinal):
+        with self._errors, cupy.cuda.Device(self._ordinal):
             return read(address, nbytes)
 
     def signal(self) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 from cupy.cuda import runtime
 from numpy.typing import NDArray
 
+from gpu_engine.gpu.failures import CudaErrors
 from gpu_engine.gpu.text import array_dtype
 from gpu_engine.ir.dtypes import DType
 from gpu_engine.runtime.device_tensors import DeviceTensor
@@ -51,7 +52,7 @@ class CudaIntake:
     """See `runtime.device_tensors.Intake`."""
 
     def __init__(self, ordinal: int, name: str) -> None:
-        self._device, self.name = cupy.cuda.Device(ordinal), name
+        self._device, self.name, self._errors = cupy.cuda.Device(ordinal), name, CudaErrors(name)
         self.devices = frozenset({(CUDA, ordinal)})
         self._spare: deque[Any] = deque()
 
@@ -68,20 +69,22 @@ class CudaIntake:
 
     @cached_property
     def _streams(self) -> Iterator[Any]:
-        with self._device:
+        with self._errors, self._device:
             return itertools.cycle([cupy.cuda.Stream(non_blocking=True) for _ in range(INTAKE_STREAMS)])
 
     def after(self, stream: int) -> Ready:
-        try:
-            event = self._spare.popleft()
-        except IndexError:
-            with self._device:
-                event = cupy.cuda.Event(disable_timing=True)
-        record(event, stream, self._device)
+        with self._errors:
+            try:
+                event = self._spare.popleft()
+            except IndexError:
+                with self._device:
+                    event = cupy.cuda.Event(disable_timing=True)
+            record(event, stream, self._device)
         return Ready(event, self._spare)
 
     def device_of(self, address: int) -> tuple[int, int]:
-        found = runtime.pointerGetAttributes(address)
+        with self._errors:
+            found = runtime.pointerGetAttributes(address)
         return _TYPES.get(found.type, CUDA_HOST), found.device if found.type in _TYPES else 0
 
 

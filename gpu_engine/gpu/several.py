@@ -10,16 +10,15 @@ from gpu_engine.errors import DeviceError
 from gpu_engine.ir.graph import Graph
 from gpu_engine.plan.plan import Batching, Plan
 from gpu_engine.runtime.device import Device, Stream
+from gpu_engine.runtime.device_tensors import Intake, SeveralIntakes
 
 
 class SeveralDevices:
     """See `runtime.device.Device`. DeviceError unless all have one architecture: a plan is made for one.
 
-    Requests wait in one queue, so that a device that is faster, or has less to do, takes more of them. Since any may
-    take a request, its tensors come from the host and go there.
+    Requests wait in one queue, so that a device that is faster, or has less to do, takes more of them. Tensors on one
+    are copied to the one that runs; outputs that stay on a device lie where the request ran.
     """
-
-    intake = None
 
     def __init__(self, members: Sequence[Device]) -> None:
         self._members, self._first = tuple(members), members[0]
@@ -46,6 +45,12 @@ class SeveralDevices:
     def properties(self) -> Mapping[str, Any]:
         """What the first says, for all are alike."""
         return {**self._first.properties(), "EXECUTION_DEVICES": tuple(member.name for member in self._members)}
+
+    @property
+    def intake(self) -> Intake | None:
+        """See `runtime.device.Device`."""
+        found = [intake for member in self._members if (intake := member.intake) is not None]
+        return SeveralIntakes(found) if found else None
 
     def auto_streams(self) -> int:
         """On each."""

@@ -163,8 +163,6 @@ class Admission:
         """
         place = self._outputs if outputs is None else output_place(outputs)
         inputs = tuple([isinstance(array, GivenTensor) for array in arrays])
-        if place is OutputPlace.device and self._device.devices > 1:
-            raise ValueError(f"outputs cannot lie on the device: {self._device.name} is several")
         on_device = place is OutputPlace.device and self._device.intake is not None
         if on_device and self._host_outputs:
             raise ValueError(f"outputs cannot lie on the device: {self._host_outputs} are no tensors of numbers")
