@@ -12,15 +12,16 @@ import gpu_engine
 from tests.conformance_cases import Case
 
 
-def check(case: Case, device: str) -> str:
-    """Empty if every data set gives the expected outputs, else what differs; raises what the engine raises."""
+def check(case: Case, device: str, repeats: int = 1) -> str:
+    """Empty if every data set gives the expected outputs each time, else what differs; raises what the engine
+    raises."""
     model = onnx.load_model_from_string(case.model)
     weights = {tensor.name for tensor in model.graph.initializer}
     ports = [port.name for port in model.graph.input]
     required = [name for name in ports if name not in weights]
     outputs = [port.name for port in model.graph.output]
     with gpu_engine.compile(case.model, device=device) as engine:
-        for inputs, expected in case.data_sets:
+        for inputs, expected in (data for _ in range(repeats) for data in case.data_sets):
             names = required if len(inputs) == len(required) else ports[: len(inputs)]
             result = engine.run(dict(zip(names, inputs, strict=True)))
             found = difference([result[name] for name in outputs], list(expected), case.rtol, case.atol)
