@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 import gpu_engine
 from gpu_engine.compiler import open_device
-from gpu_engine.errors import OutOfMemory
+from gpu_engine.errors import InputError, OutOfMemory
 from gpu_engine.options import parse_device, validated
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.memory import Budget
@@ -190,6 +190,24 @@ def test_open_extents_are_left_to_the_requests() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     with gpu_engine.compile(model, device="cpu", streams=1, batch=2, memory_limit=1 << 30) as engine:
         assert engine.run(np.ones((1, 1, 3, 3), F32)).shape == (1, 1, 1, 1)
+
+
+def test_an_engine_describes_itself_before_anything_is_known() -> None:
+    """Of two parts that are joined one has 2 rows for each of the other's: 1 and 1 do not go together."""
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["half"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Concat", ["half", "z"], ["y"], axis=1),
+    ]
+    shapes = {"x": ["n", 1, "h", 8], "z": ["n", 1, 4, 4]}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    graph = helper.make_graph(nodes, "joined", inputs, [helper.make_tensor_value_info("y", 1, None)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    with gpu_engine.compile(model, device="cpu", streams=1, batch=2) as engine:
+        assert engine.describe().memory is None and engine.describe().state == "ready"
+        with pytest.raises(InputError):
+            engine.memory_plan()
+        engine.run({"x": np.ones((1, 1, 8, 8), F32), "z": np.ones((1, 1, 4, 4), F32)})
+        assert engine.describe().memory == engine.memory_plan()
 
 
 def test_the_limit_is_a_number_of_bytes() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from gpu_engine.errors import InputError
 from gpu_engine.runtime.gate import Gate
 from gpu_engine.runtime.memory import MemoryPlan
 from gpu_engine.runtime.sizing import BatchPlan, Sizes
@@ -20,7 +22,8 @@ class Description:
     device            where it runs, and in parentheses why, with all that decided how many cores it uses
     streams slots     streams on all devices, and slots of each
     optimal_requests  of one row, in flight, that keep every slot busy
-    batching memory   as `Engine.explain_batching` and `Engine.memory_plan`
+    batching memory   as `Engine.explain_batching` and `Engine.memory_plan`; no memory is known before the first request
+                      where extents of 1 contradict each other inside the model
     """
 
     state: str
@@ -30,11 +33,15 @@ class Description:
     slots: int
     optimal_requests: int
     batching: BatchPlan
-    memory: MemoryPlan
+    memory: MemoryPlan | None
 
 
-def describe(gate: Gate, device: str, sizes: Sizes, memory: MemoryPlan) -> Description:
+def describe(gate: Gate, device: str, sizes: Sizes, plan: Callable[[], MemoryPlan]) -> Description:
     """See `Engine.describe`."""
+    try:
+        memory = plan()
+    except InputError:
+        memory = None
     return Description(
         state=UNHEALTHY if gate.lost else CLOSED if gate.is_shut else READY,
         reason=gate.reason,

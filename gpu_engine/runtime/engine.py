@@ -263,7 +263,8 @@ class Engine:
         return self._sizes.batch
 
     def memory_plan(self) -> MemoryPlan:
-        """The memory at a full batch; extents other than the batch are the largest seen so far, or 1 before any.
+        """The memory at a full batch; extents other than the batch are the largest seen so far, or 1 before any, which
+        is an InputError where it contradicts the model.
 
         Weights do not depend on the number of streams; activations grow with the number of slots.
         """
@@ -277,7 +278,7 @@ class Engine:
 
     def describe(self) -> Description:
         """The state of the engine, ready or not and why, with all that was decided for it."""
-        return describe(self._pool.gate, self.device, self._sizes, self.memory_plan())
+        return describe(self._pool.gate, self.device, self._sizes, self.memory_plan)
 
     def get_property(self, name: str) -> Any:
         """The value in effect of a property by OpenVINO's name; "SUPPORTED_PROPERTIES" lists the names.
