@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks import gpu_report as report
 from benchmarks import gpu_results as results
-from benchmarks.gpu_cells import BATCHES, PRECISIONS, RATES, Cell, as_record, cells, check_cells, jobs
+from benchmarks.gpu_cells import BATCHES, COMPILED, PRECISIONS, RATES, Cell, as_record, cells, check_cells, jobs
 from benchmarks.gpu_commands import checked, programs
 from benchmarks.gpu_jobs import Budget, run_jobs, run_lanes
 from benchmarks.gpu_networks import NETWORKS, TINY
@@ -106,9 +106,10 @@ def _checks(settings: Settings, end_s: float) -> Iterator[Check]:
 
 
 def measure(settings: Settings, end_s: float) -> Lines:
-    """What the result file lacks, as it comes; each was written to it."""
-    known = results.read(settings.path).values
-    missing = [cell for cell in settings.wanted() if cell not in known]
+    """What the result file lacks, as it comes; each was written to it. What failed before is tried again at the end."""
+    found = results.read(settings.path)
+    missing = [cell for cell in settings.wanted() if cell not in found.values]
+    missing.sort(key=lambda cell: cell in found.failures)
     for cell, outcome in _lines(settings, missing, Budget(end_s, settings.limit_s)):
         results.add_cell(settings.path, cell, outcome)
         yield cell, outcome
@@ -147,7 +148,7 @@ def show(found: Results) -> None:
 def refuse(settings: Settings, error: DeviceError) -> int:
     """Say why nothing can be done here, and what would have been."""
     wanted = settings.wanted()
-    compiled = sum(cell.kind == "compiled" for cell in wanted)
+    compiled = sum(cell.kind == COMPILED for cell in wanted)
     names = [str(cell) for cell in check_cells(settings.models, settings.precisions)]
     print(f"nothing was checked or measured: {error}", file=sys.stderr)
     print(
@@ -176,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check-only", action="store_true", help="measure nothing")
-    parser.add_argument("--measure-only", action="store_true", help="check nothing: what was checked before, say")
+    parser.add_argument(
+        "--measure-only", action="store_true", help="check nothing; checks that a resumed file has count"
+    )
     parser.add_argument("--keep-going", action="store_true", help="measure even if a check fails")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything; 9 fits a call of at most 10")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with a result file")
@@ -226,10 +229,9 @@ def run(settings: Settings, options: argparse.Namespace, said: str) -> int:
     end_s = time.monotonic() + 60 * options.minutes
     results.add_environment(settings.path, results.environment(said, settings.rehearsal))
     print(f"results go to {settings.path}", flush=True)
-    failed = 0
     for one in () if options.measure_only else check(settings, end_s):
-        failed += not one.passed
         print(f"{'ok' if one.passed else 'FAILED':6} {one.name}, {one.seconds:.1f} s: {one.detail}", flush=True)
+    failed = sum(not one.passed for one in results.read(settings.path).checks.values())
     if not options.check_only and (not failed or options.keep_going):
         for cell, outcome in measure(settings, end_s):
             text = f"not measured: {outcome}" if isinstance(outcome, str) else summary(outcome)

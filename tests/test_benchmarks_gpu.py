@@ -174,6 +174,9 @@ def test_verdicts_of_targets_that_are_met(tmp_path: Path) -> None:
     assert [one.outcome for one in found] == [MET] * 5
     assert found[1].figures == "2.00 over 1"
     assert "least 0.80 (net fp16 256), 0 of 1 below" in found[2].figures
+    gpu_results.add_cell(tmp_path / "r", Cell(OURS, "net", "fp16", 4), ours(1.0))
+    found = gpu_report.verdicts(gpu_results.read(tmp_path / "r"))
+    assert found[0].figures.endswith("0 of 2 below, 1 without a figure of torch.compile")
 
 
 def test_verdicts_of_targets_that_are_missed(tmp_path: Path) -> None:
@@ -245,7 +248,9 @@ def test_a_check_that_fails_ends_it(
     assert [check.passed for check in found.checks.values()] == [True, False] and not found.values
     assert found.checks["bad"].detail == "ended with 3: xxx" and found.rehearsal
     assert "FAILED bad" in capsys.readouterr().out
-    assert gpu.main(options(tmp_path, "--keep-going", "--resume", str(tmp_path / "r"))) == 1
+    assert gpu.main(options(tmp_path, "--measure-only", "--resume", str(tmp_path / "r"))) == 1
+    assert not gpu_results.read(tmp_path / "r").values
+    assert gpu.main(options(tmp_path, "--keep-going", "--measure-only", "--resume", str(tmp_path / "r"))) == 1
     assert list(gpu_results.read(tmp_path / "r").values) == [Cell(RATES)]
 
 
@@ -287,6 +292,24 @@ def test_a_rehearsal_measures_and_is_resumed(
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ours", "eager", "compiled"))]
     assert [line.split()[0] for line in said] == ["eager"]
     assert set(gpu_results.read(tmp_path / "r").values) == set(wanted)
+
+
+def test_what_failed_before_is_tried_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, asked = result_file(tmp_path / "r", rehearsal=True), list[Cell]()
+
+    def run_here(some: Sequence[Job], *rest: Any) -> Iterator[Any]:
+        for cell in (cell for job in some for cell in job.cells):
+            asked.append(cell)
+            yield cell, "still too slow"
+
+    wanted = [Cell(RATES), *SOME]
+    gpu_results.add_cell(path, SOME[0], "too slow")
+    gpu_results.add_cell(path, SOME[1], ours(1.0))
+    monkeypatch.setattr(gpu, "run_jobs", run_here)
+    monkeypatch.setattr(gpu, "cells", lambda models, batches, precisions: wanted)
+    gpu.main(options(tmp_path, "--measure-only", "--resume", str(path)))
+    assert asked == [SOME[2], SOME[0]]
+    assert gpu_results.read(path).failures == dict.fromkeys((SOME[2], SOME[0]), "still too slow")
 
 
 def test_rehearsals_and_measurements_do_not_mix(tmp_path: Path) -> None:
