@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,13 +26,13 @@ import gpu_engine
 from benchmarks.batching_cases import CASES, Case, Feed
 from benchmarks.fetch import Unavailable
 from gpu_engine.runtime.engine import Engine
-from gpu_engine.tools.callers import Found, closed_loop
 from gpu_engine.tools.measures import percentile
 
 LOAD = 0.7
 P99_LIMIT = 3.0
 ROUNDS = 4
 """So many requests of every caller make a turn, or its last ones, which run with fewer beside them, would weigh in."""
+Found = list[tuple[int, Any]]
 
 
 @dataclass
@@ -81,13 +82,13 @@ def compete(case: Case, callers: int, turns: int, turn_s: float, open_s: float) 
         on.warmup(feeds[0])
         expected = [off.run(feed) for feed in feeds]
         for engine in (on, off):
-            rate, found = closed_loop(engine.run, feeds, turn_s / 2)
+            rate, found = closed_loop(engine, feeds, turn_s / 2)
         turn_s = max(turn_s, ROUNDS * callers / rate)
         before = on.statistics()
         for _ in range(turns):
             for engine, rates, by_cpu in ((on, result.on, result.on_cpu), (off, result.off, result.off_cpu)):
                 used_s = time.process_time()
-                rate, found = closed_loop(engine.run, feeds, turn_s)
+                rate, found = closed_loop(engine, feeds, turn_s)
                 by_cpu.append(len(found) / (time.process_time() - used_s))
                 rates.append(rate)
                 check(result, found, expected)
@@ -99,6 +100,31 @@ def compete(case: Case, callers: int, turns: int, turn_s: float, open_s: float) 
         result.p99_s = percentile(latencies, 99)
         check(result, found, expected)
     return result
+
+
+def closed_loop(engine: Engine, feeds: Sequence[Feed], seconds: float) -> tuple[float, Found]:
+    """Every feed from a thread of its own, again and again: rows a second, and all outputs by the feed's number."""
+    found: list[Found] = [[] for _ in feeds]
+    start = threading.Barrier(len(feeds) + 1)
+    ends = [0.0]
+
+    def call(number: int) -> None:
+        run, feed, mine = engine.run, feeds[number], found[number]
+        start.wait()
+        while time.perf_counter() < ends[0]:
+            mine.append((number, run(feed)))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(feeds))]
+    for thread in threads:
+        thread.start()
+    started = time.perf_counter()
+    ends[0] = started + seconds
+    start.wait()
+    for thread in threads:
+        thread.join()
+    took_s = time.perf_counter() - started
+    everything = [item for mine in found for item in mine]
+    return len(everything) / took_s, everything
 
 
 def lone_latency(engine: Engine, feeds: Sequence[Feed], seconds: float) -> float:

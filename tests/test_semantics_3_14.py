@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 import gpu_engine
-from benchmarks.batching import open_loop, percentile
+from benchmarks.batching import closed_loop, open_loop, percentile
 from benchmarks.batching_cases import CASES, Case, mlp
 from gpu_engine.runtime.engine import Engine
-from gpu_engine.tools.callers import closed_loop
 from tests.test_semantics_3_03 import product_model
 
 
@@ -35,7 +34,7 @@ def feeds(count: int) -> list[Any]:
 def test_throughput_counts_rows_and_every_output_is_there() -> None:
     with gpu_engine.compile(product_model(), device="cpu", streams=1, batch=4, warmup=False) as engine:
         assert isinstance(engine, Engine)
-        rate, found = closed_loop(engine.run, feeds(3), 0.05)
+        rate, found = closed_loop(engine, feeds(3), 0.05)
         assert {number for number, _ in found} == {0, 1, 2}
         assert engine.statistics().inference_count == len(found)
         assert rate <= len(found) / 0.05

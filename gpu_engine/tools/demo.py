@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gpu_engine
-from gpu_engine.tools.callers import Found, closed_loop
+from gpu_engine.tools.load import Course, closed_loop
+from gpu_engine.tools.targets import Called
 
 FOLDER = Path(__file__).parent / "demo_data"
 CALIBRATION_S = 0.3
@@ -108,30 +109,43 @@ def run_demo(device: str, streams: int, requests: int, seconds: float, start: St
         )
 
 
-def run_callers(device: str, streams: int, count: int, seconds: float, start: Start) -> Callers:
-    """What `count` callers of the wide network (benchmarks/wide_network.py makes it) get without and with batching."""
+def run_callers(device: str, streams: int, callers: int, seconds: float, start: Start) -> Callers:
+    """What so many callers of the wide network (benchmarks/wide_network.py makes it) get without and with batching."""
     random = np.random.default_rng(0)
-    feeds = [random.random((1, 2048), np.float32) for _ in range(count)]
-    rates: dict[bool, list[float]] = {False: [], True: []}
-    found: dict[bool, Found] = {}
-    advance = start(f"{count} callers", 2 * TURNS)
+    feeds = [random.random((1, 2048), np.float32) for _ in range(callers)]
+    rates: tuple[list[float], list[float]] = ([], [])
+    answers: tuple[list[Array], list[Array]] = ([*feeds], [*feeds])
+    advance = start(f"{callers} callers", 2 * TURNS)
     with (
         _engine(FOLDER / "wide.onnx", device=device, streams=streams, auto_batching=False) as alone,
         _engine(FOLDER / "wide.onnx", device=device, streams=streams) as shared,
     ):
         for _ in range(TURNS):
-            for batches, engine in ((False, alone), (True, shared)):
-                rate, found[batches] = closed_loop(engine.run, feeds, seconds / TURNS)
-                rates[batches].append(rate)
+            for engine, mine, found in zip((alone, shared), rates, answers, strict=True):
+                mine.append(_call(engine, feeds, found, seconds / TURNS))
                 advance(1)
         counts = shared.statistics()
     return Callers(
-        count=count,
-        alone_per_s=statistics.median(rates[False]),
-        shared_per_s=statistics.median(rates[True]),
+        count=callers,
+        alone_per_s=statistics.median(rates[0]),
+        shared_per_s=statistics.median(rates[1]),
         mean_batch=counts.mean_batch,
-        difference=_difference(found[False], found[True]),
+        difference=_difference(*answers),
     )
+
+
+def _call(engine: gpu_engine.Engine, feeds: list[Array], answers: list[Array], seconds: float) -> float:
+    """Have a thread for each feed call the engine, at least once for each: calls a second."""
+    numbers = count()
+
+    def call() -> None:
+        number = next(numbers) % len(feeds)
+        answers[number] = engine.run(feeds[number])
+
+    target = Called(call, len(feeds))
+    taken = closed_loop(target, len(feeds), Course(seconds, least=len(feeds)))
+    target.close()
+    return len(taken.finished_s) / taken.seconds
 
 
 def _engine(model: Path, **options: Any) -> gpu_engine.Engine:
@@ -140,11 +154,9 @@ def _engine(model: Path, **options: Any) -> gpu_engine.Engine:
     return engine
 
 
-def _difference(found: Found, others: Found) -> float:
+def _difference(found: list[Array], others: list[Array]) -> float:
     """The greatest between answers to the same feed, as a share of the greatest answer."""
-    answers, expected = dict(found), dict(others)
-    scale = max(float(np.abs(answer).max()) for answer in expected.values())
-    return max(float(np.abs(answers[number] - expected[number]).max()) for number in answers) / scale
+    return float(np.abs(np.stack(found) - np.stack(others)).max() / np.abs(others).max())
 
 
 def _measure(title: str, digits: Digits, seconds: float, start: Start, run: Callable[[Any], Iterator[int]]) -> Pass:
