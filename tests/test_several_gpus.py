@@ -75,9 +75,11 @@ def test_every_gpu_has_streams_and_its_own_weights(two: Gpu, device: str, name: 
 
 def test_outputs_lie_where_a_request_ran(two: Gpu) -> None:
     """And are inputs of the same engine, whichever device takes them."""
-    with gpu_engine.compile(network(), device="cuda:all", streams=1, outputs="device", warmup=False) as engine:
+    with gpu_engine.compile(
+        network(), device="cuda:all", streams=1, requests=8, outputs="device", warmup=False
+    ) as engine:
         rng = np.random.default_rng()
-        rows = [rng.standard_normal((1, 6), np.float32) for _ in range(32)]
+        rows = [rng.standard_normal((1, 6), np.float32) for _ in range(64)]
         futures = [engine.submit([row]) for row in rows]
         found = [future.result(30)[1] for future in futures]
         assert {tensor.device for tensor in found} == {"cuda:0", "cuda:1"}
