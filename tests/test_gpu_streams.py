@@ -276,3 +276,14 @@ def test_closing_gives_everything_back(make_gpu: MakeGpu) -> None:
     engine.close()
     assert not gpu.used_nbytes() and not gpu.used_nbytes(pinned=True)
     assert not gpu.graphs and not gpu.events and not gpu.lanes
+
+
+def test_compiling_captures_every_bucket_on_every_slot(make_gpu: MakeGpu) -> None:
+    gpu = make_gpu()
+    with gpu_engine.compile(network(), device="cuda", streams=2, requests=16) as engine:
+        captured = len(gpu.of("graphInstantiate"))
+        assert captured >= 2 * 2 * len(powers(engine.batch))
+        row = np.ones((1, 6), np.float32)
+        futures = [engine.submit([row]) for _ in range(64)]
+        [future.result(30) for future in futures]
+        assert len(gpu.of("graphInstantiate")) == captured

@@ -238,8 +238,11 @@ class Engine:
         """Whether made-up inputs could warm the model up, and quickly; else the first requests will do."""
         try:
             with self._pool.slot() as worker:
-                quick = self._tuner.known_extents and self._tuner.is_quick(worker)
-            return quick and bool(self.warmup())
+                early = self._tuner.warms_early(worker)
+            if early:
+                self.warmup()
+                self._tuner.prepare(self._buckets)
+            return early
         except GpuEngineError as error:
             _LOGGER.info("made-up inputs do not warm up the model: %s", error)
             return False

@@ -1,7 +1,8 @@
 """How many rows share an execution of an engine, before and after warm-up has measured what they cost.
 
-A model of quick rows, whose inputs can be made up, is warmed up while compiling. Others are as requests come: the first
-rows that would share an execution are compared with the same rows alone, and only what has become frequent is measured.
+A model whose inputs can be made up is warmed up while compiling, on a GPU and where its rows are quick. Others are as
+requests come: the first rows that would share an execution are compared with the same rows alone, and only what has
+become frequent is measured.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Tuner:
         one_size = options.deterministic and not device.same_bits(plan)
         self._most = sizes.batch.batch
         self._bucketing = (powers if device.bucketed else None) if not one_size else lambda batch: (batch,)
+        self._prepares = device.bucketed
         self._clock = perf_counter if device.asynchronous else thread_time
         self._reason = sizes.batch.reason
         self._notes: list[str] = []
@@ -82,11 +84,22 @@ class Tuner:
         if self._agree(worker, family, rows[:CHECKED_ROWS]):
             self._measure(worker, family, rows)
 
-    def is_quick(self, worker: Worker) -> bool:
-        """Whether a row, made up and run here, takes so little that nobody notices a warm-up while compiling."""
+    def warms_early(self, worker: Worker) -> bool:
+        """Whether to warm up while compiling: on a device that prepares each size by itself, and where a row, made up
+        and run here, takes so little that nobody notices."""
+        if not self.known_extents or self._prepares:
+            return self.known_extents
         family = self._admission.fit_of_one().family
         (row,) = self._made_up(family, 1)
         return took_s(worker.slot, family, row, self._clock) < QUICK_S
+
+    def prepare(self, streams: Sequence[BucketStream]) -> None:
+        """Let the device prepare every bucket on every slot, which nobody uses yet, with a row that is made up."""
+        if self._prepares:
+            fit = self._admission.fit_of_one()
+            (row,) = self._made_up(fit.family, 1)
+            for stream in streams:
+                stream.prepare(fit.extents, row)
 
     def may_share(self, worker: Worker, parts: Sequence[Part]) -> bool:
         """Before a batch runs: whether its parts may share an execution; never raises.
