@@ -124,7 +124,8 @@ def _lines(settings: Settings, some: Sequence[Cell], budget: Budget, lanes: int 
 
 
 def _text(outcome: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in outcome.items() if isinstance(value, int | float))
+    numbers = {name: value for name, value in outcome.items() if isinstance(value, int | float) and name != "seconds"}
+    return ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
 
 
 def show(found: Results) -> None:
@@ -143,6 +144,8 @@ def show(found: Results) -> None:
         CONSOLE.print(text, soft_wrap=True, markup=False)
     for one in report.verdicts(found):
         CONSOLE.print(f"{one.outcome.upper():13} {one.target}. {one.figures}", soft_wrap=True, markup=False)
+    if found.rehearsal:
+        CONSOLE.print("This was a rehearsal: none of these figures says anything of a GPU.")
 
 
 def refuse(settings: Settings, error: DeviceError) -> int:

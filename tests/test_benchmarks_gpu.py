@@ -283,6 +283,7 @@ def test_a_rehearsal_measures_and_is_resumed(
     found = gpu_results.read(tmp_path / "r")
     wanted = cells(("tiny_text",), (1,), ("fp16",))
     assert set(found.values) == set(wanted) and not found.failures and found.rehearsal
+    assert "says anything of a GPU" in capsys.readouterr().out
     values = found.values[Cell(OURS, "tiny_text", "fp16", 1)]
     assert values["launches"] == 3 and values["distance"] < 4e-3 and values["floor"]["flops"] == 2 * 5 * 8 * 16
     lines = (tmp_path / "r").read_text().splitlines()

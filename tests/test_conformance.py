@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import conformance_manifest as manifest
-from tests.conformance import surprise
+from tests.conformance import few_of_each, surprise
 from tests.conformance_cases import SUITES, Case, collect, matches
 from tests.conformance_check import difference
 from tests.conformance_manifest import Group
@@ -107,6 +107,14 @@ GROUPS = (
     Group(REASON, ("node/test_lacking*", "simple/test_b")),
     Group(CHANCE, ("node/test_random*",), varies=True),
 )
+
+
+def test_a_few_of_each_operator(cases: list[Case]) -> None:
+    chosen = few_of_each(cases, 1)
+    operators = {one.operator for one in cases if not one.operator.endswith("(function body)")}
+    assert [one.operator for one in chosen] == list(dict.fromkeys(one.operator for one in chosen))
+    assert {one.operator for one in chosen} == operators
+    assert few_of_each(cases, 0) == cases and len(few_of_each(cases, 2)) > len(chosen)
 
 
 def test_surprises() -> None:
