@@ -95,8 +95,8 @@ def _compiled(kernel: TritonKernel, arch: int, relief: Mapping[str, str]) -> Any
     signature = {name: argument.type for name, argument in zip(names, kernel.arguments, strict=True)}
     divisible = {(i,): [["tt.divisibility", DIVISIBILITY]] for i, a in enumerate(kernel.arguments) if a.divisible}
     source = ASTSource(fn=function, signature=signature, constexprs={}, attrs=divisible)
-    options: dict[str, Any] = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, **relief})
+    own = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**own, **relief})
 
 
 def compile_binary(kernel: Kernel, arch: int) -> Binary:
