@@ -235,6 +235,7 @@ def matmul_model() -> bytes:
 THREADS = {
     "gpu_engine.runtime.pool": "threads that serve slots: Python's, joined by Engine.close",
     "gpu_engine.tools.targets": "callers of the load generator behind bench and tune, ended with it",
+    "gpu_engine.gpu.ahead": "kernels compiled side by side while a model is compiled, ended with it",
     "cpu_fallback.team": "workers of a stream, native: like the lanes of a device they never run Python",
 }
 
