@@ -6,8 +6,8 @@ the median over the turns counts, beside the same by CPU time, which other progr
 weights or calls must gain, compute-bound ones must lose nothing. Then requests arrive at random (a Poisson process) at
 70 % of the rate that the batching engine reached; latency counts from the intended arrival, and its 99th percentile
 must stay below three times the latency of a lone request. Every output is compared with what an engine without batching
-gives that row alone. Both engines hand every request from thread to thread and back, which bounds what batching can gain
-where that costs as much as the arithmetic; so what it costs here is told, too.
+gives that row alone. Both engines hand every request from thread to thread and back, which bounds what batching can
+gain where that costs as much as the arithmetic; so what it costs here is told, too.
 """
 
 from __future__ import annotations
