@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ import gpu_engine
 from benchmarks.batching_cases import CASES, Case, Feed
 from benchmarks.fetch import Unavailable
 from gpu_engine.runtime.engine import Engine
+from gpu_engine.tools.heap import frozen_heap
 from gpu_engine.tools.measures import percentile
 
 LOAD = 0.7
@@ -76,6 +78,7 @@ def compete(case: Case, callers: int, turns: int, turn_s: float, open_s: float) 
     feeds = case.feeds(callers)
     result = Contest(case)
     with (
+        ExitStack() as opened,
         gpu_engine.compile(case.model(), device="cpu", streams="auto") as on,
         gpu_engine.compile(case.model(), device="cpu", streams="auto", auto_batching=False) as off,
     ):
@@ -84,6 +87,7 @@ def compete(case: Case, callers: int, turns: int, turn_s: float, open_s: float) 
         expected = [off.run(feed) for feed in feeds]
         for engine in (on, off):
             rate, found = closed_loop(engine, feeds, turn_s / 2)
+        opened.enter_context(frozen_heap())
         turn_s = max(turn_s, ROUNDS * callers / rate)
         before = on.statistics()
         for _ in range(turns):

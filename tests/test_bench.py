@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import sys
@@ -20,6 +21,7 @@ from gpu_engine.tools.cli import main
 from gpu_engine.tools.demo import FOLDER
 from gpu_engine.tools.environment import environment
 from gpu_engine.tools.feeds import Request
+from gpu_engine.tools.heap import frozen_heap
 from gpu_engine.tools.load import Course, Taken
 from gpu_engine.tools.results import Result, Work, result, windows_of
 from gpu_engine.tools.scenarios import SCENARIOS
@@ -229,3 +231,10 @@ def test_a_wrong_option_is_a_message(
 ) -> None:
     assert command(monkeypatch, "-t", 0.05, "--warmup", 0, *arguments) == code
     assert word in " ".join(capsys.readouterr().err.split())
+
+
+def test_latencies_are_measured_with_the_heap_left_alone() -> None:
+    before = gc.get_freeze_count()
+    with frozen_heap():
+        assert gc.get_freeze_count() > before + 1000
+    assert gc.get_freeze_count() == 0

@@ -16,6 +16,7 @@ from gpu_engine.configuration import read_configuration
 from gpu_engine.runtime.statistics import Statistics
 from gpu_engine.tools.environment import settings
 from gpu_engine.tools.feeds import Request
+from gpu_engine.tools.heap import frozen_heap
 from gpu_engine.tools.load import (
     Course,
     Grouped,
@@ -105,6 +106,7 @@ def measure(bench: Bench, scenario: Scenario, rate: float | None, tell: Tell) ->
             tell(f"{name}: loading the model")
             contenders.append(peer(name)(bench.model, subject.feed, mode))
             opened.callback(contenders[-1].close)
+        opened.enter_context(frozen_heap())
         return _race(bench, scenario, rate, contenders, subject, in_flight, tell)
 
 

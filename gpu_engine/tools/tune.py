@@ -13,6 +13,7 @@ from cpu_fallback.cores import usable_cores
 from gpu_engine.configuration import read_configuration
 from gpu_engine.tools.environment import Environment, environment
 from gpu_engine.tools.feeds import Request
+from gpu_engine.tools.heap import frozen_heap
 from gpu_engine.tools.load import Course, closed_loop
 from gpu_engine.tools.measures import latency_of
 from gpu_engine.tools.peers import Mode
@@ -103,7 +104,8 @@ def measure_point(tuning: Tuning, kept: Mapping[str, Any], point: Point) -> Meas
         in_flight = max(1, point.in_flight // subject.rows)
         target = subject.target(Mode(cores=0, in_flight=in_flight, queue=True))
         course = Course(tuning.seconds, tuning.seconds / 4, least=LEAST_QUERIES)
-        taken = closed_loop(target, in_flight, course)
+        with frozen_heap():
+            taken = closed_loop(target, in_flight, course)
         latency = latency_of(taken.latencies_s, (50.0, tuning.percent))
         return Measured(
             point=point,
