@@ -193,7 +193,7 @@ from tests.recording_device import RecordingDevice, double, plain, until
 X = np.ones((1, 4), np.float32)
 device = RecordingDevice(double, asynchronous={asynchronous})
 def make(**options):
-    return Engine(plain(), device, validated(**dict(streams=2, batch=2) | options))
+    return Engine(plain(), device, validated(**dict(streams=2, batch=2, warmup=False) | options))
 def ours():
     return [thread for thread in threading.enumerate() if thread.name.startswith("gpu-engine")]
 def said(future):
