@@ -70,6 +70,16 @@ def assert_product(op: MatMul, got: Array, arrays: list[Array], tolerance: float
     assert error.max(initial=0) < (tolerance or TOLERANCE[got.dtype])
 
 
+def assert_rounded(got: Array, a: Array, b: Array, precision: str) -> None:
+    """A product whose factors were rounded: within six standard deviations of what that makes of each sum, from the
+    sum's own terms. The bits of tf32 are cut off."""
+    bits = {"tf32": 10, "fp16": 11, "bf16": 8}[precision]
+    error = np.abs(got - a.astype(np.float64) @ b)
+    spread = np.sqrt(np.square(a, dtype=np.float64) @ np.square(b))
+    assert (error / spread).max() < 6 * 2.0**-bits / np.sqrt(3)
+    assert error.max() > 1e-5
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=str)
 def test_every_type_and_form(dtype: DType) -> None:
     for seed, (a, b, transpose_a, transpose_b) in enumerate(
@@ -193,18 +203,13 @@ def test_parts_are_added_in_order(splits: int, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_precision_of_factors(precision: str) -> None:
-    """Both factors are rounded: six standard deviations of what that makes of each sum, from its own products."""
-    bits = {"tf32": 10, "fp16": 11, "bf16": 8}[precision]  # tf32 is cut off
     a, b = random(FLOAT32, 40, 96), random(FLOAT32, 96, 33)
-    exact, spread = a.astype(np.float64) @ b, np.sqrt(np.square(a, dtype=np.float64) @ np.square(b))
     types = [TensorType(FLOAT32, a.shape), TensorType(FLOAT32, b.shape)]
     device = InterpretDevice(options=GpuOptions(precision=precision))
     for constants in ({}, {1: b}):
         plan = device.lower(graph_of(MatMul(), types, constants), NOT_BATCHED)
         (got,) = execute(plan, [a] if constants else [a, b])
-        error = np.abs(got - exact)
-        assert (error / spread).max() < 6 * 2.0**-bits / np.sqrt(3)
-        assert error.max() > 1e-5
+        assert_rounded(got, a, b, precision)
 
 
 def test_precisions_have_names() -> None:

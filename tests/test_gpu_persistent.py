@@ -33,7 +33,7 @@ from gpu_engine.ir.ops.channels_last import LastConv
 from gpu_engine.plan.lower import NOT_BATCHED
 from gpu_engine.plan.plan import Plan
 from tests.gpu_runner import execute, graph_of, kernels, lowered
-from tests.test_gpu_gemm import TOLERANCE, assert_product, random
+from tests.test_gpu_gemm import TOLERANCE, assert_product, assert_rounded, random
 
 TILE = GemmTile(32, 32, 32, 4, 2, 2)
 
@@ -78,8 +78,7 @@ def test_precision_of_factors(walking: None, precision: str) -> None:
     plan = device.lower(graph, NOT_BATCHED)
     assert walks(plan) == [True]
     (got,) = execute(plan, [a])
-    assert_product(MatMul(), got, [a, b], 1e-2 if precision == "bf16" else 2e-3)
-    assert np.abs(got - a.astype(np.float64) @ b).max() > 1e-5
+    assert_rounded(got, a, b, precision)
 
 
 def test_integers_are_exact(walking: None) -> None:
