@@ -13,7 +13,6 @@ gain where that costs as much as the arithmetic; so what it costs here is told, 
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import threading
@@ -27,6 +26,7 @@ import numpy as np
 
 import gpu_engine
 from benchmarks.batching_cases import CASES, Case, Feed
+from benchmarks.contest import quiet_collector
 from benchmarks.fetch import Unavailable
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.tools.heap import frozen_heap
@@ -102,7 +102,8 @@ def compete(case: Case, callers: int, turns: int, turn_s: float, open_s: float) 
         rows, launches = (getattr(after, n) - getattr(before, n) for n in ("inference_count", "execution_count"))
         result.batch, result.reason = rows / launches, on.explain_batching().reason
         result.alone_s = lone_latency(on, feeds, turn_s)
-        latencies, found = open_loop(on, feeds, LOAD * statistics.median(result.on), open_s)
+        with quiet_collector():  # all outputs are kept, which no server does: walking over them would be the tail
+            latencies, found = open_loop(on, feeds, LOAD * statistics.median(result.on), open_s)
         result.p99_s = percentile(latencies, 99)
         check(result, found, expected)
     return result
@@ -144,11 +145,7 @@ def lone_latency(engine: Engine, feeds: Sequence[Feed], seconds: float) -> float
 
 
 def open_loop(engine: Engine, feeds: Sequence[Feed], rate: float, seconds: float) -> tuple[list[float], Found]:
-    """Requests at random times, `rate` a second: each one's seconds from its intended time, and its outputs.
-
-    No garbage is collected meanwhile: all outputs are kept to be compared, which no server does, and walking over them
-    would be most of the tail.
-    """
+    """Requests at random times, `rate` a second: each one's seconds from its intended time, and its outputs."""
     gaps = np.random.default_rng(7).exponential(1 / rate, max(64, int(rate * seconds)))
     done = [0.0] * len(gaps)
     futures = []
@@ -161,7 +158,6 @@ def open_loop(engine: Engine, feeds: Sequence[Feed], rate: float, seconds: float
 
         return finish
 
-    gc.disable()
     for number, at in enumerate(intended):
         left = at - time.perf_counter()
         if left > 0:
@@ -170,7 +166,6 @@ def open_loop(engine: Engine, feeds: Sequence[Feed], rate: float, seconds: float
         future.add_done_callback(stamp(number))
         futures.append(future)
     found = [(number % len(feeds), future.result()) for number, future in enumerate(futures)]
-    gc.enable()
     return [end - at for end, at in zip(done, intended, strict=True)], found
 
 

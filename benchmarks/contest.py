@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +79,17 @@ def _repeats(contender: Contender, sample_s: float) -> int:
         if taken_s >= sample_s / 2:
             return max(1, round(times * sample_s / taken_s))
         times *= 2
+
+
+@contextmanager
+def quiet_collector() -> Iterator[None]:
+    """No garbage is collected in between."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def speed(first: Contender, other: Contender) -> float:

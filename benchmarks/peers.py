@@ -9,11 +9,10 @@ the ratios a chart: how many times as fast as the faster peer.
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -27,7 +26,7 @@ from rich.table import Table
 
 from benchmarks import peer_report as report
 from benchmarks.arithmetic import model_flops
-from benchmarks.contest import Contender, contest, peak
+from benchmarks.contest import Contender, contest, peak, quiet_collector
 from benchmarks.engines import OPENERS, OURS, PACKAGES, Opened, Outputs, exact_session
 from benchmarks.fetch import ROOT, Unavailable
 from benchmarks.inputs import Feed
@@ -66,7 +65,7 @@ def measure(case: Case, kind: str, seconds: float) -> list[Row]:
     """One row for each engine; `seconds` for each of them."""
     cores = len(usable_cores().numbers)
     opened, reasons = {}, {}
-    with ExitStack() as open_engines, _quiet_collector():
+    with ExitStack() as open_engines, quiet_collector():
         for name, opener in OPENERS.items():
             try:
                 engine = opener(case.path, case.feed, 1 if kind == CPU else cores)
@@ -102,17 +101,6 @@ def _race(opened: Mapping[str, Opened], kind: str, seconds: float) -> tuple[dict
     top, operations = peak(host())
     contest([*contenders, top], seconds * len(contenders), time.process_time_ns, CPU_SAMPLE_S)
     return {contender.name: contender.best_s for contender in contenders}, operations / top.best_s / 1e9
-
-
-@contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """No garbage is collected in between."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _difference(outputs: Outputs, case: Case) -> tuple[float, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -43,14 +44,20 @@ def replace_modules(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
     monkeypatch.setattr("gpu_engine.compiler.load", loaded)
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """A recorded GPU, which nobody may do to what CUDA forbids."""
-    made = Gpu()
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch, devices: int = 1) -> Iterator[Gpu]:
+    """Recorded GPUs, to which nobody may do what CUDA forbids."""
+    made = Gpu(devices=devices)
     replace_modules(monkeypatch, made)
     yield made
     sys.modules.pop("gpu_engine.gpu.cuda", None)
     assert not made.violations
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    with recorded(monkeypatch) as made:
+        yield made
 
 
 def network() -> onnx.ModelProto:

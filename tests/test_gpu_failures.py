@@ -25,11 +25,12 @@ from gpu_engine.options import parse_device, validated
 from gpu_engine.plan.plan import Plan
 from gpu_engine.runtime.engine import Engine
 from gpu_engine.runtime.late import load
+from gpu_engine.tools.heap import frozen_heap
 from gpu_engine.tools.stages import read_named, stages_of
 from tests import fake_cupy, recording_faults
 from tests.recording_cuda import Gpu
 from tests.recording_faults import CUDADriverError, CUDARuntimeError
-from tests.test_gpu_cuda import network, replace_modules
+from tests.test_gpu_cuda import network, recorded
 
 STEADY = ("memcpyAsync", "eventRecord", "streamWaitEvent", "graphLaunch", "eventSynchronize")
 """Calls of a batch whose shape was captured."""
@@ -44,20 +45,15 @@ PLANS: list[Plan] = []
 @pytest.fixture(scope="module", autouse=True)
 def old_objects() -> Iterator[None]:
     """What was there before is not looked at again each time that `assert_clean` collects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    with frozen_heap():
+        yield
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """A recorded GPU of which nothing is left in use at the end."""
-    made = Gpu()
-    replace_modules(monkeypatch, made)
-    yield made
-    sys.modules.pop("gpu_engine.gpu.cuda", None)
-    assert not made.violations
+    with recorded(monkeypatch) as made:
+        yield made
     assert_clean(made)
 
 

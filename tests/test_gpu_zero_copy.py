@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -28,17 +27,14 @@ from tests import fake_cupy
 from tests.cuda_tensors import Described, Library, Tensor, collected, read
 from tests.recording_cuda import Gpu
 from tests.test_device_tensors import check, expected, model_of, rows
-from tests.test_gpu_cuda import network, replace_modules
+from tests.test_gpu_cuda import network, recorded
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """Two recorded GPUs, to which nobody may do what CUDA forbids."""
-    made = Gpu(devices=2)
-    replace_modules(monkeypatch, made)
-    yield made
-    sys.modules.pop("gpu_engine.gpu.cuda", None)
-    assert not made.violations
+    with recorded(monkeypatch, devices=2) as made:
+        yield made
 
 
 def compiled(**options: Any) -> Any:

@@ -21,17 +21,14 @@ from gpu_engine.runtime.engine import Engine
 from tests import fake_cupy
 from tests.recording_cuda import Gpu
 from tests.recording_device import RecordingDevice, double, plain, rows, until
-from tests.test_gpu_cuda import network, replace_modules
+from tests.test_gpu_cuda import network, recorded
 
 
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """Two recorded GPUs."""
-    made = Gpu(devices=2)
-    replace_modules(monkeypatch, made)
-    yield made
-    sys.modules.pop("gpu_engine.gpu.cuda", None)
-    assert not made.violations
+    with recorded(monkeypatch, devices=2) as made:
+        yield made
 
 
 def recorders(count: int, **facts: Any) -> list[RecordingDevice]:
